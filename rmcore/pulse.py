@@ -131,12 +131,16 @@ class Pulse:
         publishing.start()
         publishing.join(GRACE_SECONDS)
         if publishing.is_alive() and not self._told:
-            what = self._words(error)
-            if _is_collective(error):
-                where = f"rank {self._world.rank} on {socket.gethostname()}"
-                what = f"{where} lost touch with other ranks at step {self.step}, phase {self.phase}"
-            store = os.environ.get("MASTER_ADDR", "rank 0's host")
-            self._tell(f"{what}; the job's store at {store} does not answer: that host or the network is down")
+            self._tell_alone(error)
+
+    def _tell_alone(self, error: BaseException) -> None:
+        """The others cannot be told: say it here, and that the store is out of reach."""
+        what = self._words(error)
+        if _is_collective(error):
+            where = f"rank {self._world.rank} on {socket.gethostname()}"
+            what = f"{where} lost touch with other ranks at step {self.step}, phase {self.phase}"
+        store = os.environ.get("MASTER_ADDR", "rank 0's host")
+        self._tell(f"{what}; the job's store at {store} does not answer: that host or the network is down")
 
     def _publish(self, error: BaseException) -> None:
         """Tell the others that this rank failed, and have it said once."""
@@ -152,8 +156,8 @@ class Pulse:
             while not self.is_main and not self._store.check(["told"]) and time.monotonic() < end:
                 time.sleep(0.05)  # rank 0's thread tells it; when rank 0 is gone, this one does
             self._tell_failure()
-        except (RuntimeError, dist.DistError):
-            self._tell(self._words(error))  # the store went down with another process
+        except (RuntimeError, dist.DistError):  # the connection was given up, or the store's process has ended
+            self._tell_alone(error)
 
     def _tell_failure(self) -> None:
         """Say what was published, unless it has been said, here or elsewhere."""

@@ -38,6 +38,17 @@ def test_the_gpu_script_runs_every_section_without_a_gpu(tmp_path):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("RMCORE_TRL" not in os.environ, reason="RMCORE_TRL names no environment that has TRL")
+def test_the_gpu_script_runs_trl_on_the_same_shapes_and_rows(tmp_path):
+    out = tmp_path / "gpu.json"
+    assert main(["gpu", "--tiny", "--peers", os.environ["RMCORE_TRL"], "--sections", "train", "--out", str(out)]) == 0
+    train = json.loads(out.read_text())["sections"]["train"]
+    for arm in ("best", "default"):
+        run = train[f"tiny hh trl {arm}"]
+        assert run["steps"] == 4 and run["pairs_at_once"] == 4 and run["pairs_per_s"] > 0
+
+
 def test_the_gpu_script_needs_no_datasets_package():
     """A GPU machine without network holds torch and transformers; this one must do with that."""
     code = "import sys; sys.modules['datasets'] = None; sys.modules['tensorboard'] = None; import rmcore.bench.gpu"

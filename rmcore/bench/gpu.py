@@ -2,10 +2,9 @@
 
 Enters: nothing but the machine: Pythia shapes with random weights, random tokens in the lengths of 256 real HH and
 TL;DR pairs (lengths.json), no network, no tokenizer, no `datasets`. Leaves: sections, each with its figures or the
-error that
-ended it: ceiling, exactness, sync, attention, train. Example: train of 1.4b on HH lengths: 61,000 computed tokens/s,
-MFU 0.50, sharing ratio 1.58, peak 63 GB; beside it the padded loop of the same pairs, as a padded trainer computes
-them.
+error that ended it: ceiling, exactness, sync, attention, train. Example: train of 1.4b on HH lengths: tokens/s, MFU,
+sharing ratio, peak memory; beside it the padded loop of the same pairs, as a padded trainer computes them, and TRL's
+RewardTrainer on them where it is installed.
 
 `--tiny` runs every section on any machine in seconds, with small shapes.
 """
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from rmcore.bench.gpu_train import Rows, padded_run, rmcore_run, rows_of_lengths
+from rmcore.bench.gpu_trl import python_with_trl, trl_run
 from rmcore.bench.measure import machine, write_results
 from rmcore.data.batch import AttentionLayout, build_batch
 from rmcore.model.attention import attention_forward
@@ -57,8 +57,9 @@ def llama(shape: tuple[int, int, int, int], vocabulary: int) -> PretrainedConfig
 class Bench:
     """What the sections share: the device, the sizes, and the time at which to stop."""
 
-    def __init__(self, world: World, tiny: bool, minutes: float) -> None:
+    def __init__(self, world: World, tiny: bool, minutes: float, peers: str | None = None) -> None:
         self.world, self.device, self.tiny = world, world.device, tiny
+        self.trl = python_with_trl(peers)
         self.cuda = self.device.type == "cuda"
         self.shapes = TINY if tiny else SHAPES
         self.vocabulary = 512 if tiny else VOCABULARY
@@ -207,8 +208,8 @@ def attention(bench: Bench) -> dict[str, Any]:
 
 
 def train(bench: Bench) -> dict[str, Any]:
-    """Training rates of each shape on both kinds of rows: rmcore, compiled and not, and the padded loop."""
-    found: dict[str, Any] = {"trl": "missing: it needs text and `datasets`; see rmcore.bench train"}
+    """Training rates of each shape on both kinds of rows: rmcore, compiled and not, the padded loop, and TRL."""
+    found: dict[str, Any] = {} if bench.trl else {"trl": {"missing": "trl and datasets are not installed"}}
     pairs, steps = (4, 2) if bench.tiny else (64, 8)
     for shape, sizes in bench.shapes.items():
         for name, rows in bench.rows.items():
@@ -227,7 +228,24 @@ def train(bench: Bench) -> dict[str, Any]:
                     continue
                 found[key] = with_less_memory(bench, neox(sizes, bench.vocabulary), call, rows, pairs, steps)
                 print(key, {k: v for k, v in found[key].items() if k != "error"}, flush=True)
+            for arm in ("best", "default") if bench.trl else ():
+                key = f"{shape} {name} trl {arm}"
+                found[key] = trl_arm(bench, neox(sizes, bench.vocabulary), rows, arm, pairs, steps)
+                print(key, {k: v for k, v in found[key].items() if k != "error"}, flush=True)
     return found
+
+
+def trl_arm(bench: Bench, config: PretrainedConfig, rows: Rows, arm: str, pairs: int, steps: int) -> dict[str, Any]:
+    """TRL in a process of its own, which has the whole GPU: what this one keeps in reserve is given back first."""
+    if bench.trl is None or time.monotonic() > bench.deadline:
+        return {"missing": "out of time"}
+    if bench.cuda:
+        torch.cuda.empty_cache()
+    try:
+        threads = torch.get_num_threads()
+        return trl_run(bench.trl, config, rows, arm=arm, steps=steps, pairs=pairs, threads=threads)
+    except RuntimeError as error:
+        return {"error": str(error)[-1500:]}
 
 
 def with_less_memory(
@@ -255,13 +273,14 @@ def main(arguments: list[str]) -> int:
     p = argparse.ArgumentParser(prog="python -m rmcore.bench gpu", description="one GPU: exactness, ceilings, rates")
     p.add_argument("--tiny", action="store_true", help="small shapes, on any machine")
     p.add_argument("--minutes", type=float, default=8.5, help="start no further run after this many")
+    p.add_argument("--peers", help="virtual environment that has trl; default: this one, where it has")
     p.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     p.add_argument("--out", help="result file; default: rmcore/bench/results/gpu.json")
     options = p.parse_args(arguments)
     record: dict[str, Any] = {"what": "gpu", "machine": machine(), "settings": {"tiny": options.tiny}, "sections": {}}
     failed = False
     with running_world(600.0, 0) as world:
-        bench = Bench(world, options.tiny, options.minutes)
+        bench = Bench(world, options.tiny, options.minutes, options.peers)
         for name in options.sections:
             began = time.monotonic()
             try:

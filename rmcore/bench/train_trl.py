@@ -3,7 +3,8 @@
 Its loop, collator and defaults are untouched; a callback laps a clock at each step's end. Settings come as JSON (see
 train.py): arm `default` recomputes activations, as TRL does by default; `best` does not; `grouped` also draws rows of
 like length together, for which TRL needs a length column that it does not make. Leaves one JSON line, as
-train_rmcore.py.
+train_rmcore.py. With `random_weights` (see gpu_trl.py) the model is built from its configuration alone, and the rows
+hold token ids.
 """
 
 import importlib.util
@@ -37,7 +38,8 @@ def arguments_of(settings: dict[str, Any]) -> Any:
     }
     return RewardConfig(
         output_dir=tempfile.mkdtemp(prefix="rmcore-bench-trl-"),
-        per_device_train_batch_size=settings["batch"],
+        per_device_train_batch_size=settings["batch"] // settings.get("accumulate", 1),
+        gradient_accumulation_steps=settings.get("accumulate", 1),
         learning_rate=1e-5,
         num_train_epochs=1,
         max_steps=settings.get("max_steps") or -1,
@@ -50,9 +52,21 @@ def arguments_of(settings: dict[str, Any]) -> Any:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         seed=42,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs=None if settings.get("random_weights") else {"dtype": "float32"},
         **(grouped if settings["arm"] == "grouped" else {}),
     )
+
+
+def model_of(settings: dict[str, Any]) -> Any:
+    """A directory for TRL to load, or a model of random weights, made where it will be trained."""
+    if not settings.get("random_weights"):
+        return settings["model"]
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(settings["model"])
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -81,7 +95,7 @@ def main(settings: dict[str, Any]) -> None:
             laps.append(self.clock.lap())
 
     trainer = RewardTrainer(
-        model=settings["model"],
+        model=model_of(settings),
         args=arguments_of(settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(settings["model"]),
@@ -104,6 +118,7 @@ def main(settings: dict[str, Any]) -> None:
             "warm": warm,
             "pairs_per_s": pairs * (len(laps) - warm) / kept["wall_s"],
             "epoch_pairs_per_s": pairs * len(laps) / whole["wall_s"],
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
             **kept,
         }
     )

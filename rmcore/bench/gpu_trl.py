@@ -1,0 +1,70 @@
+"""TRL's RewardTrainer for `rmcore.bench gpu`: the same shapes of random weights, the same rows of random tokens.
+
+Enters: a model's configuration, rows, the Python of an environment that has TRL. Leaves: pairs/s and peak memory, as
+train_trl.py's child reports them. TRL gets token ids, which it takes as a prepared data set: neither text nor the hub
+is needed. Example: 64 pairs a step as 4 micro batches of 16, bf16, without recompute.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from rmcore.bench.gpu_train import WARM, Rows
+from rmcore.bench.measure import run_child
+
+MEMORY_WORDS = ("OutOfMemoryError", "out of memory")
+
+
+def python_with_trl(peers: str | None) -> str | None:
+    """The Python of the environment `peers`, or this one where TRL is installed."""
+    if peers is not None:
+        python = str(Path(peers, "bin", "python"))
+        found = subprocess.run([python, "-c", "import trl, datasets"], capture_output=True).returncode == 0
+        return python if found else None
+    return sys.executable if all(importlib.util.find_spec(name) for name in ("trl", "datasets")) else None
+
+
+def prepare(directory: Path, config: PretrainedConfig, rows: Rows) -> None:
+    """What TRL reads: config.json, a tokenizer that only has to know its padding token, rows of token ids."""
+    from tokenizers import Tokenizer, models
+
+    config.save_pretrained(directory)
+    words = {"<pad>": 1, "<eos>": 0}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<eos>")), pad_token="<pad>", eos_token="<eos>"
+    )
+    wrapped.save_pretrained(directory)
+    comparisons = [rows.data.comparison(n) for n in range(len(rows.data))]
+    texts = [[[*one.prefix.tolist(), *tail.tolist()] for tail in one.tails] for one in comparisons]
+    lines = [json.dumps({"chosen_ids": chosen, "rejected_ids": rejected}) for chosen, rejected in texts]
+    (directory / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def trl_run(
+    python: str, config: PretrainedConfig, rows: Rows, *, arm: str, steps: int, pairs: int, threads: int
+) -> dict[str, Any]:
+    """`arm` as in train_trl.py; micro batches are halved until they fit the memory. RuntimeError as `run_child`."""
+    script = str(Path(__file__).with_name("train_trl.py"))
+    with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as name:
+        prepare(Path(name), config, rows)
+        settings = {
+            "model": name, "data": str(Path(name, "rows.jsonl")), "random_weights": True, "arm": arm,
+            "precision": "bf16", "batch": pairs, "threads": threads, "warm": WARM, "max_steps": steps + WARM,
+        }  # fmt: skip
+        accumulate = 1
+        while accumulate <= pairs:
+            try:
+                return run_child([python, script], threads, settings | {"accumulate": accumulate}) | {
+                    "pairs_at_once": pairs // accumulate
+                }
+            except RuntimeError as error:
+                if not any(word in str(error) for word in MEMORY_WORDS):
+                    raise
+            accumulate *= 2
+    return {"missing": "does not fit in the memory"}
