@@ -21,6 +21,7 @@ from rmcore.config.schema import Config
 from rmcore.export_check import ExportError
 from rmcore.model.backbone import load_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
+from rmcore.model.memory import return_freed_memory
 from rmcore.model.outline import Outline, Whole, exported, outline
 from rmcore.model.reward_model import RewardModel
 from rmcore.objectives import Objective
@@ -48,6 +49,8 @@ class Loaded:
 
 def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start) -> Loaded:
     """A collective. Raises UserError, on all ranks alike, for model files that cannot be trained from."""
+    if is_sharded(config) and world.device.type == "cpu":
+        return_freed_memory()
     arguments = {
         "seed": config.run.seed, "vocabulary": len(tokenizer), "pad_token_id": cast(int, tokenizer.pad_token_id)
     }  # fmt: skip

@@ -1,6 +1,8 @@
 """Every speed option computes what the plain path computes: compiled layers, variable-length attention's arguments."""
 
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rmcore.model.reward_model import SHARED
 from rmcore.ops.gather_prefix import gather_plan
 from rmcore.parallel.world import running_world
 from tests.oracle import odd_items, reward_model, tiny_model
+from tests.paths import ROOT
 from tests.test_model import BOUND, close
 
 
@@ -107,6 +110,33 @@ def test_freed_memory_is_kept():
         torch.ones(32 << 20, dtype=torch.uint8)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < 20 * (32 << 20) // 4096 // 4  # mapped afresh it would be all of them
+
+
+RETURNING = """
+import torch
+from rmcore.model.memory import return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+assert return_freed_memory()
+before = resident()
+blocks = []
+for n in range(64):  # small ones between large ones keep a heap from shrinking
+    blocks += [torch.ones(4 << 20, dtype=torch.uint8), torch.ones(64 << 10, dtype=torch.uint8)]
+full = resident()
+del blocks[::2]
+print(full - before, resident() - before)
+"""
+
+
+def test_freed_memory_is_given_back_where_memory_counts():
+    """Large tensors that small ones lie between leave nothing behind when they are freed."""
+    if not keep_freed_memory():
+        pytest.skip("not glibc")
+    done = subprocess.run([sys.executable, "-c", RETURNING], capture_output=True, text=True, check=True, cwd=ROOT)
+    full, left = map(int, done.stdout.split())
+    assert full > 64 * (4 << 20) and left < full // 10
 
 
 @pytest.mark.gpu

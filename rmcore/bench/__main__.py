@@ -20,6 +20,7 @@ COMMANDS = {
     "checkpoint": "saving and loading a state of 500 MB against the disk's own speed",
     "scale": "a billion pairs on 1,024 ranks: start, order, balance",
     "memory": "peak memory of each rank while a large model is loaded, trained and exported",
+    "plan": "what `rmcore plan` foretells beside what is measured",
     "tables": "Markdown tables of the results",
 }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 import rmcore.ops as ops
 from rmcore.bench.kernel_cases import Case, attention_case, cases, pairwise_case
 from rmcore.bench.measure import Clock, add_up, machine, spread, write_results
+from rmcore.model.memory import keep_freed_memory
 
 Row = dict[str, Any]
 
@@ -173,6 +174,8 @@ def main(arguments: list[str]) -> int:
     runs = options.runs or (5 if options.quick else 25)
     record: Row = {"machine": machine(), "ops": ops.describe(), "runs": runs, "rows": [], "worth": []}
     print(record["ops"], "\nmilliseconds: forward / forward and backward [least, most]")
+    if options.device == "cpu":
+        record["freed_memory_is_kept"] = keep_freed_memory()
     for threads in options.threads if options.device == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         bandwidth = copy_bandwidth(options.device)
