@@ -67,7 +67,6 @@ def assert_as_alone(tmp_path: Path) -> None:
     assert len(theirs) == 12 and ours == pytest.approx(theirs, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_a_cut_cable_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path: Path) -> None:
     """hsdp over 2 x 2 ranks."""
     with two_hosts() as hosts:
@@ -89,7 +88,6 @@ def test_a_cut_cable_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path: Pa
     assert_as_alone(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "hsdp"])
 def test_two_hosts_walk_as_one_process(tmp_path: Path, strategy: str) -> None:
     with two_hosts() as hosts:
