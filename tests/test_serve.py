@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -365,6 +366,22 @@ def test_killed_and_restarted_under_load(plain: Any) -> None:
     service = Served()
     assert service.post("/get_reward", {"query": texts}).json()["rewards"] == pytest.approx(expected, abs=CLOSE)
     assert service.end() == 0
+
+
+@needs_shared
+def test_normalised_rewards_on_request(tmp_path: Path, plain: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --normalise (reward - mean) / deviation of the model's config.json; without them in it, a sentence."""
+    texts = ["Why is the sky blue? Because.", "Why is the sky blue? Light scatters."]
+    assert main([MODEL, "--port", "0", "--normalise", *SETTINGS]) == 2
+    assert "holds no pooler_config" in capsys.readouterr().err
+    model = shutil.copytree(MODEL, tmp_path / "model", copy_function=os.symlink)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").unlink()
+    (model / "config.json").write_text(json.dumps(config | {"pooler_config": {"logit_mean": 0.5, "logit_sigma": 0.25}}))
+    service = Served("--normalise", model=str(model))
+    found = service.post("/get_reward", {"query": texts}).json()["rewards"]
+    assert service.end() == 0
+    assert found == pytest.approx([(reward - 0.5) / 0.25 for reward in plain(*texts)], abs=CLOSE / 0.25)
 
 
 @needs_shared

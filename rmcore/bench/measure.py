@@ -8,6 +8,7 @@ cores has `others_share` 0.05; above that a run is marked as disturbed, and medi
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 MARK = "RESULT "  # a child's record is the line that begins with it
+DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/\"':,;]+/)+")
 DISTURBED = 0.05  # share of the machine that others may take
 
 
@@ -119,7 +121,8 @@ def undisturbed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_results(name: str, record: dict[str, Any], out: str | None) -> Path:
+    """Written as JSON; of absolute paths in it only the last part: where files lay on one machine is of no use."""
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(DIRECTORIES.sub("", json.dumps(record, indent=1)) + "\n", encoding="utf-8")
     return path

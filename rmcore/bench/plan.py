@@ -28,8 +28,8 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--out", help="result file; default: rmcore/bench/results/plan.json")
     options = p.parse_args(arguments)
+    ranks = [many_ranks(Path(file)) for file in options.memory]  # first: a plan counts what this process itself takes
     runs = [one_process(options, model, precision) for model in options.model for precision in options.precision]
-    ranks = [many_ranks(Path(file)) for file in options.memory]
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "model", "data", "memory")}
     record = {"what": "plan", "machine": machine(), "settings": settings, "runs": runs, "ranks": ranks}
     print(table(record))

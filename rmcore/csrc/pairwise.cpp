@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 namespace rmcore {
@@ -191,18 +192,9 @@ void weight_gradient(const at::Tensor& grad_reward, const at::Tensor& scored, co
   });
 }
 
-// Vector stores, kept so by -fno-tree-loop-distribute-patterns: on pages that are touched for the first time memset
-// took 1.27 times as long (168 MB, AMD EPYC, glibc 2.36), and the page faults are nearly all of the backward's time.
-template <typename Src>
-void zero(Src* out, int64_t n) {
-  using Vec = Vectorized<float>;
-  constexpr int64_t step = Vec::size() * sizeof(float) / sizeof(Src);
-  int64_t i = 0;
-  for (; i + step <= n; i += step) Vec(0.0f).store(out + i);
-  for (; i < n; ++i) out[i] = Src(0);
-}
-
 // Row t of d hidden: 0, or (sum of the gradients of the answers read there) * weight. Answers are added in their order.
+// memset writes memory that the process has used before at up to three times the rate of vector stores (168 MB, AMD
+// EPYC, glibc 2.36, one thread): it need not read what it overwrites.
 template <typename T, typename Src>
 void hidden_gradient(const at::Tensor& grad_reward, const at::Tensor& head, const at::Tensor& index,
                      const at::Tensor& result) {
@@ -218,11 +210,9 @@ void hidden_gradient(const at::Tensor& grad_reward, const at::Tensor& head, cons
   at::parallel_for(0, tokens, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, size)),
                    [&](int64_t begin, int64_t end) {
                      Src* out = result.mutable_data_ptr<Src>();
+                     std::memset(static_cast<void*>(out + begin * size), 0, (end - begin) * size * sizeof(Src));
                      for (int64_t t = begin; t < end; ++t) {
-                       if (!scored[t]) {
-                         zero(out + t * size, size);
-                         continue;
-                       }
+                       if (!scored[t]) continue;
                        for (int64_t d = 0; d < size; ++d) {
                          out[t * size + d] = static_cast<Src>(row_grad[t] * weight[d]);
                        }
