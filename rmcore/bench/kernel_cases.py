@@ -18,10 +18,6 @@ from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
 from rmcore.ops.pairwise import pairwise_loss
 from rmcore.ops.ragged_attention import ragged_attention
 
-# What every implementation of the loss pays alike: writing a gradient that is zero but for the scored rows, and a
-# backward of any graph, of which a training step has one, not one an op.
-FILL, AUTOGRAD = "zero fill of d hidden", "autograd of one product"
-
 
 @dataclass
 class Case:
@@ -63,8 +59,8 @@ def pairwise_case(T: int, D: int, A: int, dtype: torch.dtype, device: str, compi
     parts = {
         "forward kernel": lambda: torch.ops.rmcore.pairwise_forward(*plain, 0.0, 0.0),
         "backward kernel": lambda: torch.ops.rmcore.pairwise_backward(grad, scored, plain[1], index, T),
-        FILL: lambda: torch.zeros(T, D, dtype=dtype, device=device),
-        AUTOGRAD: torch.enable_grad()(lambda: torch.autograd.grad(nothing * 1.0, nothing)),
+        "zero fill of d hidden": lambda: torch.zeros(T, D, dtype=dtype, device=device),
+        "autograd of one product": torch.enable_grad()(lambda: torch.autograd.grad(nothing * 1.0, nothing)),
     }
     read, size = A * D * dtype.itemsize, T * D * dtype.itemsize
     return Case(

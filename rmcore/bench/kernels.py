@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import rmcore.ops as ops
-from rmcore.bench.kernel_cases import AUTOGRAD, FILL, Case, attention_case, cases, pairwise_case
+from rmcore.bench.kernel_cases import Case, attention_case, cases, pairwise_case
 from rmcore.bench.measure import Clock, add_up, machine, spread, write_results
 from rmcore.model.memory import keep_freed_memory
 
@@ -85,7 +85,6 @@ def measure(case: Case, device: str, runs: int, bandwidth: float) -> Row:
             times[name].append(milliseconds(call, device))
     disturbed = add_up([clock.lap()])["others_share"]
     median = {name: statistics.median(values) for name, values in times.items()}
-    paid_alike = median.get(FILL, 0.0) + median.get(AUTOGRAD, 0.0)
     bytes_moved = {"forward": case.forward_bytes, "both": case.both_bytes}
     return {
         "op": case.op, "device": device, "dtype": str(case.dtype).removeprefix("torch."), "sizes": case.sizes,
@@ -94,10 +93,6 @@ def measure(case: Case, device: str, runs: int, bandwidth: float) -> Row:
             f"{peer} {what}": median[f"{peer} {what}"] / median[f"rmcore {what}"]
             for peer in case.calls if peer != "rmcore" for what in bytes_moved
         },
-        "speedup_of_the_rest": {  # without what both pay alike; None where that is within a tenth of everything
-            peer: (median[f"{peer} both"] - paid_alike) / rest if rest > 0.1 * median["rmcore both"] else None
-            for peer in case.calls if peer != "rmcore" for rest in [median["rmcore both"] - paid_alike]
-        } if FILL in median else {},
         "bytes": bytes_moved,
         "of_copy_bandwidth": {
             what: moved / (1e-3 * median[f"rmcore {what}"]) / bandwidth for what, moved in bytes_moved.items()
@@ -118,8 +113,6 @@ def line(row: Row) -> str:
         forward, both = (row["ms"][f"{name} {what}"] for what in ("forward", "both"))
         text += f" | {name} {forward['median']:.3f} / {both['median']:.3f} [{both['least']:.3f} {both['most']:.3f}]"
     text += " | " + ", ".join(f"{name} x{value:.2f}" for name, value in row["speedup"].items())
-    rest = {peer: value for peer, value in row["speedup_of_the_rest"].items() if value is not None}
-    text += "".join(f", without fill and autograd {peer} x{value:.2f}" for peer, value in rest.items())
     share = row["of_copy_bandwidth"]
     text += f" | of copy bandwidth {100 * share['forward']:.0f} % / {100 * share['both']:.0f} %"
     parts = [name for name in row["ms"] if not name.endswith((" forward", " both"))]
