@@ -35,6 +35,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path: Path, 
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_checkpoint_after_an_evaluation_in_bf16_holds_fp32_weights_and_averages(tmp_path: Path, strategy: str) -> None:
+    """zero2 keeps the gathered bf16 weights registered after an evaluation; the checkpoint must hold the shards."""
+    more = [f"parallel.strategy={strategy}", "parallel.precision=bf16", "run.evals=4", "run.keep=4"]
+    more += [f"data.eval.path={tmp_path}/pairs.jsonl", "data.eval.split=train[:20%]"]
+    whole = run(tmp_path / "whole", arguments(tmp_path, *more), 2)
+    assert whole.codes == [0, 0], whole.text
+    for step in (2, 4, 6, 8):
+        kinds: dict[str, set[str]] = {}
+        for path in (whole.directory / "checkpoints" / f"step-{step}").glob("rank-*"):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    kinds.setdefault(key.split("@")[0], set()).add(file.get_slice(key).get_dtype())
+        names = {key.partition("/")[2] for key in kinds}
+        assert set(kinds) == {f"{part}/{name}" for part in ("weight", "exp_avg", "exp_avg_sq") for name in names}
+        assert all(dtypes == {"F32"} for dtypes in kinds.values())
+    killed = run(tmp_path / "run", arguments(tmp_path, *more), 2, KILLED_AT_6)
+    resumed = run(killed.directory, arguments(tmp_path, *more), 2)
+    assert resumed.codes == [0, 0] and same(resumed, whole) and metrics(resumed) == metrics(whole), resumed.text
+
+
+@pytest.mark.distributed
 def test_hsdp_over_two_hosts_of_two(tmp_path: Path) -> None:
     hosts = {"LOCAL_WORLD_SIZE": "2"}
     given = arguments(tmp_path, "parallel.strategy=hsdp")

@@ -49,12 +49,16 @@ class Piece:
 def pieces(strategy: Strategy, world: World) -> Iterator[Piece]:
     """Everything that this rank holds of the state: of every parameter its weight, and what AdamW keeps for it here.
 
-    What is not trained (LoRA) comes from the base model again.
+    What is not trained (LoRA) comes from the base model again. Raises RuntimeError for a weight that is not the
+    optimizer's own fp32 one: a checkpoint never holds a copy in other arithmetic.
     """
     everyone = (world.rank, world.size)
+    optimized = {id(parameter) for group in strategy.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in strategy.named_parameters().items():
         if not parameter.requires_grad:
             continue
+        if id(parameter) not in optimized or parameter.dtype != torch.float32:
+            raise RuntimeError(f"{name} ({parameter.dtype}) is a copy, not the fp32 weight that the optimizer updates")
         yield _piece(f"weight/{name}", parameter, everyone)
         if state := strategy.adamw.state.get(parameter):
             for average in AVERAGES:

@@ -169,6 +169,11 @@ class FullySharded:
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        # After an evaluation ZeRO-2 still has the gathered weights registered, in bf16: copies that the optimizer does
+        # not know. The shards are the weights.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return dict(self.model.named_parameters())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
