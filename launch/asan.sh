@@ -28,6 +28,6 @@ cmake --build "$work/build" --parallel 2
 cd "$work"
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_ops_pairwise.py tests/test_ops_ragged_attention.py \
+    "$python" -m pytest -q -p no:cacheprovider tests/ops/test_pairwise.py tests/ops/test_ragged_attention.py \
     -k "${RMCORE_ASAN_TESTS:-not triton and not reference and not compile and not opcheck}" "$@"
 echo "[asan] clean"

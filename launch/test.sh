@@ -2,7 +2,7 @@
 # Set-up, linter, type checker, then the whole test suite. Arguments go to pytest:
 #
 #   bash launch/test.sh
-#   bash launch/test.sh tests/test_plan.py -k balance
+#   bash launch/test.sh tests/data/batches/test_step_plan.py -k balance
 #
 # Tests on real data look for the folder $RMCORE_SHARED and say that they skip when it is absent.
 set -euo pipefail

@@ -1,240 +1,170 @@
-"""Exact evaluation: every comparison scored once over all ranks, figures from the complete arrays.
+"""`rmcore evaluate MODEL DATA [--json] [key=value ...]`: figures of a trained reward model on a data set.
 
-In: a reward model on every rank and tokenised comparisons. Out: an `Evaluation`, the same on every rank: the reward of
-every answer in the order of the data, and the figures made of them (rmcore/figures.py).
+In: a directory made by rmcore (or any *ForSequenceClassification directory or hub id with one output), and any data
+source. Out: a table, or with --json one JSON object: accuracy, loss, chosen_rewards, rejected_rewards, reward_margin,
+count, calibration, correlation with length, best of k (rmcore/evaluation/pair_metrics.py), and the same under
+`sources` by source.
+Runs on one process or under torchrun.
 
-The micro batches depend on the data and the token budget alone; ranks are dealt them in turn. So each comparison is
-computed in the same company at any world size, and its reward is the same to the last bit.
+Example: `rmcore evaluate runs/hh/model pairs.jsonl data.max_tokens=512 --json` prints
+{"accuracy": 0.684, "count": 190, ...}.
 
-Communication: one sum of fp64 [A answers + A counts], to which exactly one rank gives each answer's reward.
-
-Example: 5 micro batches on 2 ranks: rank 0 takes 0, 2, 4; rank 1 takes 1, 3 and an empty one, so that collectives
-inside the model (FSDP) stay aligned.
-
-As a command: `python -m rmcore.evaluate MODEL DATA [--json] [key=value ...]`.
+The template, lengths and precision are those of the training (rmcore_config.yaml in MODEL) unless overridden.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from rmcore.answer_figures import AnswerArrays
-from rmcore.figures import PairArrays, pair_figures
+from rmcore.config import UserError
+from rmcore.config.schema import Config
+from rmcore.evaluation.rewardbench import rewardbench_lines
+from rmcore.evaluation.trained import evaluated, evaluation_config
+from rmcore.host.files import finite
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from rmcore.data.plan import Step
-    from rmcore.data.tokens import TokenizedComparisons
-    from rmcore.objectives import Objective
     from rmcore.parallel.world import World
+    from rmcore.report.content import Report
 
-LOGGED = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin", "accuracy_low", "accuracy_high",
-          "length_accuracy", "length_matched_accuracy", "length_spearman_within", "ece", "brier", "reward_mean",
-          "reward_std", "best_of_k_accuracy", "count", "objective_loss")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`rewards_A`: fp64, the reward of every answer in the order of the data; `figures`: see `pair_figures`."""
-
-    rewards_A: np.ndarray
-    figures: dict[str, Any]
-
-    def logged(self) -> dict[str, float]:
-        """The overall figures under the names of the log: eval/rm/accuracy, eval/rm/loss, ..."""
-        return {f"eval/rm/{name}": self.figures[name] for name in LOGGED if name in self.figures}
+ABOUT = "Accuracy, loss, rewards and margin of a trained reward model on preference data, overall and by source."
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """One line of the samples table: a pair as text, its rewards, whether the model prefers the chosen answer."""
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 1 failed while running, 2 refused (config, data, files)."""
+    parser = argparse.ArgumentParser(prog="rmcore evaluate", description=ABOUT)
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id of a reward model")
+    parser.add_argument("data", metavar="DATA", help="preference data: file, directory, glob, hub id or `synthetic`")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="data.split=test, batch.tokens=8192, ...")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--rewardbench",
+        choices=("auto", "1", "2", "off"),
+        default="auto",
+        help="score by RewardBench's rules; auto (default): where the columns are those of its data",
+    )
+    parser.add_argument("--report", metavar="FILE", help="write a page of figures and pictures (HTML), without network")
+    parser.add_argument("--png", metavar="DIRECTORY", help="write the pictures of the report as PNG files, too")
+    parser.add_argument("--prior-sets", metavar="DATA", help="the prior sets of RewardBench 1: hub id, directory, file")
+    arguments = parser.parse_intermixed_args(argv)
 
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_reward: float
-    rejected_reward: float
+    try:
+        config = evaluation_config(arguments.model, arguments.data, arguments.overrides)
+        from rmcore.parallel.world import RankError, running_world
+    except UserError as error:
+        print(f"rmcore evaluate: {error}", file=sys.stderr)
+        return 2
+    try:
+        with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
+            report = evaluate_files(config, world, arguments.rewardbench, arguments.prior_sets)
+            if world.is_main:
+                told = "\n".join([*report.notes, table(dict(report.figures))])
+                print(json.dumps(finite(report.figures)) if arguments.json else told)
+                if arguments.report or arguments.png:
+                    write(report, arguments.report, arguments.png)
+    except (UserError, RankError) as error:
+        print(f"rmcore evaluate: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
 
-    @property
-    def correct(self) -> bool:
-        return self.chosen_reward > self.rejected_reward
 
+def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior_sets: str | None = None) -> Report:
+    """Figures of `config.model` on `config.data.train`, the same on every rank, and notes on how they were made.
 
-def evaluate(
-    model: nn.Module,
-    data: TokenizedComparisons,
-    world: World,
-    *,
-    token_budget: int,
-    share: bool = True,
-    objective: Objective | None = None,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    between: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Score every comparison of `data` once over all ranks; all ranks must call it together.
-
-    Args:
-        model: called with a `RaggedBatch`, gives an output with `rewards_A`. Its train/eval mode is left as it was.
-        token_budget: most computed tokens in a micro batch; a longer comparison gets a micro batch of its own.
-        share: pack comparisons with their prefix once (a model on a path that cannot share wants False).
-        objective: whose mean loss on these data becomes the figure `objective_loss`.
-        autocast: makes the context that each forward runs in.
-        between: called before each micro batch, as often on every rank; gives the evaluation up by raising.
+    rewardbench, prior_sets: see rmcore.evaluation.rewardbench_data.with_rewardbench; its scores stand under
+    `rewardbench`.
     """
-    import torch
+    from rmcore.data.prepare import describe, prepare_data
+    from rmcore.data.tokens.tokenizer import load_tokenizer
+    from rmcore.evaluation.arrays import answer_arrays, pair_arrays
+    from rmcore.evaluation.pair_metrics import pair_figures
+    from rmcore.evaluation.rewardbench_data import fold_ties, rewardbench_figures, with_rewardbench
+    from rmcore.evaluation.samples import sample_rows
+    from rmcore.model.backbone import load_model_config
+    from rmcore.parallel.world import first_error
+    from rmcore.report.content import Report, environment
 
-    from rmcore.data.loader import Loader
-    from rmcore.parallel.world import all_reduce_sum
-
-    answer_offset = np.asarray(data.answer_offset)
-    steps = deal(micro_batches(computed_tokens(data, share), token_budget), world.size)
-    scored: list[torch.Tensor] = []
-    places: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), Loader(data, steps, world.rank, world.device, share=share) as loader:
-        for _, batches in loader:
-            between()
-            for batch, _ in batches:
-                with autocast():
-                    scored.append(model(batch).rewards_A.double())
-                places += [np.arange(answer_offset[n], answer_offset[n + 1]) for n in batch.comparisons_C]
-    model.train(was_training)
-
-    answers = int(answer_offset[-1])
-    mine = np.concatenate(places)
-    rewards_and_counts = torch.zeros(2, answers, dtype=torch.float64, device=world.device)
-    if scored:
-        index = torch.from_numpy(mine).to(world.device)
-        rewards_and_counts[0, index] = torch.cat(scored)
-        rewards_and_counts[1].index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
-    rewards_A, count_A = all_reduce_sum(world, rewards_and_counts).cpu().numpy()
-    if not (count_A == 1).all():
-        raise RuntimeError(f"evaluation scored {int((count_A != 1).sum())} of {answers} answers not exactly once")
-    figures = pair_figures(pair_arrays(data, rewards_A), answer_arrays(data, rewards_A))
-    own = objective_loss(objective, data, rewards_A) if objective else {}
-    return Evaluation(rewards_A, {**figures, **own})
-
-
-def objective_loss(objective: Objective, data: TokenizedComparisons, rewards_A: np.ndarray) -> dict[str, float]:
-    """`objective_loss`: the mean loss, margins and all, in fp64; nothing where the data hold nothing to count."""
-    import torch
-
-    from rmcore.data.batch import Judgements
-
-    judged = Judgements.of(data)
-    count = float(objective.counted(judged))
-    return {"objective_loss": float(objective.loss_sum(torch.from_numpy(rewards_A), judged)) / count} if count else {}
-
-
-def computed_tokens(data: TokenizedComparisons, share: bool) -> np.ndarray:
-    """Tokens that each comparison fills in a packed row, int64 [N]: its prefix once (share) or before every tail."""
-    return data.tokens_N if share else data.logical_tokens_N
-
-
-def micro_batches(tokens_N: np.ndarray, token_budget: int) -> list[np.ndarray]:
-    """Comparison numbers in micro batches of at most `token_budget` tokens, longest first; each comparison once.
-
-    Example: tokens [10, 40, 20, 35] with a budget of 60 -> [[1], [3, 2], [0]].
-    """
-    batches: list[np.ndarray] = []
-    current: list[int] = []
-    filled = 0
-    for number in np.argsort(-tokens_N, kind="stable").tolist():
-        tokens = int(tokens_N[number])
-        if current and filled + tokens > token_budget:
-            batches.append(np.array(current, dtype=np.int64))
-            current, filled = [], 0
-        current.append(number)
-        filled += tokens
-    if current:
-        batches.append(np.array(current, dtype=np.int64))
-    return batches
-
-
-def deal(batches: list[np.ndarray], world_size: int) -> Iterator[Step]:
-    """One step a round, in which each rank takes the next micro batch; the last round is filled up with empty ones."""
-    from rmcore.data.plan import Step
-
-    nothing = np.zeros(0, dtype=np.int64)
-    for index, start in enumerate(range(0, len(batches), world_size)):
-        hands = batches[start : start + world_size]
-        hands += [nothing] * (world_size - len(hands))
-        yield Step(index, 0.0, 0, 0, 0.0, tuple((hand,) for hand in hands))
-
-
-def pair_arrays(data: TokenizedComparisons, rewards_A: np.ndarray) -> PairArrays:
-    """Rewards, lengths, weights and sources of all pairs in the order of the data."""
-    first_answer_P = np.repeat(np.asarray(data.answer_offset)[:-1], data.pairs_N)
-    winner_P, loser_P = first_answer_P + data.winner, first_answer_P + data.loser
-    length_A = answer_lengths(data)
-    return PairArrays(
-        chosen_P=rewards_A[winner_P],
-        rejected_P=rewards_A[loser_P],
-        weight_P=np.asarray(data.weight, dtype=np.float64),
-        chosen_length_P=length_A[winner_P],
-        rejected_length_P=length_A[loser_P],
-        comparison_P=np.repeat(np.arange(len(data)), data.pairs_N),
-        winner_P=winner_P,
-        loser_P=loser_P,
-        source_P=np.repeat(data.source_index, data.pairs_N),
-        sources=tuple(data.sources),
+    source = config.data.train[0].path
+    config, version = first_error(
+        world, "looking at the data", lambda: with_rewardbench(config, rewardbench, prior_sets)
+    )
+    tokenizer = first_error(world, "loading the tokenizer", lambda: load_tokenizer(config))
+    positions = first_error(world, "loading the model's config", lambda: load_model_config(config.model))
+    longest = getattr(positions, "max_position_embeddings", None)
+    prepared = first_error(world, "preparing the data", lambda: prepare_data(config, tokenizer, longest))
+    data = prepared.train
+    evaluation, line = evaluated(config, world, tokenizer, data)
+    rewards_A, told = evaluation.rewards_A, data if version is None else fold_ties(data)
+    pairs, answers = pair_arrays(told, rewards_A), answer_arrays(told, rewards_A)
+    figures = evaluation.figures
+    if version is not None:
+        figures = pair_figures(pairs, answers)
+        figures["rewardbench"] = rewardbench_figures(version, data, rewards_A, figures)
+    return Report(
+        title=f"{config.model.name} on {source}",
+        facts={"model": config.model.name, "data": source, "template": config.data.template},
+        figures=figures,
+        pairs=pairs,
+        answers=answers,
+        samples=sample_rows(data, rewards_A, tokenizer, config.log.samples),
+        drops={source: data.report},
+        notes=[describe(prepared, config), line],
+        config_yaml=config.dump_yaml(),
+        environment=environment(world.device.type, world.size),
     )
 
 
-def answer_arrays(data: TokenizedComparisons, rewards_A: np.ndarray) -> AnswerArrays:
-    """Rewards, lengths, comparisons and sources of all answers in the order of the data."""
-    answers_N = np.diff(data.answer_offset)
-    return AnswerArrays(
-        reward_A=rewards_A,
-        length_A=answer_lengths(data),
-        comparison_A=np.repeat(np.arange(len(data)), answers_N),
-        source_A=np.repeat(data.source_index, answers_N),
+def write(report: Report, page: str | None, pictures: str | None) -> None:
+    """The page and the pictures where they were asked for. Raises UserError where they cannot be written."""
+    from rmcore.report.write import write_report
+
+    try:
+        write_report(report, Path(page) if page else None, Path(pictures) if pictures else None)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {page or pictures}: {error.strerror or error}") from None
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as lines of text, overall first, then by source when there are several."""
+    rows = {"all": figures, **(figures["sources"] if len(figures["sources"]) > 1 else {})}
+    width = max(map(len, rows))
+    lines = [f"{'':{width}}  {'pairs':>8} accuracy  95 % interval  longer     loss   chosen rejected   margin"]
+    for name, row in rows.items():
+        if "accuracy" not in row:
+            lines.append(f"{name:{width}}  {row['count']:>8,}   no pairs of any weight")
+            continue
+        interval = f"{row['accuracy_low']:.4f}-{row['accuracy_high']:.4f}"
+        means = " ".join(f"{row[key]:>8.4f}" for key in ("loss", "chosen_rewards", "rejected_rewards", "reward_margin"))
+        shares = f"{row['accuracy']:.4f} {interval}  {row['length_accuracy']:.4f}"
+        lines.append(f"{name:{width}}  {row['count']:>8,}   {shares} {means}")
+    return "\n".join([*lines, "longer: the accuracy of always preferring the longer answer", *_notes(figures)])
+
+
+def _notes(figures: dict[str, Any]) -> list[str]:
+    """Calibration, length and best of k, a line each."""
+    if "ece" not in figures:
+        return []
+    told = rewardbench_lines(figures["rewardbench"]) if "rewardbench" in figures else []
+    told += [
+        f"calibration: ECE {figures['ece']:.4f}, Brier {figures['brier']:.4f} (0.25 is what knowing nothing gives)"
+    ]
+    matched = figures["length_matched_count"]
+    if matched:
+        told.append(f"lengths within 10 %: accuracy {figures['length_matched_accuracy']:.4f} ({matched:,} pairs)")
+    told.append(
+        f"reward and length within a prompt: Spearman {figures['length_spearman_within']:+.4f}, "
+        f"Pearson {figures['length_pearson_within']:+.4f}"
     )
-
-
-def answer_lengths(data: TokenizedComparisons) -> np.ndarray:
-    """Tokens behind the prompt of each answer, int64 [A], what the template writes around it among them.
-
-    A rendered prompt may be longer than what the texts have in common (a cue that an answer's text writes otherwise).
-    """
-    prompt_N = np.minimum(data.prompt_length, data.prefix_length).astype(np.int64)
-    return data.text_length_A - np.repeat(prompt_N, np.diff(data.answer_offset))
-
-
-def sample_rows(data: TokenizedComparisons, rewards_A: np.ndarray, tokenizer: Any, count: int) -> list[SampleRow]:
-    """`count` pairs (all, if there are fewer) spread evenly over the data, as text; the same at every evaluation."""
-    rows = []
-    paired = np.flatnonzero(data.pairs_N)
-    total = len(paired)
-    places = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
-    for number in paired[places].tolist():
-        item = data.comparison(number)
-        winner, loser = (int(answer) for answer in item.pairs[0])
-        prompt_length = min(int(data.prompt_length[number]), len(item.prefix))
-        prompt, opening = item.prefix[:prompt_length], item.prefix[prompt_length:]
-        chosen, rejected = (np.concatenate([opening, item.tails[answer]]) for answer in (winner, loser))
-        first = int(data.answer_offset[number])
-        rows.append(
-            SampleRow(
-                prompt=tokenizer.decode(prompt.tolist()),
-                chosen=tokenizer.decode(chosen.tolist()),
-                rejected=tokenizer.decode(rejected.tolist()),
-                chosen_reward=float(rewards_A[first + winner]),
-                rejected_reward=float(rewards_A[first + loser]),
-            )
+    if "best_of_k_accuracy" in figures:
+        told.append(
+            f"best of 3 answers or more: {figures['best_of_k_accuracy']:.4f} of {figures['best_of_k_count']:,} "
+            f"comparisons (blindly {figures['best_of_k_chance']:.4f})"
         )
-    return rows
+    return told
 
 
 if __name__ == "__main__":
-    from rmcore.evaluate_command import main
-
     sys.exit(main(sys.argv[1:]))

@@ -1,219 +1,52 @@
-"""Trained weights in; out a directory that plain transformers, vLLM, SGLang and RewardBench load, proved by reloading.
+"""`rmcore export RUN -o DIR`: a Hugging Face directory from a checkpoint, checked as at the end of a training.
 
-In: the reward model's weights, one after the other, its Hugging Face config, the tokenizer, the template. Out: a
-directory with safetensors, config.json (one label, problem_type regression, a padding token that is not EOS), the
-tokenizer with the chat template, README.md (the card) and rmcore_config.yaml. It is written beside its place, reloaded
-with `AutoModelForSequenceClassification`, its rewards compared with the engine's (rmcore/export_check.py), and only
-then given its name.
+In: a run directory (its newest good checkpoint) or one checkpoint, of any strategy and number of ranks. Out: what
+rmcore/hf_export/directory.py describes. One process does it; it needs memory for the weights alone, not for the
+optimizer.
+Example: `rmcore export runs/hh/checkpoints/step-120 -o hh-120` prints "hh-120: step 120; rewards reloaded by
+transformers differ by 2.4e-07 (allowed 1.0e-05)".
 
-As a command: `python -m rmcore.export RUN -o DIR` (rmcore/export_command.py).
-
-Example: rewards [0.3127, -1.0442] of the engine, [0.3127, -1.0442] reloaded: largest difference 1.2e-07, allowed 1e-05.
+The base model's config and tokenizer are read where the run read them (override: model.name=...); its weights are not,
+except after LoRA.
+Where the data of the run can still be read, they give the texts of the check and the counts of the model card.
+`--normalise` measures mean and deviation of the rewards of all held-out answers, and stores them (see
+rmcore/scoring/normalisation.py).
 """
 
 from __future__ import annotations
 
-import copy
-import os
-import re
-import shutil
+import argparse
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
 
 from rmcore.config import UserError
-from rmcore.data.templates import Template
-from rmcore.data.tokenizer import TextEncoder
-from rmcore.export_check import ExportError, Parity, Probe, check_export, check_tokenizer, probe_text, reloaded
-from rmcore.export_weights import SHARD_SIZE, write_weights
-from rmcore.model.stored import is_rewritten
-from rmcore.normalisation import KEY as NORMALISATION
-from rmcore.normalisation import Normalisation
-from rmcore.status import fsync_directory
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
-@dataclass(frozen=True)
-class Package:
-    """What a model directory holds beside its weights.
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 1 the directory is not what was trained, 2 refused (checkpoint, config, files)."""
+    parser = argparse.ArgumentParser(
+        prog="rmcore export", description="A Hugging Face directory from a checkpoint, checked by reloading it."
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory (its newest good checkpoint), or a checkpoint")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="the directory to write")
+    parser.add_argument(
+        "--normalise", action="store_true", help="store mean and deviation of the rewards of all held-out answers"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (5GB)")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="where things are now: model.name=..., data.train.path=..."
+    )
+    given = parser.parse_intermixed_args(argv)
+    from rmcore.hf_export.from_checkpoint import export
+    from rmcore.hf_export.parity import ExportError
 
-    `model_class`: the `*ForSequenceClassification` class that the backbone belongs to. `hf_config`: the model's, as it
-    was trained (vocabulary size included). `dtype`: of the written weights (fp32 or bf16). `card`: README.md.
-    `config_yaml`: the resolved configuration. `normalisation`: to be stored in config.json; the weights, and the
-    rewards that they give, stay as they are. `max_shard_size`: of one safetensors file, such as "5GB".
-    """
-
-    model_class: type[PreTrainedModel]
-    hf_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerFast
-    template: Template
-    dtype: torch.dtype
-    card: str
-    config_yaml: str
-    normalisation: Normalisation | None = None
-    max_shard_size: str = SHARD_SIZE
-
-
-def export_model(
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    package: Package,
-    directory: str | Path,
-    probe: Probe,
-) -> Parity:
-    """Write, reload, compare, and only then put the directory in its place; in one process.
-
-    Args:
-        shapes, tensors: of `backbone.*` and `score.weight`; the weights one after the other, each whole.
-        probe: a few texts and the engine's rewards for them.
-    Raises:
-        UserError: `directory` holds something that is not a model, or the padding token equals EOS.
-        ExportError: weights do not fit the architecture, or a reloaded reward or token id differs; an existing
-            directory is untouched, and what was written is left in `<directory>.unverified`.
-    """
-    temporary = write_model(shapes, tensors, package, Path(directory))
     try:
-        parity = check_export(reloaded(temporary), probe, package.dtype)
-        check_tokenizer(temporary, package.tokenizer, package.template, probe.token_ids)
-    except BaseException as error:
-        raise ExportError(f"{error} (left in {set_aside(temporary, Path(directory))})") from error
-    take_place(temporary, Path(directory))
-    return parity
-
-
-def write_model(
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    package: Package,
-    directory: Path,
-) -> Path:
-    """Write all of it beside `directory`, and return where. Raises as `export_model`; nothing is left then."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
-    temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_weights(shapes, tensors, package, temporary)
-        exported_tokenizer(package.tokenizer, package.template).save_pretrained(temporary)
-        (temporary / "README.md").write_text(package.card, encoding="utf-8")
-        (temporary / "rmcore_config.yaml").write_text(package.config_yaml, encoding="utf-8")
-        _settle(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return temporary
-
-
-def set_aside(temporary: Path, directory: Path) -> Path:
-    """Keep what failed the check for people; returns where."""
-    aside = directory.with_name(f"{directory.name}.unverified")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(temporary, aside)
-    return aside
-
-
-def classifier_config(
-    hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, normalisation: Normalisation | None = None
-) -> PretrainedConfig:
-    """The config as others need it: one label, no sigmoid, a padding token that is not EOS."""
-    config = copy.deepcopy(hf_config)
-    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
-    config.problem_type = "regression"  # without it the pipeline and vLLM squash the reward through a sigmoid
-    # vLLM's score task and sentence-transformers' CrossEncoder ask here, and else take a sigmoid.
-    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
-    vars(config).pop(NORMALISATION, None)  # that of a model that training went on from
-    if normalisation is not None:
-        setattr(config, NORMALISATION, normalisation.stored())
-    config.pad_token_id = tokenizer.pad_token_id
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.pad_token_id is None or config.pad_token_id in (*eos, tokenizer.eos_token_id):
-        raise UserError(
-            f"the padding token {tokenizer.pad_token!r} is missing or equals EOS: a loader that looks for the last "
-            "token before the padding would read the wrong one; give the tokenizer a padding token of its own"
-        )
-    return config
-
-
-def exported_tokenizer(tokenizer: PreTrainedTokenizerFast, template: Template) -> PreTrainedTokenizerFast:
-    """A copy that pads on the right and holds the chat template that training rendered with (none for plain texts).
-
-    Where the tokenizer puts BOS in front by itself, training texts have one, but `apply_chat_template` adds none: the
-    template then writes it.
-    """
-    exported = copy.deepcopy(tokenizer)
-    exported.padding_side = "right"
-    exported.chat_template = template.chat_template
-    if template.chat_template is not None and TextEncoder(tokenizer).bos is not None:
-        text = probe_text(template)
-        if text is not None and not text.startswith(str(tokenizer.bos_token)):
-            exported.chat_template = "{{ bos_token }}" + template.chat_template
-    return exported
-
-
-def _write_weights(
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    package: Package,
-    directory: Path,
-) -> None:
-    config = classifier_config(package.hf_config, package.tokenizer, package.normalisation)
-    with torch.device("meta"):  # the class names the weights and knows how they lie on disk; it needs no memory
-        skeleton: Any = package.model_class(config)
-    skeleton.to(package.dtype)
-    prefix = f"{package.model_class.base_model_prefix}."
-
-    def theirs(name: str) -> str:
-        return re.sub(r"^backbone\.", prefix, name)
-
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    found = {theirs(name): shape for name, shape in shapes.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        shown = "; ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in wrong[:5])
-        raise ExportError(f"{len(wrong)} weights do not fit {package.model_class.__name__}: {shown}")
-    floating = all(tensor.is_floating_point() for tensor in skeleton.state_dict().values())
-    if skeleton.is_custom_code() or is_rewritten(config) or not floating:  # transformers knows how these are stored
-        state = {theirs(name): t.to(package.dtype) if t.is_floating_point() else t for name, t in tensors}
-        skeleton.save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
-        return
-    config.architectures, config.dtype = [package.model_class.__name__], package.dtype
-    config.save_pretrained(directory)
-    renamed = ((theirs(name), tensor) for name, tensor in tensors)
-    write_weights(directory, expected, package.dtype, renamed, package.max_shard_size)
-
-
-def _settle(directory: Path) -> None:
-    """Give every file the mode that the umask asks for (safetensors writes 0600) and bring it to the disk."""
-    mode = directory.stat().st_mode & 0o666
-    for path in directory.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    fsync_directory(directory)
-
-
-def take_place(temporary: Path, directory: Path) -> None:
-    """Give what passed the check its name."""
-    old = directory.with_name(f".old-{directory.name}-{os.getpid()}")
-    if directory.exists():
-        os.replace(directory, old)
-    os.replace(temporary, directory)
-    fsync_directory(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        for line in export(given.run, given.out, given.overrides, given.normalise, given.max_shard_size):
+            print(line)
+    except (UserError, ExportError) as error:
+        print(f"rmcore export: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
 
 
 if __name__ == "__main__":
-    from rmcore.export_command import main
-
     sys.exit(main(sys.argv[1:]))

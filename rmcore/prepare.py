@@ -11,38 +11,15 @@ import argparse
 import json
 import sys
 import time
-from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rmcore.config import Config, UserError, config_from_argv
+from rmcore.config import UserError, config_from_argv
+from rmcore.training.run_data import prepared
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from rmcore.data.prepare import PreparedData
+    pass
 
 ABOUT = "Tokenise the data of a run ahead. --json prints one JSON object and nothing else."
-
-
-def prepared(config: Config) -> tuple[PreTrainedTokenizerFast, PreparedData]:
-    """The tokenizer and the data of a config, with progress on stderr. Raises UserError."""
-    from dataclasses import replace
-
-    from rmcore.data.hub import offline_if_unreachable
-    from rmcore.data.prepare import prepare_data
-    from rmcore.data.tokenizer import load_tokenizer
-    from rmcore.model.backbone import load_model_config
-    from rmcore.progress import DataProgress
-
-    notes: list[str] = []
-    tokenizer = load_tokenizer(config, notes.append)
-    local = config.model.name == "synthetic" or Path(config.model.name).expanduser().is_dir()
-    with nullcontext() if local else offline_if_unreachable():
-        positions = getattr(load_model_config(config.model), "max_position_embeddings", None)
-    with DataProgress() as progress:
-        data = prepare_data(config, tokenizer, positions, progress)
-    return tokenizer, replace(data, notes=tuple(notes))
 
 
 def main(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--revision", help="the branch; it is made if it is not there (default: main)")
     parser.add_argument("--public", action="store_true", help="a repository that is made now is public, not private")
     given = parser.parse_args(argv)
-    from rmcore.hub import NoModel, PushError, push
+    from rmcore.hf_export.upload import NoModel, PushError, push
 
     hub = HubConfig(push=True, repo=given.repo, revision=given.revision, private=not given.public)
     try:

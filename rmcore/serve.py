@@ -1,6 +1,6 @@
 """`rmcore serve MODEL`: rewards over HTTP, for RL loops and best-of-n.
 
-In: a reward model's directory. Out: a service on localhost (rmcore/service_app.py says what it takes and gives).
+In: a reward model's directory. Out: a service on localhost (rmcore/serving/app.py says what it takes and gives).
 Example: `rmcore serve runs/hh/model --port 5000` prints "rmcore serve: runs/hh/model on http://127.0.0.1:5000";
 OpenRLHF's trainer is then started with --remote_rm_url http://127.0.0.1:5000/get_reward.
 
@@ -69,10 +69,11 @@ def serve(given: argparse.Namespace) -> None:
     with bound(given.host, given.port) as address:  # before the model is loaded, which may take minutes
         import uvicorn
 
-        from rmcore.scoring import Scorer, trial_rows
-        from rmcore.service import Batcher
-        from rmcore.service_app import Service, create_app
-        from rmcore.service_limits import Limits
+        from rmcore.scoring.rows import trial_rows
+        from rmcore.scoring.scorer import Scorer
+        from rmcore.serving.app import Service, create_app
+        from rmcore.serving.batcher import Batcher
+        from rmcore.serving.limits import Limits
 
         scorer = Scorer(given.model, given.overrides, normalise=given.normalise)
         scorer.choose_path(trial_rows())

@@ -21,27 +21,31 @@ if __name__ == "__main__":  # --help and mistakes in the config are answered bef
 import os
 from pathlib import Path
 
-from rmcore.assembly import Run, assemble, introduce
-from rmcore.bad_steps import BadSteps
 from rmcore.checkpoint.resume import choose_start
-from rmcore.checkpoint.saver import Saver
 from rmcore.config.loss import LossConfig
 from rmcore.config.schema import Config
-from rmcore.data.loader import Loader
-from rmcore.data.plan import Step
-from rmcore.evaluate import Evaluation, evaluate, sample_rows
-from rmcore.metrics import Metrics
-from rmcore.objectives import Objective
-from rmcore.optim import learning_rate, set_learning_rate
-from rmcore.outcome import DONE, FAILED, REFUSED, STOPPED, Ending, leave_process, recorded
+from rmcore.data.batches.loader import Loader
+from rmcore.data.batches.step_plan import Step
+from rmcore.evaluation.evaluate import Evaluation, evaluate
+from rmcore.evaluation.samples import sample_rows
+from rmcore.host.files import write_text_atomically
+from rmcore.model.objectives import Objective
+from rmcore.parallel.optim import learning_rate, set_learning_rate
 from rmcore.parallel.world import RankError, World, running_world
-from rmcore.preflight import check_disk, own_directory
-from rmcore.publish import publish
-from rmcore.pulse import Pulse
-from rmcore.report.of_run import report_run
-from rmcore.signals import GivenUp, Signals, Stopped, give_up_if_stopped
-from rmcore.status import write_status, write_text_atomically
-from rmcore.tracking import Moment, Tracker, start_tracker
+from rmcore.tracking.moment import Moment
+from rmcore.tracking.status import write_status
+from rmcore.tracking.tracker import Tracker, start_tracker
+from rmcore.training.assembly import assemble, introduce
+from rmcore.training.bad_steps import BadSteps
+from rmcore.training.heartbeat import Pulse
+from rmcore.training.metrics import Metrics
+from rmcore.training.outcome import DONE, FAILED, REFUSED, STOPPED, Ending, leave_process, recorded
+from rmcore.training.publish import publish
+from rmcore.training.run import Run
+from rmcore.training.run_directory import check_disk, own_directory
+from rmcore.training.run_report import report_run
+from rmcore.training.saver import Saver
+from rmcore.training.signals import GivenUp, Signals, Stopped, give_up_if_stopped
 
 
 def train(run: Run, tracker: Tracker, pulse: Pulse | None = None, signals: Signals | None = None) -> Evaluation | None:

@@ -66,8 +66,8 @@ class Checks:
 def check_all(config: Config) -> Checks:
     """Every check of a configuration that has been read."""
     from rmcore.data.prepare import describe, prepare_data
-    from rmcore.data.templates import load_template
-    from rmcore.progress import DataProgress
+    from rmcore.data.tokens.templates import load_template
+    from rmcore.tracking.data_progress import DataProgress
 
     checks = Checks()
     found = checks.found
@@ -94,7 +94,7 @@ def _names(config: Config) -> str:
 
 
 def _tokenizer(config: Config) -> tuple[Any, str, list[str]]:
-    from rmcore.data.tokenizer import load_tokenizer
+    from rmcore.data.tokens.tokenizer import load_tokenizer
 
     notes: list[str] = []
     tokenizer = load_tokenizer(config, notes.append)
@@ -116,8 +116,8 @@ def _template(template: Any) -> tuple[Any, str, list[str]]:
 
 
 def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
-    from rmcore.data.needs import counted_N, size_N
-    from rmcore.data.plan import Plan, work
+    from rmcore.data.batches.counting import counted_N, size_N
+    from rmcore.data.batches.step_plan import Plan, work
 
     counts = config.loss.traits.counts
     tokens_N, budget = train.tokens_N, config.batch.tokens

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from rmcore.config import load_config
-from tests.fault_rows_run import arguments
-from tests.paths import ROOT
+from tests.faults.rows_run import arguments
+from tests.harness.paths import ROOT
 
 LAUNCH = ROOT / "launch"
 

@@ -1,4 +1,4 @@
-"""The house's laws, as tests: which room may import which, what lies where, what no file may do, what the README says.
+"""The laws of the project, as tests: what a folder may import, what lies where, what no file may do.
 
 Each law is a function from source text to a list of complaints. It is run on the whole project, and on a planted
 violation, so that a law that no longer sees anything fails too.
@@ -11,54 +11,45 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 import rmcore
-from tests.paths import ROOT
+from rmcore.__main__ import COMMANDS as COMMANDS_OF_THE_CONSOLE
+from rmcore.__main__ import MODULES as MODULES_OF_COMMANDS
+from tests.harness.paths import ROOT
 
 PACKAGE = ROOT / "rmcore"
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
 
-# --- which room may import which -------------------------------------------------------------------------------------
-# (modules, what of rmcore they may import, which libraries they may import besides the standard one); the first row
-# that fits counts. rmcore.config holds UserError, so every room may import it. None: any library.
-ANY = None
-DATA_LIBRARIES = {"numpy", "datasets", "tokenizers", "transformers", "huggingface_hub", "pyarrow", "jinja2", "filelock"}
-RULES: list[tuple[str, set[str], set[str] | None]] = [
-    ("rmcore", set(), set()),
-    ("rmcore.config*", {"rmcore.config*"}, {"pydantic", "pydantic_core", "annotated_types", "yaml", "rich"}),
-    ("rmcore.__main__", {"rmcore.config*"}, set()),
-    ("rmcore.data.plan", set(), {"numpy"}),
-    ("rmcore.data.batch", {"rmcore.data*"}, {"numpy", "torch"}),
-    ("rmcore.data.loader", {"rmcore.data*"}, {"numpy", "torch"}),
-    ("rmcore.data*", {"rmcore.data*"}, DATA_LIBRARIES | {"xxhash", "yaml"}),
-    ("rmcore.ops*", {"rmcore.ops*"}, {"numpy", "torch", "triton"}),
-    ("rmcore.objectives", {"rmcore.ops*"}, {"torch"}),
-    # the embedded model's shape is part of the embedded task
-    ("rmcore.model.backbone", {"rmcore.model*", "rmcore.data.synthetic"}, ANY),
-    ("rmcore.model*", {"rmcore.model*", "rmcore.ops*", "rmcore.objectives", "rmcore.data.batch"}, ANY),
-    ("rmcore.optim", set(), {"torch"}),
-    ("rmcore.parallel.world", {"rmcore.parallel.rendezvous"}, {"numpy", "torch"}),
-    # a strategy wraps the model and makes its optimizer; the model does not know of it
-    ("rmcore.parallel*", {"rmcore.parallel*", "rmcore.model*", "rmcore.optim"}, {"torch"}),
-    ("rmcore.metrics", {"rmcore.parallel.world"}, {"numpy", "torch"}),
-    ("rmcore.train", {"rmcore*", "!rmcore.bench*"}, ANY),
-    ("rmcore.bench*", {"rmcore*"}, ANY),  # times the real loop; nothing imports it
-    ("rmcore*", {"rmcore*", "!rmcore.train", "!rmcore.bench*"}, ANY),
-]
+# --- what a folder may import ----------------------------------------------------------------------------------------
+# From the bottom to the top. A folder is one stage that the data pass, and imports only what stands before it here.
+LAYERS = (
+    *("host", "config", "ops"),
+    *("data", "model", "parallel", "cost"),
+    *("evaluation", "tracking", "report", "scoring"),
+    *("checkpoint", "serving", "hf_export", "training"),
+    *("commands", "bench"),
+)
+# The stages inside rmcore/data/, likewise; its own files (prepare.py, pipeline.py) put them together.
+DATA_LAYERS = ("drop_reasons", "synthetic", "formats", "reading", "tokens", "batches", "inspection")
+# What can be run lies in the root of the package, and nothing else.
+COMMANDS = {*(MODULES_OF_COMMANDS.get(name, name) for name in COMMANDS_OF_THE_CONSOLE), "__main__"} - {"bench"}
+# Folders whose modules must be importable with these libraries alone: `--help` must not wait for torch.
+LIGHT = {"config": {"pydantic", "pydantic_core", "annotated_types", "yaml", "rich"}}
 
 
 def module_name(path: str) -> str:
-    """rmcore/data/plan.py -> rmcore.data.plan; rmcore/data/__init__.py -> rmcore.data."""
+    """rmcore/data/prepare.py -> rmcore.data.prepare; rmcore/data/__init__.py -> rmcore.data."""
     return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+KNOWN = {module_name(path) for path in MODULES}
 
 
 def imports(source: str, module: str) -> set[str]:
     """Every module that the source imports, anywhere in it, as absolute names."""
-    known = {module_name(path) for path in MODULES}
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -68,25 +59,66 @@ def imports(source: str, module: str) -> set[str]:
             if node.level:  # relative: from the package that holds the module
                 parts = module.split(".")[: -node.level]
                 base = ".".join([*parts, base]).rstrip(".")
-            inner = {f"{base}.{alias.name}" for alias in node.names if base == "rmcore" and alias.name[0] != "_"}
-            inner |= {f"{base}.{alias.name}" for alias in node.names} & known  # from rmcore.data import plan
-            found |= inner or {base}
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in KNOWN else base for name in names}
     return found
 
 
+def height(module: str) -> tuple[int, int]:
+    """Where a module stands: the number of its layer, and within rmcore/data/ that of its stage."""
+    _, folder, *inside = module.split(".")
+    if folder not in LAYERS:
+        return LAYERS.index("commands"), 0
+    if folder == "data":
+        return LAYERS.index("data"), DATA_LAYERS.index(inside[0]) if inside and inside[0] in DATA_LAYERS else 99
+    return LAYERS.index(folder), 0
+
+
 def direction_complaints(source: str, module: str) -> list[str]:
-    """Imports that RULES do not allow to the module."""
-    allowed, libraries = next((own, other) for pattern, own, other in RULES if fnmatch(module, pattern))
+    """Imports of what stands higher, imports of one command by another, and heavy libraries in light folders."""
     complaints = []
     for name in sorted(imports(source, module)):
         library = name.split(".")[0]
         if library == "rmcore":
-            fits = any(fnmatch(name, pattern) for pattern in allowed | {"rmcore", "rmcore.config*"})
-            if not fits or any(fnmatch(f"!{name}", pattern) for pattern in allowed):
-                complaints.append(f"{module} imports {name}")
-        elif libraries is not ANY and library not in sys.stdlib_module_names and library not in libraries:
+            if name == "rmcore" or module == "rmcore" or name == module:
+                wrong = module == "rmcore"
+            else:
+                commands = LAYERS.index("commands")
+                between_commands = height(name)[0] == height(module)[0] == commands
+                wrong = height(name) > height(module) or between_commands
+            complaints += [f"{module} imports {name}"] * wrong
+        elif library not in sys.stdlib_module_names and library not in LIGHT.get(module.split(".")[1:2][0], {library}):
             complaints.append(f"{module} imports {name}")
     return complaints
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others (Tarjan 1972)."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        number[module] = lowest[module] = len(number)
+        stack.append(module)
+        for other in graph[module] & graph.keys():
+            if other not in number:
+                visit(other)
+                lowest[module] = min(lowest[module], lowest[other])
+            elif other in stack:
+                lowest[module] = min(lowest[module], number[other])
+        if lowest[module] == number[module]:
+            group = [stack.pop()]
+            while group[-1] != module:
+                group.append(stack.pop())
+            if len(group) > 1 or module in graph[module]:
+                found.append(sorted(group))
+
+    for module in sorted(graph):
+        if module not in number:
+            visit(module)
+    return found
 
 
 # --- what no file may do ---------------------------------------------------------------------------------------------
@@ -136,23 +168,6 @@ def danger_complaints(source: str, module: str) -> list[str]:
 
 
 # --- the shape of a file ---------------------------------------------------------------------------------------------
-FILE_LINES, FUNCTION_LINES = 300, 60
-# What may be longer, and why. An entry that is no longer needed is a complaint too.
-LONGER: dict[str, str] = {}
-
-
-def size_complaints(source: str, path: str) -> list[str]:
-    """The file over its budget, and each function over its own, named path or path:function."""
-    lines = len(source.splitlines())
-    complaints = [f"{path} has {lines} lines"] if lines > FILE_LINES else []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
-            length = node.end_lineno - node.lineno + 1
-            if length > FUNCTION_LINES:
-                complaints.append(f"{path}:{node.name} has {length} lines")
-    return complaints
-
-
 # A NotImplementedError that says what is not there is a refusal; a bare one is a stub.
 UNFINISHED = re.compile(r"\b(NotImplementedError(?! ?\()|TODO|FIXME|XXX)\b")
 
@@ -179,6 +194,13 @@ def broken(law: Law, by_name: bool = False) -> list[str]:
     return found
 
 
+def test_the_root_of_the_package_holds_commands_alone() -> None:
+    root = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert root == COMMANDS
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*LAYERS, "csrc"} - {"commands"}
+
+
 def test_imports_point_one_way() -> None:
     assert broken(direction_complaints, by_name=True) == []
 
@@ -186,18 +208,19 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
+        ("rmcore", "import rmcore.config"),
         ("rmcore.config", "import torch"),
         ("rmcore.config.help", "def f():\n    from transformers import AutoConfig"),
-        ("rmcore.data.plan", "from rmcore.data.batch import RaggedBatch"),
-        ("rmcore.data.tokens", "import torch"),
-        ("rmcore.data.sources", "from rmcore.model import backbone"),
-        ("rmcore.ops.pairwise", "from ..config import Config\nfrom ..model.attention import x"),
-        ("rmcore.model.reward_model", "from rmcore.data.tokens import prepare_data"),
+        ("rmcore.config.load", "from rmcore.data.prepare import prepare_data"),
+        ("rmcore.data.formats.fields", "from rmcore.data.tokens import cache"),
+        ("rmcore.data.tokens.cache", "from ..batches.batch import RaggedBatch"),
+        ("rmcore.data.reading.sources", "from rmcore.model import backbone"),
+        ("rmcore.ops.pairwise", "from ..model.attention import x"),
         ("rmcore.model.pruning", "from rmcore.parallel.ddp import DataParallel"),
-        ("rmcore.parallel.ddp", "from ..metrics import Metrics"),
-        ("rmcore.parallel.world", "from .ddp import DataParallel"),
-        ("rmcore.optim", "import rmcore.checkpoint"),
-        ("rmcore.evaluate", "from rmcore import train"),
+        ("rmcore.parallel.ddp", "from ..training.metrics import Metrics"),
+        ("rmcore.evaluation.evaluate", "from rmcore import train"),
+        ("rmcore.checkpoint.resume", "import rmcore.training.saver"),
+        ("rmcore.evaluation.evaluate", "from rmcore.evaluate import main"),
         ("rmcore.score", "import rmcore.train"),
         ("rmcore.train", "from rmcore.bench.measure import machine"),
     ],
@@ -209,6 +232,16 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
 def test_a_right_import_passes() -> None:
     source = "import os, torch\nfrom rmcore.config import UserError\nfrom rmcore.ops.pairwise import pairwise_loss"
     assert direction_complaints(source, "rmcore.model.reward_model") == []
+
+
+def test_no_modules_import_each_other() -> None:
+    sources = {module_name(path): (ROOT / path).read_text(encoding="utf-8") for path in MODULES}
+    assert circles({name: imports(source, name) for name, source in sources.items()}) == []
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_no_pickle_and_no_code_from_text() -> None:
@@ -251,20 +284,6 @@ def test_nothing_is_a_stub() -> None:
     assert broken(unfinished_complaints) == []
     assert unfinished_complaints("raise NotImplementedError\n", "planted")
     assert not unfinished_complaints("raise NotImplementedError('no second derivative')", "planted")
-
-
-def test_files_and_functions_keep_to_their_budgets() -> None:
-    complaints = broken(size_complaints)
-    names = {complaint.split(" has ")[0] for complaint in complaints}
-    assert [complaint for complaint in complaints if complaint.split(" has ")[0] not in LONGER] == []
-    assert sorted(set(LONGER) - names) == [], "no longer over the budget: remove the entry"
-    assert all(len(reason.split()) >= 4 for reason in LONGER.values()), "an exception names its reason"
-
-
-def test_a_file_over_its_budget_is_seen() -> None:
-    assert size_complaints("x = 1\n" * (FILE_LINES + 1), "planted")
-    assert size_complaints("def f():\n" + "    x = 1\n" * FUNCTION_LINES, "planted")
-    assert not size_complaints("def f():\n" + "    x = 1\n" * (FUNCTION_LINES - 1), "planted")
 
 
 # --- importing does nothing ------------------------------------------------------------------------------------------

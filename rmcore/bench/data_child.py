@@ -63,7 +63,7 @@ class Memory:
 def prepare_with_rmcore(settings: dict[str, Any]) -> Work:
     from rmcore.config import load_config
     from rmcore.data.prepare import prepare_data
-    from rmcore.data.tokenizer import load_tokenizer
+    from rmcore.data.tokens.tokenizer import load_tokenizer
 
     config = load_config(None, [
         f"model.name={settings['model']}", f"data.train.path={settings['rows']}", "data.template=none",
@@ -127,7 +127,7 @@ def prepare_with_trl(settings: dict[str, Any]) -> Work:
 def plan_an_epoch(settings: dict[str, Any]) -> Work:
     import numpy as np
 
-    from rmcore.data.plan import Plan, work
+    from rmcore.data.batches.step_plan import Plan, work
 
     rng = np.random.Generator(np.random.PCG64(0))
     pairs = settings["pairs"]

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from rmcore.bench.gpu_train import Rows, padded_run, rmcore_run, rows_of_lengths
 from rmcore.bench.gpu_trl import python_with_trl, trl_run
 from rmcore.bench.measure import machine, write_results
-from rmcore.data.batch import AttentionLayout, build_batch
+from rmcore.data.batches.batch import AttentionLayout, build_batch
 from rmcore.model.attention import attention_forward
 from rmcore.model.pruning import LAYOUT
 from rmcore.model.reward_model import PADDED, SHARED, RewardModel

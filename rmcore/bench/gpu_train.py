@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmcore.config.schema import Config
-from rmcore.data.loader import Loader
-from rmcore.data.plan import Plan, work
-from rmcore.data.tokens import EncodedRow, LengthLimits, TokenizedComparisons, in_memory
-from rmcore.metrics import PEAK_FLOPS, model_flops_per_token
+from rmcore.cost.flops import PEAK_FLOPS, model_flops_per_token
+from rmcore.cost.memory import fit
+from rmcore.data.batches.loader import Loader
+from rmcore.data.batches.step_plan import Plan, work
+from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
+from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.model.backbone import recompute_activations
-from rmcore.model.memory import fit
 from rmcore.model.reward_model import SHARED, RewardModel
-from rmcore.parallel.strategy import make_strategy
+from rmcore.parallel.make import make_strategy
 from rmcore.parallel.world import World
 
 WARM = 2  # steps that are not timed

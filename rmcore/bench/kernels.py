@@ -23,7 +23,7 @@ from torch import Tensor
 import rmcore.ops as ops
 from rmcore.bench.kernel_cases import Case, attention_case, cases, pairwise_case
 from rmcore.bench.measure import Clock, add_up, machine, spread, write_results
-from rmcore.model.memory import keep_freed_memory
+from rmcore.host.memory import keep_freed_memory
 
 Row = dict[str, Any]
 

@@ -64,7 +64,7 @@ def write_model(directory: Path, shape: str) -> None:
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
     from rmcore.data.synthetic import byte_tokenizer
-    from rmcore.export_weights import write_weights
+    from rmcore.hf_export.weights import write_weights
 
     hidden, layers, heads, intermediate = SHAPES[shape]
     tokenizer = byte_tokenizer()

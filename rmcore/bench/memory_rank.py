@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import rmcore.publish
-from rmcore.assembly import assemble
+import rmcore.training.publish
 from rmcore.bench.measure import report
 from rmcore.bench.memory import settings_of
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config import load_config
 from rmcore.parallel.world import barrier, gather_json, running_world
-from rmcore.tracking import Tracker
+from rmcore.tracking.tracker import Tracker
 from rmcore.train import train
+from rmcore.training.assembly import assemble
 
 
 class Losses(Tracker):
@@ -42,7 +42,7 @@ def peak() -> dict[str, int]:
 
 def main(settings: dict[str, Any]) -> None:
     config = load_config(None, settings_of(settings))
-    rmcore.publish.RELOAD_SHARE = 0.0  # the export is checked in parts however much memory there is
+    rmcore.training.publish.RELOAD_SHARE = 0.0  # the export is checked in parts however much memory there is
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
         marks = {"start": peak()}
@@ -53,7 +53,7 @@ def main(settings: dict[str, Any]) -> None:
         train(state, tracker)
         barrier(world)
         marks["train"] = peak()
-        rmcore.publish.publish(state, None, tracker)
+        rmcore.training.publish.publish(state, None, tracker)
         barrier(world)
         marks["export"] = peak()
         mine: dict[str, Any] = {"rank": world.rank, **{phase: mark["peak"] for phase, mark in marks.items()}}

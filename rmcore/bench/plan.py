@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
 
 def foretold(config: Config, *flags: str) -> dict[str, Any]:
     """What `rmcore plan --json` says of a config on CPU ranks."""
-    from rmcore.plan.__main__ import plan_of
-    from rmcore.plan.report import as_dict
+    from rmcore.cost.report import as_dict
+    from rmcore.plan import plan_of
 
     return as_dict(plan_of(config, ["--gpu", "cpu", *flags]))
 
@@ -71,7 +71,7 @@ def one_process(options: argparse.Namespace, model: str, precision: str) -> dict
 def many_ranks(file: Path) -> dict[str, Any]:
     """The peak of each rank in a result of rmcore.bench memory, and the plan of that run."""
     from rmcore.bench.memory import settings_of
-    from rmcore.plan.shapes import SHAPES
+    from rmcore.cost.shapes import SHAPES
 
     found = json.loads(file.read_text(encoding="utf-8"))
     settings = found["settings"]

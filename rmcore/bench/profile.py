@@ -62,13 +62,13 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from rmcore.assembly import assemble
     from rmcore.bench.train_rmcore import Stopwatch, config_of, flops_of_step
     from rmcore.checkpoint.resume import choose_start
-    from rmcore.data.batch import build_batch
+    from rmcore.cost.machines import matrix_rate
+    from rmcore.data.batches.batch import build_batch
     from rmcore.parallel.world import running_world
-    from rmcore.plan.machines import matrix_rate
     from rmcore.train import train
+    from rmcore.training.assembly import assemble
 
     torch.set_num_threads(options.threads)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

@@ -5,7 +5,8 @@ pair of the plan, measured up to some ten million pairs in processes of their ow
 last two), what a step costs (drawing its comparisons, cutting it into ranks), the idle share of ranks by imbalance, and
 the metadata of the cache in bytes a pair. Seeds are in the record.
 
-Starts are measured with an order that is held, as it is up to rmcore.data.plan.HELD_AT_MOST comparisons, and with the
+Starts are measured with an order that is held, as it is up to rmcore.data.batches.step_plan.HELD_AT_MOST comparisons,
+and with the
 keyed one that is computed step by step beyond. Example: 10^9 pairs, a step of 16,384: drawn in a millisecond.
 """
 
@@ -62,8 +63,8 @@ def main(arguments: list[str]) -> int:
 def lengths(options: argparse.Namespace) -> tuple[np.ndarray, float, float]:
     """Computed tokens of the real comparisons; bytes a pair that the cache holds beside the tokens, and of tokens."""
     from rmcore.config import load_config
-    from rmcore.data.tokens import ARRAYS
-    from rmcore.prepare import prepared
+    from rmcore.data.tokens.comparisons import ARRAYS
+    from rmcore.training.run_data import prepared
 
     sources = "[" + ", ".join(f"{{path: {json.dumps(name)}}}" for name in options.data) + "]"
     overrides = [f"model.name={options.model}", f"data.train={sources}", f"data.template={options.template}"]
@@ -81,7 +82,7 @@ def start(size: int, ranks: int, tokens_N: np.ndarray, *, keyed: bool) -> dict[s
 
 def measured_start(settings: dict[str, Any]) -> dict[str, float]:
     """What one rank does before its first step, from mapped lengths on; seconds of its CPU."""
-    from rmcore.data import plan as planning
+    from rmcore.data.batches import step_plan as planning
 
     size, ranks = settings["size"], settings["ranks"]
     planning.HELD_AT_MOST = 0 if settings["keyed"] else size
@@ -123,7 +124,7 @@ def extrapolated(starts: list[dict[str, float]], pairs: int) -> dict[str, float]
 
 def keyed_step(pairs: int, a_step: int, tokens_N: np.ndarray, ranks: int) -> dict[str, float]:
     """Seconds to draw, and to cut, a step of `a_step` comparisons of `pairs`; lengths are drawn as they are met."""
-    from rmcore.data.plan import KeyedOrder, cut, work
+    from rmcore.data.batches.step_plan import KeyedOrder, cut, work
 
     drawing, cutting = [], []
     for step in range(STEPS):
@@ -143,7 +144,7 @@ def balance(tokens_N: np.ndarray, ranks: int, each: int) -> dict[str, float]:
     `idle`: ranks wait for the busiest at the end of the step (ddp, zero1, zero2); `idle_micro`: after every micro batch
     (zero3 and hsdp gather each layer together).
     """
-    from rmcore.data.plan import cut, work
+    from rmcore.data.batches.step_plan import cut, work
 
     rng = np.random.default_rng(SEED + each)
     idle, idle_micro, seconds, micro = [], [], [], 0

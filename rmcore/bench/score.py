@@ -66,7 +66,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
 
 def scorer(settings: dict[str, Any], rows: list[dict[str, Any]]):  # type: ignore[no-untyped-def]
     """All rows through `rmcore score`'s own code."""
-    from rmcore.scoring import Scorer
+    from rmcore.scoring.scorer import Scorer
 
     precision = f"parallel.precision={settings['precision']}"
     one = Scorer(settings["model"], ["data.template=none", precision])

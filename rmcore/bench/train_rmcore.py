@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmcore.assembly import Run, assemble
 from rmcore.bench.measure import Clock, add_up, report
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config import Config
-from rmcore.data.batch import RaggedBatch, build_batch
+from rmcore.cost.machines import matrix_rate
+from rmcore.data.batches.batch import RaggedBatch, build_batch
 from rmcore.parallel.world import all_reduce_sum, barrier, running_world
-from rmcore.plan.machines import matrix_rate
-from rmcore.tracking import Tracker
+from rmcore.tracking.tracker import Tracker
 from rmcore.train import train
+from rmcore.training.assembly import assemble
+from rmcore.training.run import Run
 
 
 class Stopwatch(Tracker):

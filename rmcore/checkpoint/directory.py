@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from rmcore.faults import fault
-from rmcore.status import fsync_directory, write_text_atomically
+from rmcore.host.faults import fault
+from rmcore.host.files import fsync_directory, write_text_atomically
 
 NAME = re.compile(r"step-(0|[1-9]\d*)")
 

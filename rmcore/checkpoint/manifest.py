@@ -14,7 +14,7 @@ import xxhash
 
 from rmcore.checkpoint.shards import Damaged, FileRecord, hash_file
 from rmcore.config import UserError
-from rmcore.status import finite, write_text_atomically
+from rmcore.host.files import finite, write_text_atomically
 
 FORMAT = 1
 FILE = "manifest.json"

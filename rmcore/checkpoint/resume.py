@@ -20,10 +20,10 @@ from rmcore.checkpoint.shards import Damaged, FileRecord, read_slices
 from rmcore.checkpoint.state import make_averages, pieces
 from rmcore.config import UserError, load_config
 from rmcore.config.schema import Config
-from rmcore.faults import fault
+from rmcore.host.faults import fault
 from rmcore.parallel.strategy import Strategy
 from rmcore.parallel.world import T, World, all_gather_json, broadcast_json, first_error
-from rmcore.status import read_status
+from rmcore.tracking.status import read_status
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rmcore.faults import fault
+from rmcore.host.faults import fault
 
 CHUNK = 16 << 20  # bytes hashed and written at a time
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rmcore.config.file import SOURCE_LISTS, KeyPath, Layers, Origin, dotted, plain_kind
 from rmcore.config.help import keys_of, kind_of_field, section_class
+from rmcore.config.layers import SOURCE_LISTS, KeyPath, Layers, Origin, dotted, plain_kind
 
 # what other trainers (TRL, open-instruct, OpenRLHF) call a key
 ELSEWHERE = {

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from rmcore import __version__
 from rmcore.config.errors import explain
-from rmcore.config.file import Layers, Origin, UserError, read_layers
 from rmcore.config.help import help_text
+from rmcore.config.layers import Layers, Origin, UserError, read_layers
 from rmcore.config.schema import Config
 
 

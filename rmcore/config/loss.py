@@ -3,7 +3,7 @@
 Enters: plain values. Leaves: a frozen `LossConfig`. Example: `loss.name=hinge loss.tie_rate=0.2` is refused, because
 hinge reads no ties; `loss.name=regression` asks the data for scores and counts scored answers instead of pairs.
 
-The objectives themselves are functions of the same names in rmcore/objectives.py.
+The objectives themselves are functions of the same names in rmcore/model/objectives.py.
 """
 
 from typing import Annotated, Literal, NamedTuple

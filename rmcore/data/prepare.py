@@ -4,7 +4,8 @@ In: `Config`, the tokenizer, the model's positions. Out: `PreparedData(train, ev
 with eval_fraction 0.1 give a train part and an eval part of some 1,710 and 190 rows that have no prompt in common; the
 second start reads both from the cache.
 
-Every rank may call `prepare_data` at once: one builds, the others wait for it (rmcore.data.cache). No collectives.
+Every rank may call `prepare_data` at once: one builds, the others wait for it (rmcore.data.tokens.cache). No
+collectives.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rmcore.config import Config, UserError
-from rmcore.data.endings import answer_ends, ending_warning
-from rmcore.data.part import Part, Progress
-from rmcore.data.sources import load_sources
-from rmcore.data.summary import describe_part
-from rmcore.data.templates import Template, load_template
-from rmcore.data.tokenizer import tokenizer_fingerprint
-from rmcore.data.tokens import TokenizedComparisons
+from rmcore.data.inspection.summary import describe_part
+from rmcore.data.pipeline import Part, Progress
+from rmcore.data.reading.sources import load_sources
+from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.end_tokens import answer_ends, ending_warning
+from rmcore.data.tokens.templates import Template, load_template
+from rmcore.data.tokens.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

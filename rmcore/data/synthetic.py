@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rmcore.config import UserError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 COLOURS = ("red", "blue", "green", "white", "yellow", "purple", "pink", "cyan")
 THINGS = (
@@ -96,15 +96,3 @@ def _byte_alphabet() -> list[str]:
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [table[byte] for byte in range(256)]
-
-
-def synthetic_model_config() -> LlamaConfig:
-    """A two-layer Llama of 0.36 million parameters, to be given random weights; it learns the embedded task."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=264, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=256, max_position_embeddings=MAX_POSITIONS, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # learns in half the steps of the usual 0.02
-    )  # fmt: skip

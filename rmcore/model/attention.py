@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from rmcore.data.batch import AttentionLayout
+from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.pruning import LAYOUT, ScoredRows
 from rmcore.ops.gather_prefix import GatherPlan, gather_prefix_kv

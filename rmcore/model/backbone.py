@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
-from rmcore.data.synthetic import synthetic_model_config
-from rmcore.model.drawn import Drawn, Undrawn
-from rmcore.model.empty import empty_model, fresh_head, grow, refuse_strangers
+from rmcore.model.meta_model import empty_model, fresh_head, grow, refuse_strangers
+from rmcore.model.random_weights import Drawn, Undrawn
+from rmcore.model.synthetic_model import synthetic_model_config
 
 EMBEDDED = "synthetic"  # the name of the tiny model that comes with rmcore
 

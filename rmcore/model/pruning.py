@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rmcore.data.batch import AttentionLayout
+from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.backbone import decoder_layers
 
 ROWS = "rmcore_scored_rows"  # the keyword under which the rows travel through a Hugging Face model's forward

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rmcore.data.batch import RaggedBatch
+from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
+from rmcore.model.objectives import Objective
 from rmcore.model.pruning import LAYOUT, ROWS, Pruning
-from rmcore.objectives import Objective
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rmcore.config import UserError
-from rmcore.data.batch import Comparisons, build_batch
+from rmcore.data.batches.batch import Comparisons, build_batch
 from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
 
 # fp32 paths differ by rounding alone: 1e-7 to 1e-5 at depths of 4 to 80 layers; a wrong mask or position moves a reward

@@ -21,10 +21,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from rmcore.config import Config
+from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import compile_layers
-from rmcore.model.memory import keep_freed_memory
 from rmcore.model.reward_model import RewardModel
-from rmcore.optim import adamw_arguments, parameter_groups
+from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.strategy import gradient_norms
 from rmcore.parallel.world import World
 

@@ -39,9 +39,9 @@ from torch.distributed.tensor import DTensor
 from rmcore.config import Config
 from rmcore.model.attention import compile_layers
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.outline import Outline
+from rmcore.model.lazy_model import Outline
 from rmcore.model.reward_model import RewardModel
-from rmcore.optim import adamw_arguments, parameter_groups
+from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
 from rmcore.parallel.strategy import gradient_norms
 from rmcore.parallel.world import World

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from rmcore.answer_figures import AnswerArrays
-from rmcore.evaluate import SampleRow
-from rmcore.figures import PairArrays
+from rmcore.evaluation.answer_metrics import AnswerArrays
+from rmcore.evaluation.pair_metrics import PairArrays
+from rmcore.evaluation.samples import SampleRow
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rmcore import __version__
-from rmcore.evaluate import SampleRow
+from rmcore.evaluation.samples import SampleRow
+from rmcore.host.terminal import visible
 from rmcore.report.content import Report
-from rmcore.screen import visible
 
 CSS = Path(__file__).with_name("report.css")
 MOST_CHARACTERS = 3000  # of each text of a sample; samples.jsonl of a run holds them whole

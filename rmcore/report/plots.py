@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rmcore.data.fields import printable
-from rmcore.figures import accuracy_interval, wilson_interval
+from rmcore.data.formats.fields import printable
+from rmcore.evaluation.pair_metrics import accuracy_interval, wilson_interval
 from rmcore.report.content import Report
 from rmcore.report.draw import CHOSEN, GREY, INK, PLAIN, REJECTED, new_figure
 

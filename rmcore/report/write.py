@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rmcore.host.files import write_text_atomically
 from rmcore.report import curves, plots
 from rmcore.report.content import Report
 from rmcore.report.draw import png, style, svg
 from rmcore.report.page import page
-from rmcore.status import write_text_atomically
 
 Draw = Callable[[Report], Any]
 OF_A_RUN: dict[str, tuple[Draw, str]] = {

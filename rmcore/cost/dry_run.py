@@ -1,0 +1,269 @@
+"""What a model's training takes, from its config alone: parameters counted on meta, activations on fake tensors.
+
+Enters: a Hugging Face config. Leaves: a `DryRun` with `Sizes` (parameters by place) and `TokenBytes` (activation bytes
+of one token of a micro batch). No weights are read and no arithmetic is done: a forward and a backward of two small
+copies of the model (two and three layers) run on torch's fake tensors while the bytes of live storages are counted.
+Example: a 2.8b GPT-NeoX (D 2560) in bf16 keeps 85 kB a token and layer without recompute (33 D), 51 kB (20 D)
+selective, 6 kB (2.3 D) with full recompute.
+
+What is counted is rmcore's own packed forward with the last layer pruned, so it holds for any decoder that runs there.
+It is the CPU's path: on CUDA attention keeps gathered copies of keys and values besides, which `TokenBytes` adds.
+Where a model does not run on fake tensors, the rule of thumb of `ESTIMATE` stands in (30 D a token and layer in bf16
+without recompute, 18 D selective, 2 D full; an estimate that others checked against llm.c).
+"""
+
+import copy
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from rmcore.data.batches.batch import TokenizedComparison, build_batch
+from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
+from rmcore.model.pruning import ATTENTION, OUTPUT, QUERY, part
+from rmcore.model.reward_model import SHARED, RewardModel
+
+HOW = ("none", "selective", "full")  # recompute, the fastest first
+ESTIMATE = {"none": 30.0, "selective": 18.0, "full": 2.0}  # bytes a token, layer and unit of width in bf16
+PREFIX, TAIL = 2**17, 2**16  # tokens of the comparisons of the dry run: no gradient of a weight outweighs so many
+AUTOCAST, CAST, FP32 = "autocast", "cast", "fp32"  # fp32 weights that products cast to bf16; bf16 weights; neither
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a reward model: `total`, of one decoder `layer` (the largest), of all else (`root`), of the
+    `embedding` alone; `products`: what a token is multiplied with in all layers but the last, `last` in the last one,
+    of which only keys and values are computed for every token.
+    """
+
+    total: int
+    layer: int
+    root: int
+    embedding: int
+    products: int
+    last: int
+    layers: int
+    width: int  # heads x head size: what attention multiplies
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes that one token of a micro batch takes: `kept` until the backward in all layers, `working` at most on top
+    of that at any moment; `counted`: by a dry run, or by the rule of thumb.
+    """
+
+    kept: float
+    working: float
+    counted: bool
+
+    @property
+    def total(self) -> float:
+        return self.kept + self.working
+
+
+class DryRun:
+    """A model as far as its config tells: `sizes`, and the bytes of a token, each counted when first asked for.
+
+    Raises ValueError or OSError for a config of no decoder that transformers can build.
+    """
+
+    def __init__(self, hf_config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
+        self.hf_config, self._trust = hf_config, trust_remote_code
+        self.sizes = _sizes(hf_config, self._meta_model(hf_config))
+        self._known: dict[tuple[str, str, bool], TokenBytes] = {}
+
+    def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True) -> TokenBytes:
+        """What a token of a micro batch takes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute`.
+
+        cuda: attention gathers keys and values for each answer (rmcore.model.attention) and keeps the copies.
+        """
+        asked = arithmetic, recompute, cuda and arithmetic != FP32
+        if asked not in self._known:
+            self._known[asked] = self._count(*asked)
+        return self._known[asked]
+
+    def _count(self, arithmetic: str, recompute: str, cuda: bool) -> TokenBytes:
+        layers, half = self.sizes.layers, 4.0 if arithmetic == FP32 else 2.0
+        # Everything is linear in the tokens, and what is kept is linear in the layers; a constant (bf16 copies of
+        # weights) falls out of the difference of two lengths. Pruning is tried first, as the self-test of a run does.
+        for pruned in (True, False):
+            try:
+                two, three = (self._slope(count, arithmetic, recompute, pruned) for count in (2, 3))
+                break
+            except Exception:  # whatever stops a model on fake tensors must not stop a plan or a run
+                continue
+        else:
+            width = half / 2.0 * self.hf_config.hidden_size
+            live = 0.0 if recompute == "none" else ESTIMATE["none"]
+            return TokenBytes(layers * width * ESTIMATE[recompute], width * live, counted=False)
+        kept = two[0] + (layers - 2) * (three[0] - two[0])
+        if cuda and recompute == "none":
+            rows = (2 * PREFIX + 2 * TAIL) / (PREFIX + 2 * TAIL)  # gathered a token computed
+            kept += (layers - 1) * rows * 2 * half * _attention_widths(self.hf_config)[1]
+        return TokenBytes(kept, max(two[1], three[1]), counted=True)
+
+    def _slope(self, layers: int, arithmetic: str, recompute: str, pruned: bool) -> tuple[float, float]:
+        """(kept, working) bytes a token of a model of so many layers."""
+        short, long = (self._live_bytes(layers, count, arithmetic, recompute, pruned) for count in (2, 4))
+        tokens = 2 * (PREFIX + 2 * TAIL)
+        kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
+        return kept, max(0.0, peak - kept)
+
+    def _live_bytes(
+        self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool
+    ) -> tuple[int, int]:
+        """Live bytes after the forward, and at most until the end of the backward, parameters and gradients apart."""
+        small = copy.deepcopy(self.hf_config)
+        small.num_hidden_layers = layers
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:layers]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            hf_model = self._meta_model(small, torch.bfloat16 if arithmetic == CAST else torch.float32)
+            _to_fake(hf_model)
+            turn_dropout_off(hf_model)
+            backbone, score = cast(PreTrainedModel, hf_model.base_model), cast(nn.Linear, hf_model.score)
+            model = RewardModel(backbone, score, pad_token_id=0)
+            model.use(SHARED, pruned=pruned)
+            recompute_activations(model.backbone, recompute)
+            model.train()
+            batch = build_batch(_Comparisons(), range(comparisons))
+            batch = batch.mapped(lambda t: torch.empty(t.shape, dtype=t.dtype))
+            half = torch.autocast("cpu", torch.bfloat16) if arithmetic == AUTOCAST else nullcontext()
+            with LiveBytes(model) as live:
+                with half:
+                    loss = model(batch).loss_sum
+                kept = live.now
+                loss.backward()
+        return kept, live.peak
+
+    def _meta_model(self, hf_config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The classifier with its shapes and without its memory."""
+        hf_config = copy.deepcopy(hf_config)
+        hf_config.num_labels, hf_config.pad_token_id = 1, 0
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(hf_config, dtype=dtype, trust_remote_code=self._trust)
+
+
+def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel) -> Sizes:
+    layers = decoder_layers(cast(PreTrainedModel, model.base_model))
+    total, counts = _count(model), [_count(layer) for layer in layers]
+    matrices = [_matrices(layer) for layer in layers]
+    return Sizes(
+        total=total,
+        layer=max(counts),
+        root=total - sum(counts),
+        embedding=_count(model.get_input_embeddings()),
+        products=sum(matrices[:-1]),
+        last=_keys_and_values(layers[-1], matrices[-1]),
+        layers=len(layers),
+        width=_attention_widths(hf_config)[0],
+    )
+
+
+def _attention_widths(hf_config: PretrainedConfig) -> tuple[int, int]:
+    """Query heads, and key heads, times the head size."""
+    heads = hf_config.num_attention_heads
+    head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    return heads * head, (getattr(hf_config, "num_key_value_heads", None) or heads) * head
+
+
+def _keys_and_values(layer: nn.Module, whole: int) -> int:
+    """The matrices of the last layer that meet every token: attention's, without its output, without its query."""
+    try:
+        attention = part(layer, ATTENTION)
+        others = [part(attention, OUTPUT), *(getattr(attention, name) for name in QUERY if hasattr(attention, name))]
+    except ValueError:  # it is not pruned
+        return whole
+    return _matrices(attention) - sum(_matrices(module) for module in others)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _to_fake(model: nn.Module) -> None:
+    """Parameters and buffers of a meta model as fake tensors of the CPU; call it under a FakeTensorMode."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    prefix: np.ndarray
+    tails: list[np.ndarray]
+    pairs: np.ndarray
+    margin: np.ndarray
+    weight: np.ndarray
+    ties: np.ndarray
+    tie_weight: np.ndarray
+    score: np.ndarray
+
+
+class _Comparisons:
+    """Any number of alike comparisons of two answers."""
+
+    def comparison(self, number: int) -> TokenizedComparison:
+        one = np.ones(1, dtype=np.float32)
+        tail = np.zeros(TAIL, dtype=np.int32)
+        return _Comparison(np.zeros(PREFIX, dtype=np.int32), [tail, tail], np.array([[0, 1]]), 0 * one, one,
+                           np.zeros((0, 2), dtype=np.int64), one[:0], np.full(2, np.nan, dtype=np.float32))  # fmt: skip
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that tensor operations make, while they live: `now`, and the `peak`.
+
+    Those of `model`'s parameters and buffers are left out, and so are its gradients once they are accumulated. Counts
+    fake tensors and real ones alike (memory that an operation takes and frees within itself is not seen).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._sizes[tensor.untyped_storage()._cdata] = 0
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None, "called when there is one"
+        key = parameter.grad.untyped_storage()._cdata
+        self.now -= self._sizes.get(key, 0)
+        self._sizes[key] = 0

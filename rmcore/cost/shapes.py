@@ -1,0 +1,92 @@
+"""The shape of the model that a config names: its own config where it can be had, else the table below.
+
+Enters: `model.*` of the config, perhaps a file that stands in. Leaves: the Hugging Face config and where it is from.
+Example: EleutherAI/pythia-1b-deduped without a network -> 16 layers, D 2048, from `SHAPES`. No weights are read.
+
+`SHAPES` copies the published config.json files of models that rmcore's configs and users name often; a hub that answers
+is asked first.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rmcore.config import UserError
+from rmcore.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def _pythia(width: int, layers: int, heads: int, inner: int, vocabulary: int = 50304) -> dict[str, Any]:
+    return {"model_type": "gpt_neox", "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "intermediate_size": inner, "max_position_embeddings": 2048}  # fmt: skip
+
+
+def _llama(
+    kind: str, width: int, layers: int, heads: int, groups: int, inner: int, vocabulary: int, positions: int
+) -> dict[str, Any]:
+    return {"model_type": kind, "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": inner,
+            "max_position_embeddings": positions}  # fmt: skip
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "EleutherAI/pythia-14m": _pythia(128, 6, 4, 512),
+    "EleutherAI/pythia-70m": _pythia(512, 6, 8, 2048),
+    "EleutherAI/pythia-160m": _pythia(768, 12, 12, 3072),
+    "EleutherAI/pythia-410m": _pythia(1024, 24, 16, 4096),
+    "EleutherAI/pythia-1b": _pythia(2048, 16, 8, 8192),
+    "EleutherAI/pythia-1.4b": _pythia(2048, 24, 16, 8192),
+    "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32, 10240),
+    "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, 16384, 50432),
+    "EleutherAI/pythia-12b": _pythia(5120, 36, 40, 20480, 50688),
+    "mistralai/Mistral-7B-v0.1": _llama("mistral", 4096, 32, 32, 8, 14336, 32000, 32768),
+    "HuggingFaceH4/mistral-7b-sft-beta": _llama("mistral", 4096, 32, 32, 8, 14336, 32000, 32768),
+    "meta-llama/Llama-3.1-8B": _llama("llama", 4096, 32, 32, 8, 14336, 128256, 131072),
+    "meta-llama/Llama-3.1-70B": _llama("llama", 8192, 80, 64, 8, 28672, 128256, 131072),
+}
+
+
+def shape_of(model: ModelConfig, file: str | None = None) -> tuple[PretrainedConfig, str]:
+    """The config and a word on its origin. `file`: a config.json that is read in place of the model's own.
+
+    Raises UserError when the shape is nowhere to be had; the message says what to give.
+    """
+    from rmcore.host.hub_access import offline_if_unreachable
+    from rmcore.model.backbone import load_model_config
+
+    if file is not None:
+        return _from_values(_read(file), file), f"shape from {file}"
+    if model.name == "synthetic" or Path(model.name).expanduser().is_dir():
+        return load_model_config(model), "shape from its own config"
+    try:
+        with offline_if_unreachable():
+            return load_model_config(model), "shape from its config on the hub"
+    except UserError as error:
+        if known := SHAPES.get(model.name) or SHAPES.get(model.name.removesuffix("-deduped")):
+            return _from_values(known, model.name), "shape from rmcore's table; the hub gives none"
+        raise UserError(f"{error}; --model-config FILE takes its config.json from a file") from None
+
+
+def _read(file: str) -> dict[str, Any]:
+    path = Path(file).expanduser()
+    try:
+        values = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model-config {file} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"--model-config {file} is no model's config.json: it has no model_type")
+    return values
+
+
+def _from_values(values: dict[str, Any], name: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    values = dict(values)
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,182 @@
+"""What a row says about its answers -> pairs (winner, loser) with margins and weights.
+
+In: a row and its RowFormat. Out: a Judgement. Examples: scores 5, 3, 3 -> pairs (0, 1), (0, 2), weight 1/3 each (there
+are three pairs; a tie is none). Probability 0.7 that the first of two is better -> (0, 1) of weight 0.7 and (1, 0) of
+weight 0.3, whose summed losses are the cross entropy with a soft label. Votes [1, 1, 2] -> probability 2/3.
+
+All pairs of K answers weigh 1 / C(K, 2) each, so that a comparison counts once however many answers it has
+(InstructGPT, arXiv 2203.02155, section 3.5).
+
+Pairs that tie are left out, unless the objective reads them (RowFormat.ties): they then stand in a list of their own.
+With ties, scores 5, 3, 3 -> pairs as above and the tie (1, 2) of weight 1/3; votes [1, 1, tie] -> (0, 1) of weight 2/3
+and a tie of weight 1/3.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rmcore.config import UserError
+from rmcore.data.formats import fields
+from rmcore.data.formats.fields import short
+from rmcore.data.formats.requirements import has_scores
+from rmcore.data.formats.row_format import RowFormat
+
+TIES = ("tie", "ties", "both", "bothbad", "neither", "none", "draw", "equal")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Pairs of answers, and for each its margin and its weight; without pairs nothing is preferred.
+
+    `ties` and `tie_weight`: pairs of which neither is preferred, where they are read.
+    """
+
+    pairs: tuple[tuple[int, int], ...] = ()
+    margin: tuple[float, ...] = ()
+    weight: tuple[float, ...] = ()
+    ties: tuple[tuple[int, int], ...] = ()
+    tie_weight: tuple[float, ...] = ()
+
+
+NOTHING, TIE = Judgement(), Judgement(ties=((0, 1),), tie_weight=(1.0,))
+
+
+def all_pairs(values: Sequence[float], *, margins: bool, ties: bool = False) -> Judgement:
+    """Every pair of answers whose values differ; the greater one wins. `margins`: by how much, as the pair's margin.
+
+    `ties`: the pairs whose values are equal, too.
+    """
+    every = [*itertools.combinations(range(len(values)), 2)]
+    pairs = [(i, j) if values[i] > values[j] else (j, i) for i, j in every if values[i] != values[j]]
+    equal = [(i, j) for i, j in every if values[i] == values[j]] if ties else []
+    weight = 1.0 / len(every) if every else 0.0
+    margin = tuple(values[winner] - values[loser] if margins else 0.0 for winner, loser in pairs)
+    return Judgement(tuple(pairs), margin, (weight,) * len(pairs), tuple(equal), (weight,) * len(equal))
+
+
+def soft(first: float, second: float, margin: float) -> Judgement:
+    """Each of two answers is better with its probability: both directions, weighted; never one of weight 0.
+
+    What the two probabilities leave of 1 is the weight of a tie.
+    """
+    both = [((0, 1), margin, first), ((1, 0), -margin, second)]
+    kept = [entry for entry in both if entry[2] > 0.0]
+    pairs, margins, weights = zip(*kept, strict=True) if kept else ((), (), ())
+    tie = TIE if first + second < 1.0 - 1e-9 else NOTHING
+    return Judgement(pairs, margins, weights, tie.ties, (1.0 - first - second,) * len(tie.ties))
+
+
+def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgement:
+    """The judgement of a row with two answers. Raises UserError for what cannot be read as one."""
+    names, by = format.names, format.judged_by
+    pair = format.layout == "pair"
+    sides = ("chosen", "rejected") if pair else ("a", "b")
+    if by == "score_a":
+        values = [fields.number(row, names[name], where) for name in ("score_a", "score_b")]
+        judgement = all_pairs(values, margins=format.margin == "scores", ties=format.ties)
+        if format.margin != "margin" or not judgement.pairs:
+            return judgement
+        return Judgement(judgement.pairs, (fields.number(row, names["margin"], where),), judgement.weight)
+    if pair and format.ties and has_scores(format) and len(set(scores_of_two(row, format, where))) == 1:
+        return TIE
+    margin = _margin(row, format, sides, where)
+    if by == "probability":
+        probability = fields.probability(row, names[by], where)
+        return TIE if format.ties and probability == 0.5 else soft(probability, 1.0 - probability, margin)
+    if by == "votes":
+        return soft(*_shares_of_votes(row, format, where), margin)
+    if by == "winner":
+        winner = side(fields.value(row, names[by], where), _spellings(format), names[by], where)
+        if winner is None:
+            return TIE if format.ties else NOTHING
+        return Judgement(((winner, 1 - winner),), (margin if winner == 0 else -margin,), (1.0,))
+    return Judgement(((0, 1),), (margin,), (1.0,))
+
+
+def scores_of_two(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
+    """The scores of a row's two answers, chosen or a first."""
+    first, second = ("chosen", "rejected") if format.layout == "pair" else ("a", "b")
+    return tuple(fields.number(row, format.names[f"score_{side}"], where) for side in (first, second))  # type: ignore[return-value]
+
+
+def judge_list(
+    row: Mapping[str, Any], format: RowFormat, where: str
+) -> tuple[list[tuple[Any, str]], Judgement, tuple[float, ...]]:
+    """-> (value, name for errors) of each answer in a row's list, the pairs that their ranks or scores make, and the
+    scores where they are read."""
+    name = format.names["answers"]
+    answers = fields.records(fields.value(row, name, where))
+    if not isinstance(answers, list):
+        raise UserError(f"{where}: {name} must be a list of answers, as in the first rows, not {short(answers)}")
+    raw: list[tuple[Any, str]] = []
+    values: list[float] = []
+    for number, answer in enumerate(answers):
+        place = f"{name}[{number}]"
+        if format.item_text:
+            if not isinstance(answer, Mapping):
+                raise UserError(f"{where}: {place} must be a record, as in the first rows, not {short(answer)}")
+            raw.append((fields.value(answer, format.item_text, f"{where}: {place}"), f"{place}.{format.item_text}"))
+            if format.item_value:
+                values.append(fields.number(answer, format.item_value, f"{where}: {place}"))
+        else:
+            raw.append((answer, place))
+    if not format.item_value:
+        by = format.names[format.judged_by]
+        listed = fields.value(row, by, where)
+        if not isinstance(listed, list) or len(listed) != len(raw):
+            raise UserError(f"{where}: {by} must be a list of {len(raw)} numbers, one an answer, not {short(listed)}")
+        values = [fields.number_of(one, f"{by}[{i}]", where) for i, one in enumerate(listed)]
+    if format.judged_by == "ranks":  # 1 is the best
+        values = [-value for value in values]
+    judgement = all_pairs(values, margins=format.margin == "scores", ties=format.ties)
+    return raw, judgement, tuple(values) if format.scores else ()
+
+
+def side(found: Any, spellings: Sequence[frozenset[str]], name: str, where: str) -> int | None:
+    """0 or 1: which of two answers a judge named; None for neither of them."""
+    said = str(found).strip().lower()
+    for number, names in enumerate(spellings):
+        if said in names:
+            return number
+    if said in TIES or said.startswith("tie") or (said == "0" and "1" in spellings[0]):
+        return None
+    known = " or ".join("/".join(sorted(names)) for names in spellings)
+    raise UserError(f"{where}: {name} must name an answer ({known}) or a tie, not {short(found)}")
+
+
+def _spellings(format: RowFormat) -> tuple[frozenset[str], frozenset[str]]:
+    """How the two answers are called: by their columns, and by what tells the columns apart ("a", "1", ...)."""
+    if format.layout == "pair":
+        return frozenset({"chosen", "1"}), frozenset({"rejected", "2"})
+    columns = [format.names[name].lower() for name in ("answer_a", "answer_b")]
+    endings = [column[-1] for column in columns]
+    if endings[0] == endings[1] or not all(ending.isalnum() for ending in endings):
+        endings = ["a", "b"]
+    return tuple(  # type: ignore[return-value]
+        frozenset({column, ending, f"model_{ending}", f"response_{ending}", f"answer_{ending}"})
+        for column, ending in zip(columns, endings, strict=True)
+    )
+
+
+def _shares_of_votes(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
+    """Shares of the votes for the first answer and for the second; where no ties are read, a vote for neither counts
+    half for each."""
+    name = format.names["votes"]
+    votes = fields.value(row, name, where)
+    if not isinstance(votes, list) or not votes:
+        raise UserError(f"{where}: {name} must be a list of votes, not {short(votes)}")
+    spellings = _spellings(format)
+    named = [side(vote, spellings, f"{name}[{i}]", where) for i, vote in enumerate(votes)]
+    half = 0.0 if format.ties else named.count(None) / 2
+    first = (named.count(0) + half) / len(named)
+    return first, (named.count(1) + half) / len(named) if format.ties else 1.0 - first
+
+
+def _margin(row: Mapping[str, Any], format: RowFormat, sides: tuple[str, str], where: str) -> float:
+    names = format.names
+    if format.margin == "scores":
+        first, second = (fields.number(row, names[f"score_{side}"], where) for side in sides)
+        return first - second
+    return fields.number(row, names["margin"], where) if format.margin == "margin" else 0.0

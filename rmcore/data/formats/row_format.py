@@ -1,0 +1,292 @@
+"""Which of the known layouts the rows of a source have: detected once from its first rows, printed, then held to.
+
+In: the first rows of a source and the user's `columns`. Out: a RowFormat.
+Example: Nectar's rows {"prompt": "\\n\\nHuman: ...", "answers": [{"answer": "...", "rank": 1.0}, ...]} give
+"7 answers with ranks (answers[].answer, answers[].rank), explicit prompt, text; Human/Assistant transcripts".
+
+    layout  a row holds                                     judged by
+    pair    chosen, rejected                                their names; or a probability, votes
+    two     answer_a, answer_b                              score_a and score_b, winner, probability, votes
+    many    answers: a list of texts, turns or records      ranks (1 is best) or scores (more is better)
+    single  answer; rows of one prompt are gathered         score
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rmcore.config import UserError
+from rmcore.data.formats.fields import kind_of, listed, records, short
+from rmcore.data.formats.transcripts import is_transcript
+
+Layout = Literal["pair", "two", "many", "single"]
+
+# Our names, as `columns` may map them, and the names in published data that are understood without being mapped.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("instruction", "history", "question", "query"),
+    "chosen": (), "rejected": (), "messages": (),
+    "margin": (), "score_chosen": (), "score_rejected": (),
+    "probability": (), "votes": (),
+    "answer_a": ("response_a", "response_0", "response_1", "response1", "human_ref_A", "answer_0", "conversation_a"),
+    "answer_b": ("response_b", "response_1", "response_2", "response2", "human_ref_B", "answer_1", "conversation_b"),
+    "score_a": ("score_A", "score_0", "score_1", "score1"), "score_b": ("score_B", "score_1", "score_2", "score2"),
+    "winner": ("better_response_id", "preferred"),
+    "answers": ("completions", "responses"), "ranks": ("rank", "rankings"), "scores": ("ratings",),
+    "answer": ("response", "completion", "output"), "score": ("helpfulness", "reward", "rating"),
+    "source": ("category", "subset", "domain"),
+}  # fmt: skip
+FIELDS = tuple(ALIASES)
+# Inside the records of a list of answers.
+ITEM_TEXT = ("answer", "response", "completion", "text", "content", "messages")
+ITEM_VALUE = {"ranks": ("rank",), "scores": ("score", "overall_score", "rating", "reward")}
+LAYOUTS: dict[Layout, tuple[str, ...]] = {
+    "pair": ("chosen", "rejected"), "many": ("answers",), "two": ("answer_a", "answer_b"),
+    "single": ("answer", "score"),
+}  # fmt: skip
+READ = {
+    "pair": ("prompt", "chosen", "rejected", "messages", "margin", "score_chosen", "score_rejected", "probability",
+             "votes", "source"),
+    "two": ("prompt", "answer_a", "answer_b", "margin", "score_a", "score_b", "winner", "probability", "votes",
+            "source"),
+    "many": ("prompt", "answers", "ranks", "scores", "source"),
+    "single": ("prompt", "answer", "score", "source"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of one source are to be read; str(format) is the printable description."""
+
+    names: dict[str, str]  # our field -> their column, for the fields that the rows have
+    prompt: Literal["text", "turns"] | None  # None: implicit
+    answers: Literal["text", "turns"]
+    messages: bool  # the prompt's turns stand beside its text
+    transcript: bool  # the first row's text is an HH transcript
+    margin: Literal["margin", "scores"] | None
+    layout: Layout = "pair"
+    judged_by: str = ""  # the field of our names that says which answer is better; empty: chosen and rejected do
+    item_text: str = ""  # many: where in an answer's record its text stands; empty: answers are no records
+    item_value: str = ""  # many: where in an answer's record its rank or score stands; empty: in a list of its own
+    ties: bool = False  # pairs that tie are read (rmcore.data.formats.requirements)
+    scores: bool = False  # the answers' scores are read
+
+    @property
+    def gathers(self) -> bool:
+        """Rows are parts of comparisons: those of one prompt belong together."""
+        return self.layout == "single"
+
+    def __str__(self) -> str:
+        conversational = "conversational" if self.answers == "turns" else "text"
+        notes = (
+            self._judgement(),
+            f"{'implicit' if self.prompt is None and not self.messages else 'explicit'} prompt, {conversational}",
+            "prompt as text" if self.answers == "turns" and self.prompt == "text" else "",
+            "Human/Assistant transcripts" if self.transcript else "",
+            "prompt as turns in messages" if self.messages else "",
+            {"margin": "margin", "scores": f"margin = {self._difference()}", None: ""}[self.margin],
+            "ties" if self.ties else "",
+            "scores" if self.scores else "",
+        )
+        return "; ".join(filter(None, notes))
+
+    def _difference(self) -> str:
+        if self.layout == "pair":
+            return "score_chosen - score_rejected"
+        return "difference of " + ("ranks" if self.judged_by == "ranks" else "scores")
+
+    def _judgement(self) -> str:
+        by = self.names.get(self.judged_by, self.judged_by)
+        if self.layout == "pair":
+            return {"": "", "votes": f"votes in {by}"}.get(self.judged_by, f"probability in {by}")
+        if self.layout == "single":
+            return f"one answer a row, gathered by prompt, scored by {by}"
+        if self.layout == "two":
+            by = by if self.judged_by != "score_a" else f"{by} and {self.names['score_b']}"
+            return f"two answers ({self.names['answer_a']}, {self.names['answer_b']}) judged by {by}"
+        item = f"{self.names['answers']}[]"
+        text = f"{item}.{self.item_text}" if self.item_text else self.names["answers"]
+        return (
+            f"lists of answers in {text}, {self.judged_by} in {f'{item}.{self.item_value}' if self.item_value else by}"
+        )
+
+
+def detect_format(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    *,
+    origin: str,
+    key: str = "data.train",
+    need_margin: bool = False,
+) -> RowFormat:
+    """First rows of a source (some 20) -> RowFormat.
+
+    `columns`: our name -> theirs. `origin` and `key` open the errors. `need_margin` (loss.margin = data): read margins,
+    otherwise they are left alone. Raises UserError on columns that do not make a format.
+    """
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    for ours, theirs in columns.items():
+        if ours not in FIELDS:
+            guess = difflib.get_close_matches(ours, FIELDS, n=1)
+            hint = f" (did you mean {guess[0]}?)" if guess else ""
+            raise UserError(f"{key}.columns: unknown name {ours!r}{hint}; known: {', '.join(FIELDS)}")
+        inside = ours in ITEM_VALUE  # may name a key of the answers' records
+        if theirs not in found and not inside:
+            raise UserError(f"{key}.columns: {ours} is to be {theirs!r}, but {origin} has {listed(found)}")
+    layout = find_layout(found, columns)
+    if layout is None:
+        raise UserError(_no_layout(found, columns, origin, key))
+    names = names_of(found, columns, layout)
+    if layout == "many":
+        return _many(rows, names, columns, origin, key, need_margin)
+    main, _ = LAYOUTS[layout]
+    kinds = {ours: _kind(rows, names[ours], origin) for ours in ("prompt", main, "messages") if ours in names}
+    answers = kinds[main]
+    if answers is None:
+        raise UserError(f"{origin}: {names[main]} is null in each of the first {len(rows)} rows")
+    head = names["prompt" if kinds.get("prompt") else main]
+    return RowFormat(
+        names=names,
+        prompt=kinds.get("prompt"),
+        answers=answers,
+        # Beside turns, `messages` is something else (ultrafeedback_binarized: the whole chosen conversation).
+        messages=answers == "text" and kinds.get("messages") == "turns",
+        transcript=answers == "text" and any(is_transcript(row.get(head)) for row in rows),
+        margin=_margin_kind(names, layout, origin, key) if need_margin else None,
+        layout=layout,
+        judged_by=_judge(rows, names, layout, columns, origin, key),
+    )
+
+
+def find_layout(found: Sequence[str], columns: Mapping[str, str]) -> Layout | None:
+    """The first layout whose answers are there; what the user maps counts before what the names suggest."""
+
+    def complete(layout: Layout, known: Mapping[str, str]) -> bool:
+        return all(ours in known for ours in LAYOUTS[layout])
+
+    named: Mapping[str, str] = {ours: columns.get(ours, ours) for ours in FIELDS if columns.get(ours, ours) in found}
+    mapped = [layout for layout, fields in LAYOUTS.items() if any(ours in columns for ours in fields)]
+    for layout in [*mapped, *LAYOUTS]:
+        if complete(layout, named) or complete(layout, names_of(found, columns, layout)):
+            return layout
+    return None
+
+
+def names_of(found: Sequence[str], columns: Mapping[str, str], layout: Layout) -> dict[str, str]:
+    """Our name -> their column, for what the layout reads. Pairs are read by their own names alone, and a prompt given
+    in the answers is no mistake there, so only `source` has other names for them, and ShareGPT's `conversations`."""
+    names: dict[str, str] = {}
+    for ours in READ[layout]:
+        aliases = ALIASES[ours] if layout != "pair" or ours == "source" else ()
+        if layout == "pair" and ours == "prompt":
+            aliases = ("conversations",)
+        candidates = [columns[ours]] if ours in columns else [ours, *aliases]
+        if ours.endswith("_b") and f"{ours[:-1]}a" in names and ours not in columns:
+            first = names[f"{ours[:-1]}a"]  # the alias in the same place as the first one's
+            place = (f"{ours[:-1]}a", *ALIASES[f"{ours[:-1]}a"])
+            candidates = [(ours, *ALIASES[ours])[place.index(first)]] if first in place else candidates
+        theirs = next((name for name in candidates if name in found), None)
+        if theirs is not None:
+            names[ours] = theirs
+    if layout == "pair" and "votes" not in columns:
+        names.pop("votes", None)  # published votes speak of the order before chosen and rejected were told apart
+    return names
+
+
+def needed_columns(found: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    """The columns that a comparison reads; all of them where no layout is complete, for the error to list."""
+    layout = find_layout(found, columns)
+    return [*found] if layout is None else [*dict.fromkeys(names_of(found, columns, layout).values())]
+
+
+def _many(
+    rows: Sequence[Mapping[str, Any]], names: dict[str, str], columns: Mapping[str, str], origin: str, key: str,
+    need_margin: bool,
+) -> RowFormat:  # fmt: skip
+    """Lists of answers: texts, conversations, or records that hold one and perhaps its rank or score."""
+    name = names["answers"]
+    lists = [records(row[name]) for row in rows if row.get(name) is not None]
+    answers = next((found for found in lists if isinstance(found, list) and found), None)
+    if answers is None:
+        raise UserError(f"{origin}: {name} must be a list of answers; the first rows hold {short(lists[:1])}")
+    first = answers[0]
+    item_text = item_value = ""
+    if isinstance(first, Mapping) and not {"role", "from"} & first.keys():
+        item_text = next((part for part in ITEM_TEXT if part in first), "")
+        if not item_text:
+            known = ", ".join(ITEM_TEXT)
+            raise UserError(f"{origin}: {name}[0] needs a text in one of {known}; found {listed([*first])}")
+        first = first[item_text]
+    kind = kind_of(first)
+    if kind is None:
+        raise UserError(f"{origin}: {name}[0] must be text or a list of chat turns, not {short(first)}")
+    judged_by = next((by for by in ITEM_VALUE if by in names), "")
+    if not judged_by and item_text:
+        mapped = {by: (columns[by],) if by in columns else parts for by, parts in ITEM_VALUE.items()}
+        options = [(by, part) for by, parts in mapped.items() for part in parts]
+        judged_by, item_value = next(((by, part) for by, part in options if part in answers[0]), ("", ""))
+    if not judged_by:
+        where = f" or in {name}[].{{rank, score, ...}}" if item_text else ""
+        raise UserError(
+            f"{origin}: {name} is a list of answers, but nothing ranks or scores them: need ranks or scores{where}; "
+            f"set {key}.columns={{scores: ...}} (our name: theirs)"
+        )
+    prompt = _kind(rows, names["prompt"], origin) if "prompt" in names else None
+    head = [row.get(names["prompt"]) for row in rows] if prompt else [first]
+    return RowFormat(
+        names, prompt, kind, False, kind == "text" and any(map(is_transcript, head)),  # type: ignore[arg-type]
+        "scores" if need_margin else None, "many", judged_by, item_text, item_value,
+    )  # fmt: skip
+
+
+def _judge(
+    rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], layout: Layout, columns: Mapping[str, str],
+    origin: str, key: str,
+) -> str:  # fmt: skip
+    """The field that says which answer is better."""
+    if layout == "single":
+        return "score"
+    order = ("probability", "votes") if layout == "pair" else ("probability", "votes", "winner", "score_a")
+    order = (*(by for by in order if by in columns), *order)
+    by = next((by for by in order if by in names and (by != "score_a" or "score_b" in names)), "")
+    if not by and layout == "two":
+        found = listed([*dict.fromkeys(name for row in rows for name in row)])
+        raise UserError(
+            f"{origin}: two answers ({names['answer_a']}, {names['answer_b']}), but nothing says which is better: need "
+            f"score_a and score_b, winner, probability (of the first) or votes; found {found}; "
+            f"set {key}.columns={{winner: ...}} (our name: theirs)"
+        )
+    return by
+
+
+def _margin_kind(names: Mapping[str, str], layout: Layout, origin: str, key: str) -> Literal["margin", "scores"]:
+    scores = {"pair": {"score_chosen", "score_rejected"}, "two": {"score_a", "score_b"}, "single": {"score"}}[layout]
+    if "margin" in names or scores <= names.keys():
+        return "margin" if "margin" in names else "scores"
+    raise UserError(
+        f"{origin}: loss.margin=data needs a margin column, or {' and '.join(sorted(scores))}; "
+        f"set {key}.columns={{margin: ...}}, or loss.margin=none"
+    )
+
+
+def _kind(rows: Sequence[Mapping[str, Any]], name: str, origin: str) -> Literal["text", "turns"] | None:
+    """What the first rows hold in a column (None: only null); a later row that differs is an error of that row."""
+    first = next((row[name] for row in rows if row.get(name) is not None), None)
+    if first is None:
+        return None
+    kind = kind_of(first)
+    if kind is None:
+        raise UserError(f"{origin}: {name} must be text or a list of chat turns, not {short(first)}")
+    return kind  # type: ignore[return-value]
+
+
+def _no_layout(found: Sequence[str], columns: Mapping[str, str], origin: str, key: str) -> str:
+    names = {ours: columns.get(ours, ours) for ours in ("chosen", "rejected") if columns.get(ours, ours) in found}
+    missing = [ours for ours in ("chosen", "rejected") if ours not in names]
+    spare = [name for name in found if name not in names.values() and name not in ALIASES and name != "prompt"]
+    example = ", ".join(f"{ours}: {name}" for ours, name in zip(missing, [*spare, "...", "..."], strict=False))
+    return (
+        f"{origin}: need chosen and rejected; found {listed(found)}; "
+        f"set {key}.columns={{{example}}} (our name: theirs). "
+        "Also understood: answers with ranks or scores, answer_a and answer_b with what judges them, answer with score"
+    )

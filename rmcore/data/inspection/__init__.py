@@ -1,0 +1,1 @@
+"""What the prepared data look like: counts, lengths, the first example, a picture."""

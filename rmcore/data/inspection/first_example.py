@@ -1,0 +1,82 @@
+"""The first training example, token by token, with the two tokens marked whose scores become the rewards.
+
+In: one TokenizedComparison. Out, on a terminal: neighbouring tokens in alternating colours, the shared prompt dim, the
+scored tokens on a coloured ground; in a log file the same text with the scored tokens in double brackets, e.g. (zephyr)
+    chosen, 4 tokens: Paris.</s>[[\\n]]
+    scored tokens: chosen '\\n' (id 13), rejected '\\n' (id 13)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmcore.data.tokens.comparisons import TokenizedComparison
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+STYLES = ("cyan", "yellow")
+SCORED_STYLE = {"chosen": "bold black on green", "rejected": "bold white on red"}
+
+
+def show_first_example(comparison: TokenizedComparison, tokenizer: PreTrainedTokenizerFast, console: Any) -> None:
+    """Prints the first pair of `comparison` on `console` (a rich Console); its first two answers where none is
+    preferred."""
+    answers = {f"answer {k + 1}": k for k in range(len(comparison.tails))[:2]}
+    if len(comparison.pairs):
+        answers = {name: int(answer) for name, answer in zip(SCORED_STYLE, comparison.pairs[0], strict=True)}
+    pieces = {name: token_texts(comparison.text(answer), tokenizer) for name, answer in answers.items()}
+    shared = len(comparison.prefix)
+    # An answer without tokens of its own (it is a prefix of the other) is scored on the last shared token.
+    on_shared = [name for name, answer in answers.items() if len(comparison.tails[answer]) == 0]
+    _show(
+        console,
+        f"shared by both, {shared} tokens" if len(answers) > 1 else f"{shared} tokens",
+        next(iter(pieces.values()))[:shared],
+        0,
+        on_shared[0] if on_shared else None,
+        "dim ",
+    )
+    for name, answer in answers.items():
+        scored = None if name in on_shared else name
+        _show(console, f"{name}, {len(comparison.tails[answer])} tokens", pieces[name][shared:], shared, scored)
+    last = {name: int(comparison.text(answer)[-1]) for name, answer in answers.items()}
+    marks = ", ".join(f"{name} {pieces[name][-1]!r} (id {last[name]})" for name in answers)
+    console.print(f"scored tokens: {marks}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def token_texts(ids: np.ndarray | Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text that each token adds to the text before it; a token that is part of a character shows as U+FFFD."""
+    texts: list[str] = []
+    before: list[int] = []
+    for token in map(int, ids):
+        # Some decoders drop the space in front of a lone token, so it is read behind its predecessor.
+        head, both, alone = (str(tokenizer.decode(some)) for some in (before, [*before, token], [token]))
+        texts.append(both[len(head) :] if before and both.startswith(head) else alone)
+        before = [token]
+    return texts
+
+
+def _show(console: Any, title: str, pieces: list[str], first: int, scored: str | None, shade: str = "") -> None:
+    """One labelled stretch of tokens; `scored` names the answer whose scored token is the last of them."""
+
+    def write(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, end="", markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    write(f"{title}: ", "bold" if console.is_terminal else None)
+    for number, piece in enumerate(pieces):
+        if scored is None or number < len(pieces) - 1:
+            write(_printable(piece), shade + STYLES[(first + number) % 2])
+        elif console.is_terminal and not console.no_color:
+            write(repr(piece)[1:-1], SCORED_STYLE.get(scored, SCORED_STYLE["chosen"]))
+        else:
+            write(f"[[{repr(piece)[1:-1]}]]")
+    write("\n")
+
+
+def _printable(text: str) -> str:
+    """Control characters in the data, terminal escapes among them, are shown and not obeyed."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -1,0 +1,195 @@
+"""One side of a run's data, train or eval, from its rows to the token cache.
+
+In: sources, a template, a tokenizer. Out: `TokenizedComparisons`, read from the cache or built into it.
+Example: 1,900 rows of which 12 are too long -> 1,888 comparisons and report {"rows": 1900, "kept": 1888, "dropped":
+{"text too long": 12}, ...}; rows kept and dropped always add up to the rows read.
+
+Rows stream through in chunks: one thread reads and renders, another tokenises (Rust, on all cores) and writes, so
+memory does not grow with the rows. Only what must be known of all rows at once (hashes, 8 bytes each) is held.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from rmcore import __version__
+from rmcore.config import Config, UserError
+from rmcore.data.drop_reasons import CONTRADICTED, REFUSED, REPEATED, UNDECIDED
+from rmcore.data.formats.comparison import Comparison, RowFormat, comparison_from_row, detect_format, has_empty_answer
+from rmcore.data.formats.requirements import fitted
+from rmcore.data.formats.selection import Reads, RowHashes, Selection, gathered, held_out, select
+from rmcore.data.inspection.summary import drop_table
+from rmcore.data.reading.sources import Source
+from rmcore.data.tokens.build import Chunk, Work
+from rmcore.data.tokens.cache import FORMAT_VERSION, CacheWriter, open_or_build
+from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.limits import LengthLimits
+from rmcore.data.tokens.templates import Template, TemplateRefused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Progress = Callable[[int, int, str], None]  # (rows done, rows in all, what)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The train or the eval side of a run. `holdout`: which side of eval_fraction, None where nothing is held out.
+    `ends`: tokens besides EOS at which an answer may end."""
+
+    key: str
+    sources: list[Source]
+    config: Config
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_fingerprint: str
+    template: Template
+    ends: tuple[str, ...] = ()
+    progress: Progress | None = None
+    holdout: str | None = None
+
+    def tokenized(self, root: Path) -> TokenizedComparisons:
+        return open_or_build(root / "tokens", self.cache_key(), self.build, self.name)
+
+    @property
+    def name(self) -> str:
+        return {None: self.key, "train": self.key, "eval": f"{self.key} (held out)"}[self.holdout]
+
+    @property
+    def limits(self) -> LengthLimits:
+        data = self.config.data
+        return LengthLimits(data.max_tokens, data.max_prompt_tokens, data.length_policy == "truncate_left")
+
+    def cache_key(self) -> str:
+        """Hash of all that decides the content: the same key, the same bytes."""
+        data = self.config.data
+        decides = {
+            "version": [FORMAT_VERSION, __version__],
+            "name": self.name,
+            "sources": [[source.fingerprint, source.label, dict(source.columns)] for source in self.sources],
+            "template": self.template.fingerprint,
+            "tokenizer": self.tokenizer_fingerprint,
+            "limits": [self.limits.max_tokens, self.limits.max_prompt_tokens, self.limits.truncate_left],
+            "reads": [self.config.loss.margin, *self.reads],
+            "rows": [data.group_by_prompt, data.drop_repeated, data.drop_contradicted],
+            "holdout": [self.holdout, data.eval_fraction, self.config.run.seed] if self.holdout else None,
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
+
+    def build(self, writer: CacheWriter) -> None:
+        """Renders and tokenises all rows, a chunk at a time; the chunk before is tokenised meanwhile."""
+        formats = self.formats()
+        selection = self.selection(formats)
+        total = sum(map(len, self.sources))
+        work = Work(self.config, self.tokenizer, self.ends, self.limits, writer, selection, total)
+        with ThreadPoolExecutor(1) as thread:
+            running: Future[None] | None = None
+            for chunk in self.chunks(formats, selection, work):
+                if running is not None:
+                    running.result()
+                    self.tell(work)
+                running = thread.submit(work.tokenise, chunk)
+            if running is not None:
+                running.result()
+                self.tell(work)
+        report = work.report(self.name, self.stored())
+        report["formats"] = {s.origin: str(f) for s, f in zip(self.sources, formats, strict=True)}
+        if not len(writer):
+            raise UserError(f"{self.name}: no row is left to use\n{drop_table(report, self.config)}")
+        writer.finish(list(work.names), report)
+
+    def tell(self, work: Work) -> None:
+        if self.progress is not None:
+            self.progress(work.seen, work.total, self.name)
+
+    def chunks(self, formats: list[RowFormat], selection: Selection, work: Work) -> Iterator[Chunk]:
+        chunk = Chunk()
+        for comparison in self.comparisons(formats, selection, work):
+            chunk.rows += comparison.rows
+            chunk.empty += has_empty_answer(comparison)
+            if not (comparison.pairs or comparison.ties or comparison.scores):
+                chunk.dropped[UNDECIDED] += comparison.rows
+                continue
+            try:
+                chunk.add(comparison, self.template.render(comparison))
+            except TemplateRefused as error:
+                chunk.dropped[REFUSED] += comparison.rows
+                work.refusal = work.refusal or str(error)
+            if chunk.full:
+                yield chunk
+                chunk = Chunk()
+        yield chunk
+
+    def formats(self) -> list[RowFormat]:
+        """The format of each source, from its first rows, with what the objective reads of them."""
+        found = []
+        for source in self.sources:
+            place = {"origin": source.origin, "key": source.key}
+            format = detect_format(source.head(), source.columns, need_margin=self.reads.margins, **place)
+            found.append(fitted(format, self.config.loss, **place))
+        return found
+
+    @property
+    def reads(self) -> Reads:
+        loss = self.config.loss
+        return Reads(loss.margin == "data", loss.traits.ties, loss.traits.scores)
+
+    def comparisons(self, formats: list[RowFormat], selection: Selection, work: Work) -> Iterator[Comparison]:
+        """The comparisons of the selected rows, gathered where the selection says so."""
+        read = (comparison for comparison, _ in self.rows(formats, selection.order))
+        if selection.order is None:  # nothing was counted before
+            read = (work.counted(comparison) for comparison in read)
+        if selection.group is None:
+            return read
+        return gathered(zip(read, selection.group.tolist(), strict=True), self.reads)
+
+    def rows(self, formats: list[RowFormat], order: np.ndarray | None) -> Iterator[tuple[Comparison, int]]:
+        """(comparison, number of its source) of each row, of all or of those with the numbers in `order`."""
+        first = 0
+        for number, (source, format) in enumerate(zip(self.sources, formats, strict=True)):
+            if order is None:
+                chosen = iter(source)
+            else:
+                chosen = source.rows(order[(order >= first) & (order < first + len(source))] - first)
+            first += len(source)
+            for row, where in chosen:
+                yield (
+                    comparison_from_row(
+                        row, format, wants_text=self.template.wants_text, source=source.label, where=where
+                    ),
+                    number,
+                )
+
+    def selection(self, formats: list[RowFormat]) -> Selection:
+        """Which rows are used, in which order. Costs a pass over the rows where something is held out, dropped or
+        gathered, and none elsewhere."""
+        data = self.config.data
+        gather = data.group_by_prompt or any(format.gathers for format in formats)
+        drop = [CONTRADICTED] * data.drop_contradicted + [REPEATED] * data.drop_repeated
+        if not (self.holdout or gather or drop):
+            return Selection()
+        hashes = RowHashes(self.config.run.seed)
+        for comparison, number in self.rows(formats, None):
+            hashes.add(comparison, number)
+        wanted = None
+        if self.holdout:
+            held = held_out(np.frombuffer(hashes.prompt, dtype=np.uint64), data.eval_fraction)
+            wanted = held if self.holdout == "eval" else ~held
+        return select(hashes, wanted, self.stored(), drop=drop, gather=gather)
+
+    def stored(self) -> np.ndarray | None:
+        """int64 [rows]: equal numbers for copies of one stored row; None where there are no copies."""
+        if all((np.diff(source.stored) > 0).all() for source in self.sources):
+            return None
+        first, numbers = 0, []
+        for source in self.sources:
+            numbers.append(source.stored + first)
+            first += int(source.stored.max(initial=0)) + 1
+        return np.concatenate(numbers)

@@ -1,0 +1,266 @@
+"""SourceConfig -> Source: rows of a hub data set, local files or the synthetic task, taken in the amounts asked for.
+
+Enters: the sources of data.train (or data.eval), the run's seed, data.limit. Leaves: one Source a config.
+Example: {path: hh.jsonl, amount: 0.5} of 1,900 rows -> 950 rows in file order, the same ones for the same seed;
+iterating gives ({"prompt": ..., "chosen": ..., "rejected": ...}, "hh.jsonl:12").
+"""
+
+import itertools
+import json
+import mmap
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy
+import xxhash
+
+from rmcore.config import SourceConfig, UserError
+from rmcore.data.formats.row_format import needed_columns
+from rmcore.data.reading.files import (
+    COMPRESSIONS,
+    JSON,
+    SUFFIXES,
+    WHERE,
+    find_files,
+    give_back,
+    hash_files,
+    looks_local,
+    read_files,
+)
+from rmcore.host.hub_access import offline_if_unreachable
+
+_ROWS_A_READ = 256
+_READS_MAPPED = 16  # after so many reads the pages that were read are given back
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one data set, read where they lie: nothing but the numbers of the chosen rows is in memory."""
+
+    label: str  # short name, for figures by source
+    origin: str  # what the user wrote, for messages
+    key: str  # where the user wrote it: data.train, or data.train[1] in a list
+    fingerprint: str  # of the content, the split, the chosen rows and the column names
+    columns: Mapping[str, str]  # our name -> theirs
+    _rows: datasets.Dataset = field(repr=False)
+    _index: numpy.ndarray = field(repr=False)  # int64, row numbers of _rows
+    _maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)  # the memory of _rows, where it is a file of ours
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index` of the chosen rows, as a dict of the columns that a comparison needs."""
+        return self._read([index])[0][0]
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """(row, where) of every chosen row; where = "FILE:LINE", "FILE row N" or "ORIGIN row N", counted from 1."""
+        return self.rows(range(len(self)))
+
+    def rows(self, numbers: Sequence[int] | numpy.ndarray) -> Iterator[tuple[dict[str, Any], str]]:
+        """(row, where) of the chosen rows with these numbers, in their order."""
+        for start in range(0, len(numbers), _ROWS_A_READ):
+            yield from self._read(numbers[start : start + _ROWS_A_READ])
+            if start // _ROWS_A_READ % _READS_MAPPED == 0:
+                for pages in self._maps:
+                    give_back(pages)
+
+    @property
+    def stored(self) -> numpy.ndarray:
+        """int64 [rows]: which stored row each chosen row is; an amount above 1 takes stored rows several times."""
+        return self._index
+
+    def where(self, index: int) -> str:
+        """The place of row `index`, for messages."""
+        return self._read([index])[0][1]
+
+    def head(self, count: int = 20) -> list[dict[str, Any]]:
+        """The first rows, for detect_format."""
+        return [row for row, _ in self._read(range(min(count, len(self))))]
+
+    def _read(self, numbers: Sequence[int] | numpy.ndarray) -> list[tuple[dict[str, Any], str]]:
+        index = [int(self._index[number]) for number in numbers]
+        columns = self._rows[index]
+        where = columns.pop(WHERE, None) or [f"{self.origin} row {number + 1}" for number in index]
+        if JSON in columns:
+            return [(json.loads(text), place) for text, place in zip(columns[JSON], where, strict=True)]
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return list(zip(rows, where, strict=True))
+
+
+def load_sources(
+    configs: Sequence[SourceConfig], *, seed: int, limit: int | None, cache_dir: Path, key: str = "data.train",
+    whole: bool = False,
+) -> list[Source]:  # fmt: skip
+    """One Source a config, with `amount`, the split and `limit` applied.
+
+    amount: a whole number takes that many rows, a fraction that share of them (above 1 it repeats rows); which ones
+    depends on `seed` and the content alone. limit: at most so many rows over all sources, in proportion, the first
+    ones of each. cache_dir: rows of local files are kept there as Arrow. whole: rows with all their columns, not only
+    those that a comparison needs. Raises UserError for what cannot be read.
+    """
+    sources: list[Source] = []
+    for number, config in enumerate(configs):
+        source = _load(config, seed, cache_dir, key if len(configs) == 1 else f"{key}[{number}]", whole)
+        if any(other.label == source.label for other in sources):
+            source = replace(source, label=f"{source.label}:{number}")
+        sources.append(source)
+    total = sum(map(len, sources))
+    if limit is None or limit >= total:
+        return sources
+    ends = [round(limit * end / total) for end in numpy.cumsum([0, *map(len, sources)]).tolist()]
+    shares = [end - start for start, end in itertools.pairwise(ends)]
+    return [_chosen(source, source._index[:share]) for source, share in zip(sources, shares, strict=True) if share]
+
+
+def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: bool) -> Source:
+    parts = [_split(config, part.strip(), seed, cache_dir, key) for part in config.split.split("+")]
+    firsts = itertools.accumulate((len(part.rows) for part in parts), initial=0)
+    index = numpy.concatenate([part.index + first for part, first in zip(parts, firsts, strict=False)])
+    if len(index) == 0:
+        raise UserError(f"{key}: the split {config.split} of {config.path} has no rows")
+    try:
+        rows = parts[0].rows if len(parts) == 1 else datasets.concatenate_datasets([part.rows for part in parts])
+    except ValueError as error:
+        raise UserError(f"{key}.split: {config.split}: columns differ: {_first_line(error)}") from None
+    contents = [part.content for part in parts]
+    content = contents[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(contents).encode())
+    source = Source(
+        _label(config.path), config.path, key, content, config.columns,
+        rows if whole else _needed(rows, config.columns), index, tuple(pages for part in parts for pages in part.maps),
+    )  # fmt: skip
+    return _chosen(source, _taken(index, config, seed, content, key))
+
+
+@dataclass(frozen=True)
+class _Split:
+    """All rows of one split, their hash, and the numbers of those that its slice (`train[:10%]`) asks for."""
+
+    rows: datasets.Dataset
+    content: str
+    maps: tuple[mmap.mmap, ...]
+    index: numpy.ndarray
+
+
+def _split(config: SourceConfig, spec: str, seed: int, cache_dir: Path, key: str) -> _Split:
+    split, bracket, slice_ = spec.partition("[")
+    maps: list[mmap.mmap] = []
+    if config.path == "synthetic":
+        rows, content = _synthetic(config, split, seed)
+    elif looks_local(config.path):
+        rows, content, maps = _local(config.path, split, cache_dir, key)
+    else:
+        rows, content = _hub(config, split, key)
+    try:
+        instruction = datasets.ReadInstruction.from_spec(f"rows{bracket}{slice_}")
+        pieces = [(piece.from_, piece.to) for piece in instruction.to_absolute({"rows": len(rows)})]
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{key}.split: cannot read {config.split!r}: {error}") from None
+    index = numpy.concatenate([numpy.arange(*piece, dtype=numpy.int64) for piece in pieces])
+    return _Split(rows, content, tuple(maps), index)
+
+
+def _label(path: str) -> str:
+    """hh for data/hh.jsonl.gz, helpful for helpful/*.parquet, org/name's name for a hub data set."""
+    named = [part for part in Path(path).expanduser().absolute().parts if "*" not in part]
+    return re.sub(rf"({'|'.join(map(re.escape, (*SUFFIXES, *COMPRESSIONS)))})+$", "", named[-1])
+
+
+def _needed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
+    """Without the columns that no comparison reads."""
+    if JSON in rows.column_names:
+        return rows
+    names = needed_columns([name for name in rows.column_names if name != WHERE], columns)
+    return rows.select_columns([*names, *({WHERE} & {*rows.column_names})])
+
+
+def _chosen(source: Source, index: numpy.ndarray) -> Source:
+    """The same source with other rows; its fingerprint speaks of the content and of exactly these rows."""
+    told = json.dumps([source.fingerprint, sorted(source.columns.items())]).encode()
+    digest = xxhash.xxh3_128(told)
+    digest.update(numpy.ascontiguousarray(index, dtype="<i8").tobytes())
+    return replace(source, fingerprint=digest.hexdigest(), _index=index)
+
+
+def _taken(index: numpy.ndarray, config: SourceConfig, seed: int, content: str, key: str) -> numpy.ndarray:
+    """`amount` of the rows, in file order; a larger amount holds the rows of a smaller one."""
+    if config.amount is None:
+        return index
+    count = config.amount if isinstance(config.amount, int) else max(1, round(config.amount * len(index)))
+    if isinstance(config.amount, int) and count > len(index):
+        raise UserError(
+            f"{key}.amount: {count} rows asked for, but {config.path} has {len(index)}; "
+            f"a fraction above 1 repeats rows ({count / len(index):.2f})"
+        )
+    whole, rest = divmod(count, len(index))
+    order = numpy.random.default_rng([seed, int(content[:8], 16)]).permutation(len(index))
+    return numpy.concatenate([*[index] * whole, index[numpy.sort(order[:rest])]])
+
+
+def _synthetic(config: SourceConfig, split: str, seed: int) -> tuple[datasets.Dataset, str]:
+    from rmcore.data.synthetic import SPLIT_ROWS, synthetic_rows
+
+    count = config.amount if isinstance(config.amount, int) else SPLIT_ROWS.get(split, 1)
+    rows = synthetic_rows(count, seed, split)
+    return datasets.Dataset.from_list(rows), xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
+
+
+def _local(path: str, split: str, cache_dir: Path, key: str) -> tuple[datasets.Dataset, str, list[mmap.mmap]]:
+    directory = Path(path).expanduser()
+    saved = [directory / name for name in ("dataset_dict.json", "state.json")]
+    if not any(file.exists() for file in saved):
+        rows, content, pages = read_files(find_files(path, split, key), cache_dir)
+        return rows, content, [pages]
+    try:
+        loaded = datasets.load_from_disk(str(directory))
+    except Exception as error:  # datasets, pyarrow and json raise their own kinds on a damaged directory
+        raise UserError(f"{key}.path: cannot read the saved data set {path}: {_first_line(error)}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise UserError(f"{key}.split: split {split!r} not in {path}, which has {', '.join(map(str, loaded))}")
+        loaded = loaded[split]
+    elif split not in ("train", str(loaded.split)):
+        raise UserError(f"{key}.split: split {split!r} not in {path}, which is saved without splits; leave it away")
+    return loaded, _content_of(loaded), []
+
+
+def _content_of(rows: datasets.Dataset) -> str:
+    """Hash of the Arrow files behind a data set: the same rows have it on any machine, whenever they were fetched."""
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    return hash_files(files) if files else xxhash.xxh3_128_hexdigest(rows._fingerprint.encode())
+
+
+def _hub(config: SourceConfig, split: str, key: str) -> tuple[datasets.Dataset, str]:
+    what = " ".join(filter(None, [config.path, config.name, config.revision and f"at {config.revision}"]))
+    with offline_if_unreachable() as reason:
+        try:
+            rows = datasets.load_dataset(config.path, config.name, split=split, revision=config.revision)
+        except datasets.exceptions.DatasetNotFoundError:
+            raise UserError(
+                f"{key}.path: {config.path} is neither a file here nor a data set on the hub that you may read "
+                "(if it is private or gated: hf auth login)"
+            ) from None
+        except Exception as error:  # a boundary: datasets, fsspec and the hub client raise some twenty kinds
+            if reason is None:
+                raise UserError(f"{key}: cannot load the hub data set {what}: {_first_line(error)}") from None
+            if isinstance(error, ValueError) and "split" in str(error):
+                raise UserError(f"{key}.split: {what}: {_first_line(error)}") from None
+            raise UserError(
+                f"{key}.path: not in the cache: {what} ({reason}). Where there is a connection, fetch it with "
+                f"`python -c \"import datasets; datasets.load_dataset('{config.path}')\"` and the same HF_HOME, "
+                "or give the path of local files"
+            ) from None
+    cached = Path(rows.cache_files[0]["filename"]).parent.name if rows.cache_files else ""
+    pinned = re.fullmatch(r"[0-9a-f]{40}", config.revision or "")
+    if reason is not None and pinned and cached != config.revision:
+        # Offline, datasets serves whatever revision it has.
+        raise UserError(f"{key}.revision: not in the cache: {what} ({reason}); the cache holds revision {cached}")
+    return rows, _content_of(rows)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

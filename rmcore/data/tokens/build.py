@@ -1,0 +1,134 @@
+"""Rendered comparisons -> token ids in the cache, a chunk at a time, and the counts that become the report.
+
+In: chunks of some thousand comparisons with their texts. Out: arrays written by a CacheWriter; `report`, in which
+rows = kept + the sum of dropped. Example: {"rows": 1900, "kept": 1888, "dropped": {"text too long": 12}, "pairs": 1888,
+"repeated": 3, "contradicted": 0, "warnings": ["3 rows repeat an earlier row ..."], ...}.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmcore.config import Config
+from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
+from rmcore.data.formats.comparison import Comparison
+from rmcore.data.formats.selection import RowHashes, Selection, hash_text, told_apart
+from rmcore.data.tokens.cache import CacheWriter
+from rmcore.data.tokens.comparisons import EncodedRow, lay_out
+from rmcore.data.tokens.encoder import TextEncoder
+from rmcore.data.tokens.limits import LengthLimits, apply_limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHUNK_ROWS = 1024
+CHUNK_CHARACTERS = 2_000_000  # of rendered text: bounds the memory of one call to the tokenizer, some 200 MB
+
+
+@dataclass
+class Chunk:
+    """Rendered comparisons that go to the tokenizer together, and what was counted on the way to them."""
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    texts: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    characters: int = 0
+    rows: int = 0
+    empty: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def full(self) -> bool:
+        return len(self.texts) >= CHUNK_ROWS or self.characters >= CHUNK_CHARACTERS
+
+    def add(self, comparison: Comparison, texts: tuple[str, tuple[str, ...]]) -> None:
+        self.comparisons.append(comparison)
+        self.texts.append(texts)
+        self.characters += len(texts[0]) + sum(map(len, texts[1]))
+
+
+class Work:
+    """The tokenising side of a build, and its counts."""
+
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerFast, ends: tuple[str, ...], limits: LengthLimits,
+        writer: CacheWriter, selection: Selection, rows: int,
+    ) -> None:  # fmt: skip
+        self._config, self._writer, self._selection = config, writer, selection
+        self._encoder = TextEncoder(tokenizer, ends)
+        self._limits = replace(limits, keep_first=int(self._encoder.bos is not None))
+        self._hashes = RowHashes()
+        self.seen = sum(count for _, count in selection.dropped)  # rows that are done
+        self.total = self.seen + (rows if selection.order is None else len(selection.order))
+        self._dropped: Counter[str] = Counter(dict(selection.dropped))
+        self._kept = self._pairs = self._ties = self._scored = self._empty = 0
+        self.names: dict[str, int] = {}  # source -> index
+        self.refusal = ""
+
+    def counted(self, comparison: Comparison) -> Comparison:
+        self._hashes.add_judged(comparison)
+        return comparison
+
+    def tokenise(self, chunk: Chunk) -> None:
+        """Ids, limits and the shared prefix of a chunk, to the cache."""
+        kept, gone = apply_limits(self._encoded(chunk), self._limits)
+        self._writer.write(lay_out(kept))
+        self._dropped += gone + chunk.dropped
+        self._kept += sum(row.rows for row in kept)
+        self._pairs += sum(len(row.pairs) for row in kept)
+        self._ties += sum(len(row.ties) for row in kept)
+        self._scored += sum(len(row.scores) for row in kept)
+        self._empty += chunk.empty
+        self.seen += chunk.rows
+
+    def _encoded(self, chunk: Chunk) -> list[EncodedRow]:
+        encoder, margin = self._encoder, self._config.loss.margin
+        rows = []
+        encoded = encoder.encode_comparisons(chunk.texts)
+        for comparison, (_, texts), (prompt, *answers) in zip(chunk.comparisons, chunk.texts, encoded, strict=True):
+            for text, answer in zip(texts, answers, strict=True):
+                encoder.count_answer(text, answer)
+            encoder.count_content(_contents(comparison))
+            margins = comparison.margin if isinstance(margin, str) else (float(margin),) * len(comparison.pairs)
+            rows.append(
+                EncodedRow(
+                    prompt, answers, comparison.pairs, margins, comparison.weight,
+                    self.names.setdefault(comparison.source, len(self.names)), hash_text(comparison.prompt_key, 0),
+                    comparison.rows, comparison.ties, comparison.tie_weight, comparison.scores,
+                )
+            )  # fmt: skip
+        return rows
+
+    def report(self, name: str, stored: np.ndarray | None) -> dict[str, Any]:
+        """What became of the rows. `stored` tells copies of a row from repetitions
+        (rmcore.data.formats.selection.select)."""
+        repeated, contradicted = self._selection.repeated, self._selection.contradicted
+        if self._selection.order is None:
+            answers, judged = (
+                np.frombuffer(column, dtype=np.uint64) for column in (self._hashes.answers, self._hashes.judged)
+            )
+            found = told_apart(answers, judged, stored)
+            repeated, contradicted = int(found[REPEATED].sum()), int(found[CONTRADICTED].sum())
+        warnings = [*self._encoder.warnings(), *([self.refusal] if self.refusal else [])]
+        if self._empty:
+            warnings.append(f"{self._empty:,} rows have an empty answer")
+        return {
+            "key": name, "rows": self.seen, "kept": self._kept, "comparisons": len(self._writer),
+            "dropped": dict(self._dropped.most_common()), "pairs": self._pairs,
+            "ties": self._ties, "scored_answers": self._scored,
+            "repeated": repeated, "contradicted": contradicted, "warnings": warnings,
+            "bos_added": self._encoder.bos is not None,
+        }  # fmt: skip
+
+
+def _contents(comparison: Comparison) -> Iterator[str]:
+    """The data's own texts, without what the template writes."""
+    for part in (comparison.prompt, *comparison.answers):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from (turn["content"] for turn in part)

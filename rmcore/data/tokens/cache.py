@@ -1,0 +1,233 @@
+"""The token cache: a directory of .npy files and meta.json, built by one process, read by all through memory maps.
+
+In: a key (a hash of all that decides the content) and a function that writes the arrays. Out: TokenizedComparisons.
+Example: <root>/3f0c/{tokens.npy, ..., meta.json} and 3f0c.lock; while process 71 on host a builds, 3f0c.building-a-71.
+
+Any number of processes may ask at once: the first takes the file lock and builds into a directory of its own, which is
+renamed when it is complete and on disk; the others wait on the lock. A killed builder leaves only that directory, which
+is never read and is swept by the next builder. Opening an entry reads it through once and compares hashes (xxh3, some
+GB a second), so that a flipped bit or a disk that lost a block is found before it is trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+from filelock import FileLock, Timeout
+
+from rmcore.config import UserError
+from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, TokenizedComparisons
+
+FORMAT_VERSION = 3
+_BLOCK = 1 << 22  # bytes hashed at a time
+WAIT_SECONDS = 30.0  # between two lines that say who is waited for
+
+_log = logging.getLogger(__name__)
+
+
+class DamagedCache(Exception):
+    """A cache directory that is not what its builder wrote."""
+
+
+class CacheWriter:
+    """Appends chunks (rmcore.data.tokens.comparisons.lay_out) to one .npy file an array; memory does not grow with
+    the rows."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._length = dict.fromkeys(ARRAYS, 0)  # entries written
+        self._offset = dict.fromkeys(OFFSET_OF, 0)  # the last offset written
+        self._hash = {name: xxhash.xxh3_128() for name in ARRAYS}
+        self._files: dict[str, IO[bytes]] = {}
+        directory.mkdir()
+        for name in ARRAYS:
+            self._files[name] = open(directory / f"{name}.npy", "wb")  # noqa: SIM115  (closed by finish)
+            self._write_header(name)
+            if name in OFFSET_OF:
+                self._append(name, np.zeros(1, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self._length["prefix_length"]
+
+    def write(self, chunk: dict[str, np.ndarray]) -> None:
+        for name, values in chunk.items():
+            if name in OFFSET_OF and len(values):
+                values = self._offset[name] + np.cumsum(values)
+                self._offset[name] = int(values[-1])
+            self._append(name, values)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def finish(self, sources: list[str], report: dict[str, Any]) -> None:
+        """Writes the final headers and meta.json, and brings everything to the disk."""
+        for name, file in self._files.items():
+            file.seek(0)
+            self._write_header(name)
+            _sync(file)
+            file.close()
+        fingerprint = xxhash.xxh3_128()
+        for name in ARRAYS:
+            fingerprint.update(self._hash[name].digest())
+        fingerprint.update(json.dumps(sources).encode())
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "bytes": {name: (self._directory / f"{name}.npy").stat().st_size for name in ARRAYS},
+            "length": self._length,
+            "hash": {name: self._hash[name].hexdigest() for name in ARRAYS},
+            "sources": sources,
+            "fingerprint": fingerprint.hexdigest(),
+            "report": report,
+        }
+        with open(self._directory / "meta.json", "w", encoding="utf-8") as meta_file:
+            json.dump(meta, meta_file, indent=1)
+            _sync(meta_file)
+        _sync_directory(self._directory)
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values, dtype=ARRAYS[name]).tobytes()
+        self._files[name].write(data)
+        self._hash[name].update(data)
+        self._length[name] += len(values)
+
+    def _write_header(self, name: str) -> None:
+        # numpy pads the header so that the first axis can grow: rewritten with the final length it has the same size
+        header = {"descr": np.dtype(ARRAYS[name]).str, "fortran_order": False, "shape": (self._length[name],)}
+        np.lib.format.write_array_header_1_0(self._files[name], header)
+
+
+def read(directory: Path) -> TokenizedComparisons:
+    """Opens a cache directory by memory maps. Raises FileNotFoundError: there is none; DamagedCache: it is broken."""
+    if not directory.is_dir():
+        raise FileNotFoundError(directory)
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["format_version"] != FORMAT_VERSION:
+            raise DamagedCache(f"format {meta['format_version']}, not {FORMAT_VERSION}")
+        arrays = {name: _open_array(directory, name, meta) for name in ARRAYS}
+        for name, counted in OFFSET_OF.items():
+            if arrays[name][0] != 0 or arrays[name][-1] != len(arrays[counted]):
+                raise DamagedCache(f"{name} does not fit {counted}")
+        return TokenizedComparisons(
+            **arrays, sources=meta["sources"], fingerprint=meta["fingerprint"], report=meta["report"]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCache(f"{type(error).__name__}: {error}") from error
+
+
+def _open_array(directory: Path, name: str, meta: dict[str, Any]) -> np.ndarray:
+    path = directory / f"{name}.npy"
+    if (size := path.stat().st_size) != meta["bytes"][name]:
+        raise DamagedCache(f"{path.name} has {size} bytes, not {meta['bytes'][name]}")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype != ARRAYS[name] or array.shape != (meta["length"][name],):
+        raise DamagedCache(f"{path.name} holds {array.dtype} {array.shape}")
+    if _hash_from(path, size - array.nbytes) != meta["hash"][name]:
+        raise DamagedCache(f"{path.name} does not hold what was written: its hash differs")
+    return np.asarray(array)  # a plain view of the map: slicing np.memmap is several times slower
+
+
+def _hash_from(path: Path, start: int) -> str:
+    """xxh3 of a file's bytes behind its header; read, not mapped: mapped pages would count as memory of the process."""
+    digest, block = xxhash.xxh3_128(), bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def open_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], what: str) -> TokenizedComparisons:
+    """The cache entry `key` under `root`, built by `build(writer)` (which ends with writer.finish) if it is not there.
+
+    `what` names the data in messages. Raises UserError when the directory cannot be written; what `build` raises
+    passes through and leaves nothing behind.
+    """
+    final = root / key
+    try:
+        return read(final)
+    except (FileNotFoundError, DamagedCache):
+        pass  # looked at again under the lock: another process may be mending it
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f"{key}.lock", timeout=WAIT_SECONDS)
+        _wait_for(lock, root / f"{key}.owner", what)
+    except OSError as error:
+        raise UserError(f"data.cache: cannot write {root}: {error}") from error
+    try:
+        return _read_or_build(root, key, build, what)
+    finally:
+        lock.release()
+
+
+def _read_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], what: str) -> TokenizedComparisons:
+    """Under the lock."""
+    final = root / key
+    try:
+        return read(final)
+    except FileNotFoundError:
+        pass
+    except DamagedCache as damage:
+        _log.warning("the token cache %s is damaged (%s): %s is prepared anew", final, damage, what)
+    owner = {"pid": os.getpid(), "host": socket.gethostname()}
+    temporary = root / f"{key}.building-{owner['host']}-{owner['pid']}"
+    try:
+        (root / f"{key}.owner").write_text(json.dumps(owner), encoding="utf-8")
+        for leftover in [*root.glob(f"{key}.building-*"), *root.glob(f"{key}.broken-*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        if final.exists():
+            aside = root / f"{key}.broken-{owner['host']}-{owner['pid']}"
+            final.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        writer = CacheWriter(temporary)
+        try:
+            build(writer)
+        except BaseException:
+            writer.close()
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        temporary.rename(final)
+        _sync_directory(root)
+    except OSError as error:
+        raise UserError(f"data.cache: cannot write {root}: {error}") from error
+    return read(final)
+
+
+def _wait_for(lock: FileLock, owner_path: Path, what: str) -> None:
+    """Takes the lock, however long it takes, and says now and then who has it."""
+    start = time.monotonic()
+    while True:
+        try:
+            lock.acquire()
+            return
+        except Timeout:
+            try:
+                owner = json.loads(owner_path.read_text(encoding="utf-8"))
+                who = f"process {owner['pid']} on {owner['host']}"
+            except (OSError, ValueError, KeyError):
+                who = "another process"
+            _log.warning("waiting for %s to prepare %s (%.0f s so far)", who, what, time.monotonic() - start)
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Limits in tokens: rows that are dropped or cut, and answers that are the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
+
+from rmcore.data.drop_reasons import ANSWER_TOO_LONG, EMPTY, IDENTICAL, PROMPT_TOO_LONG, TEXT_TOO_LONG
+from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, EncodedRow, TokenizedComparisons, common_prefix, lay_out
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """Inclusive limits in tokens; `truncate_left` cuts the oldest prompt tokens where `drop` would drop the row.
+
+    `keep_first` tokens at the head are never cut (1 where the tokenizer puts BOS there by itself).
+    """
+
+    max_tokens: int
+    max_prompt_tokens: int | None = None
+    truncate_left: bool = False
+    keep_first: int = 0
+
+
+def in_memory(rows: Sequence[EncodedRow], limits: LengthLimits, sources: Sequence[str] = ("",)) -> TokenizedComparisons:
+    """Rows -> TokenizedComparisons without a cache, for a few rows (probes, scoring). Counts stand in `report`."""
+    kept, dropped = apply_limits(rows, limits)
+    chunk = lay_out(kept)
+    arrays = {name: chunk[name] for name in ARRAYS if name not in OFFSET_OF}
+    for name in OFFSET_OF:
+        arrays[name] = np.concatenate([[0], np.cumsum(chunk[name])])
+    given, left = (sum(row.rows for row in some) for some in (rows, kept))
+    report = {"rows": given, "kept": left, "dropped": dict(dropped)}
+    return TokenizedComparisons(**arrays, sources=list(sources), fingerprint="", report=report)
+
+
+def apply_limits(rows: Sequence[EncodedRow], limits: LengthLimits) -> tuple[list[EncodedRow], Counter[str]]:
+    """-> (rows that are kept; dropped rows by reason). The two add up to all rows. Changes the rows that it cuts."""
+    kept: list[EncodedRow] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        reason = _length_reason(row, limits)
+        if reason in (PROMPT_TOO_LONG, TEXT_TOO_LONG) and limits.truncate_left:
+            reason = _truncate_left(row, limits)
+        if reason is None and not _drop_identical(row):
+            reason = IDENTICAL
+        if reason is None:
+            kept.append(row)
+        else:
+            dropped[reason] += row.rows
+    return kept, dropped
+
+
+def _length_reason(row: EncodedRow, limits: LengthLimits) -> str | None:
+    if not all(map(len, row.answers)):
+        return EMPTY  # no last token whose score could be read
+    if limits.max_prompt_tokens is not None and len(row.prompt) > limits.max_prompt_tokens:
+        return PROMPT_TOO_LONG
+    return TEXT_TOO_LONG if max(map(len, row.answers)) > limits.max_tokens else None
+
+
+def _truncate_left(row: EncodedRow, limits: LengthLimits) -> str | None:
+    """Cuts the same number of the oldest prompt tokens from the prompt and from every text; a reason if it cannot."""
+    prompt_limit = len(row.prompt) if limits.max_prompt_tokens is None else limits.max_prompt_tokens
+    cut = max(len(row.prompt) - prompt_limit, max(map(len, row.answers)) - limits.max_tokens)
+    # What all texts have in common with the prompt is the prompt's; where a token spans prompt and answer it is not.
+    own = min(common_prefix(row.prompt, answer) for answer in row.answers)
+    if limits.keep_first + cut > own:
+        return ANSWER_TOO_LONG
+    head, rest = slice(0, limits.keep_first), slice(limits.keep_first + cut, None)
+    row.prompt = np.concatenate([row.prompt[head], row.prompt[rest]])
+    row.answers = [np.concatenate([answer[head], answer[rest]]) for answer in row.answers]
+    return None if all(map(len, row.answers)) else EMPTY
+
+
+def _drop_identical(row: EncodedRow) -> bool:
+    """Takes out pairs and ties whose two texts are the same tokens, and answers that nothing reads any more; False if
+    nothing is left. Answers with scores stay."""
+    differ, tied = (
+        [not np.array_equal(row.answers[a], row.answers[b]) for a, b in pairs] for pairs in (row.pairs, row.ties)
+    )
+    if not (any(differ) or any(tied) or row.scores):
+        return False
+    row.margin, row.weight = list(compress(row.margin, differ)), list(compress(row.weight, differ))
+    row.tie_weight = list(compress(row.tie_weight, tied))
+    pairs, ties = list(compress(row.pairs, differ)), list(compress(row.ties, tied))
+    used = range(len(row.answers)) if row.scores else sorted({answer for pair in pairs + ties for answer in pair})
+    place = {answer: i for i, answer in enumerate(used)}
+    row.answers = [row.answers[answer] for answer in used]
+    row.pairs, row.ties = ([(place[a], place[b]) for a, b in some] for some in (pairs, ties))
+    return True

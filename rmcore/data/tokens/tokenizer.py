@@ -1,0 +1,164 @@
+"""The tokenizer: loading it, its padding token, and what identifies it.
+
+In: `config.model`. Out: a fast tokenizer whose padding token differs from EOS.
+Example: a Llama-2 directory, which has no padding token, gives its tokenizer with <unk> as the padding token and the
+note "padding token <unk> (id 0): the unknown token, which no text becomes".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from rmcore.config import Config, UserError
+from rmcore.data.tokens.encoder import TextEncoder, plain_backend_json
+from rmcore.host.hub_access import offline_if_unreachable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "PaddingReport", "TextEncoder", "embedding_rows", "fix_padding", "load_tokenizer", "tokenizer_fingerprint",
+]  # fmt: skip
+
+# Tokens that vocabularies hold for padding, in order of preference; then tokens that are reserved for the user.
+PADDING_NAMES = (
+    "<|padding|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|finetune_right_pad_id|>",
+    "<|PAD_TOKEN|>",
+    "<|vision_pad|>",
+)
+RESERVED = re.compile(
+    r"[<\[]\|?(reserved_special_token_|reserved_token_|reserved|unused|unused_token_|extra_|placeholder)_?\d+\|?[>\]]"
+)
+
+
+@dataclass(frozen=True)
+class PaddingReport:
+    """What was done about the padding token.
+
+    `action`: kept (it was right), reserved, unknown (the token for unknown text, in a vocabulary that knows every
+    byte) or added.
+    """
+
+    token: str
+    token_id: int
+    action: str
+
+    def __str__(self) -> str:
+        how = {
+            "kept": "the tokenizer's own",
+            "reserved": "an unused token of the vocabulary",
+            "unknown": "the unknown token, which no text becomes",
+            "added": "added to the vocabulary",
+        }[self.action]
+        return f"padding token {self.token} (id {self.token_id}): {how}"
+
+
+def load_tokenizer(config: Config, say: Callable[[str], object] | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of `config.model`, its padding token set by `fix_padding`; `say(line)` tells of a change to it.
+
+    `model.name: synthetic` gives the embedded byte-level one. Raises UserError: files missing or broken, no fast
+    tokenizer, no EOS token.
+    """
+    name = config.model.name
+    if name == "synthetic":
+        from rmcore.data.synthetic import byte_tokenizer
+
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = _from_files(config)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.name={name}: rmcore needs a fast tokenizer (a tokenizer.json), not {type(tokenizer).__name__}"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"model.name={name}: its tokenizer has no EOS token; name one as eos_token in its tokenizer_config.json"
+        )
+    report = fix_padding(tokenizer)
+    if say is not None and report.action != "kept":
+        say(str(report))
+    return tokenizer
+
+
+def _from_files(config: Config) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    name = config.model.name
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"model.name={name}: there is no such directory (looked in {os.getcwd()})")
+    local = os.path.isdir(os.path.expanduser(name))
+    try:
+        with contextlib.nullcontext() if local else offline_if_unreachable() as unreachable:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                os.path.expanduser(name),
+                revision=config.model.revision,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+    except Exception as error:  # broken files raise anything: OSError, JSONDecodeError, tokenizers' bare Exception
+        if not local and unreachable is not None:
+            raise UserError(
+                f"model.name={name}: not in the cache: its tokenizer ({unreachable}). Where there is a connection, "
+                f"fetch it with `hf download {name}` and the same HF_HOME, or give a local directory"
+            ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.name={name}: cannot load its tokenizer ({type(error).__name__}: {reason}). "
+            "Check that the directory holds tokenizer.json, or that the hub id is right and reachable or cached"
+        ) from error
+    return tokenizer
+
+
+def fix_padding(tokenizer: PreTrainedTokenizerFast) -> PaddingReport:
+    """Makes the padding token differ from EOS, changing `tokenizer`; calling it again changes nothing.
+
+    In this order: the tokenizer's own, a token named for padding, a reserved token, the unknown token if the vocabulary
+    falls back to bytes (then no text becomes it), and at last `<pad>`, added. An added token needs an embedding row:
+    see `embedding_rows`.
+    """
+    pad, eos = tokenizer.pad_token, tokenizer.eos_token
+    if pad is not None and pad != eos and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return PaddingReport(pad, int(tokenizer.pad_token_id), "kept")
+    token, action = _choose_padding(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": token})
+    return PaddingReport(token, int(tokenizer.pad_token_id), action)
+
+
+def _choose_padding(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    vocabulary = tokenizer.get_vocab()
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} - used
+    for token in PADDING_NAMES:
+        if token in special or (token in vocabulary and token not in used):
+            return token, "reserved"
+    # Template markers may be special too (<|user|>), so a token counts as reserved by its name alone; lowest id first.
+    reserved = [t for t in special if RESERVED.fullmatch(t) and t not in (tokenizer.chat_template or "")]
+    if reserved:
+        return min(reserved, key=vocabulary.__getitem__), "reserved"
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    unknown = tokenizer.unk_token
+    if model.get("byte_fallback") and unknown not in (None, tokenizer.eos_token, tokenizer.bos_token):
+        return unknown, "unknown"
+    return "<pad>", "added"
+
+
+def embedding_rows(tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
+    """Rows the embedding must have: its `rows` while len(tokenizer) fits, else the next multiple of 8."""
+    return rows if len(tokenizer) <= rows else -(-len(tokenizer) // 8) * 8
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hash of everything that decides which ids a text becomes."""
+    special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return xxhash.xxh3_128_hexdigest((json.dumps(plain_backend_json(tokenizer)) + special).encode())

@@ -1,0 +1,48 @@
+"""Rewards beside what the data say of them, as flat arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.evaluation.answer_metrics import AnswerArrays
+from rmcore.evaluation.pair_metrics import PairArrays
+
+
+def pair_arrays(data: TokenizedComparisons, rewards_A: np.ndarray) -> PairArrays:
+    """Rewards, lengths, weights and sources of all pairs in the order of the data."""
+    first_answer_P = np.repeat(np.asarray(data.answer_offset)[:-1], data.pairs_N)
+    winner_P, loser_P = first_answer_P + data.winner, first_answer_P + data.loser
+    length_A = answer_lengths(data)
+    return PairArrays(
+        chosen_P=rewards_A[winner_P],
+        rejected_P=rewards_A[loser_P],
+        weight_P=np.asarray(data.weight, dtype=np.float64),
+        chosen_length_P=length_A[winner_P],
+        rejected_length_P=length_A[loser_P],
+        comparison_P=np.repeat(np.arange(len(data)), data.pairs_N),
+        winner_P=winner_P,
+        loser_P=loser_P,
+        source_P=np.repeat(data.source_index, data.pairs_N),
+        sources=tuple(data.sources),
+    )
+
+
+def answer_arrays(data: TokenizedComparisons, rewards_A: np.ndarray) -> AnswerArrays:
+    """Rewards, lengths, comparisons and sources of all answers in the order of the data."""
+    answers_N = np.diff(data.answer_offset)
+    return AnswerArrays(
+        reward_A=rewards_A,
+        length_A=answer_lengths(data),
+        comparison_A=np.repeat(np.arange(len(data)), answers_N),
+        source_A=np.repeat(data.source_index, answers_N),
+    )
+
+
+def answer_lengths(data: TokenizedComparisons) -> np.ndarray:
+    """Tokens behind the prompt of each answer, int64 [A], what the template writes around it among them.
+
+    A rendered prompt may be longer than what the texts have in common (a cue that an answer's text writes otherwise).
+    """
+    prompt_N = np.minimum(data.prompt_length, data.prefix_length).astype(np.int64)
+    return data.text_length_A - np.repeat(prompt_N, np.diff(data.answer_offset))

@@ -1,0 +1,15 @@
+"""Text for a terminal: control characters made visible, durations."""
+
+from __future__ import annotations
+
+CONTROL_CHARACTERS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {127: "\u2421"}
+
+
+def visible(text: str) -> str:
+    """Control characters (an escape sequence in the data could rewrite the terminal) as their pictures."""
+    return text.translate(CONTROL_CHARACTERS)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,83 @@
+"""`rmcore inspect CONFIG [key=value ...] [--json] [--examples N] [--plot FILE]`: the data doctor.
+
+In: a configuration. Out, for train and eval: rows kept and dropped by reason, percentiles of the lengths of prompts and
+answers, tokens saved by packing and by sharing, how often the longer answer is chosen, repeated and contradicted rows,
+figures by source, what is odd about special tokens; the first examples in colours with the scored tokens marked; and a
+picture of the lengths (<run.dir>/lengths.png). The data are prepared as for training and stay in the cache.
+
+Example: `rmcore inspect configs/hh.yaml data.limit=1000 --examples 3`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rmcore.config import Config, UserError, config_from_argv
+
+ABOUT = (
+    "The data doctor: rows kept and dropped, lengths, sharing, length bias, oddities, examples. --json prints one JSON "
+    "object and nothing else; --examples N shows N comparisons (default 1); --plot FILE says where the picture of the "
+    "lengths goes (default <run.dir>/lengths.png)."
+)
+
+
+def inspect(config: Config, examples: int, plot: Path, as_json: bool) -> None:
+    """Prints the findings, and draws the picture. Raises UserError."""
+    from rmcore.data.inspection.length_plot import plot_lengths
+    from rmcore.data.inspection.statistics import lines, statistics
+    from rmcore.training.run_data import prepared
+
+    tokenizer, data = prepared(config)
+    parts = {part.report["key"]: part for part in (data.train, data.eval) if part is not None}
+    figures = {name: statistics(part, config.run.seed) for name, part in parts.items()}
+    try:
+        plot_lengths(parts, config.data.max_tokens, plot)
+    except (OSError, ValueError) as error:  # ValueError: no picture has that suffix
+        raise UserError(f"cannot write the picture {plot}: {getattr(error, 'strerror', error)}; set --plot") from None
+    if as_json:
+        print(json.dumps({"parts": figures, "warnings": data.warnings, "plot": str(plot)}))
+        return
+    from rich.console import Console
+
+    from rmcore.data.inspection.first_example import show_first_example
+    from rmcore.data.inspection.summary import describe_part
+
+    console = Console(highlight=False)
+    for name, part in parts.items():
+        text = "\n".join([describe_part(part, config), *lines(figures[name]), ""])
+        console.print(text, markup=False, soft_wrap=True, emoji=False)
+    for number in range(min(examples, len(data.train))):
+        console.print(f"comparison {number} of data.train", style="bold", soft_wrap=True)
+        show_first_example(data.train.comparison(number), tokenizer, console)
+        console.print()
+    told = [
+        *(f"note: {note}" for note in data.notes),
+        *(f"warning: {warning}" for warning in data.warnings),
+        f"lengths drawn in {plot}",
+    ]
+    console.print("\n".join(told), markup=False, soft_wrap=True, emoji=False)
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done, 2 refused (config, data, files)."""
+    parser = argparse.ArgumentParser(prog="rmcore inspect", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--examples", type=int, default=1)
+    parser.add_argument("--plot", type=Path)
+    options, rest = parser.parse_known_args(argv)
+    if options.examples < 0:
+        parser.error(f"argument --examples: {options.examples} is less than 0")
+    config = config_from_argv(rest, "rmcore inspect", ABOUT)
+    try:
+        inspect(config, options.examples, options.plot or Path(config.run.dir) / "lengths.png", options.json)
+    except UserError as error:
+        print(f"rmcore inspect: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Texts in, rewards out: a trained model and the forward pass of training."""

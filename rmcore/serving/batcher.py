@@ -1,0 +1,160 @@
+"""One model, many clients: texts wait in one queue, and one thread scores whatever waits, up to the token budget.
+
+Enters: jobs, each the texts of one request. Leaves: their rewards, in a future. Example: while a batch of 4,000 tokens
+is computed 20 requests of 150 tokens come in; all 20 make the next batch, where texts of one prompt compute it once,
+also those of different requests.
+
+Nothing waits for company: an idle model takes the first job at once. A job is answered whole or not at all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rmcore.scoring.scorer import Text
+
+
+class Full(Exception):
+    """More waits than may wait: come back later."""
+
+
+class Late(Exception):
+    """The job's time was over before its turn came."""
+
+
+class Stopping(Exception):
+    """No more jobs are taken."""
+
+
+Rewards = list[float | None]
+
+
+@dataclass
+class Job:
+    """The texts of one request. `deadline`: by time.monotonic()."""
+
+    texts: Sequence[Text]
+    deadline: float
+    tokens: int
+    done: Future[Rewards] = field(default_factory=Future)
+
+
+@dataclass
+class Counts:
+    """What was done since the start: batches, jobs, texts, tokens of all texts; seconds of computing."""
+
+    batches: int = 0
+    jobs: int = 0
+    texts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Batcher:
+    """The queue and the thread that empties it.
+
+    Args:
+        score: texts -> rewards, in order; called by one thread alone.
+        budget: most tokens of the jobs that are scored together; a larger job is scored alone.
+        most_waiting: tokens that may wait; a job that comes to an empty queue is always taken.
+    """
+
+    def __init__(self, score: Callable[[Sequence[Text]], Rewards], budget: int, most_waiting: int) -> None:
+        self._score, self._budget, self._most_waiting = score, budget, most_waiting
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self.waiting_tokens = 0
+        self.counts = Counts()
+        self._thread = threading.Thread(target=self._run, name="rmcore-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still works."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait."""
+        return len(self._jobs)
+
+    def submit(self, texts: Sequence[Text], deadline: float) -> Future[Rewards]:
+        """The rewards of `texts`, later. Raises Full, Stopping; the future raises Late or what the model raised."""
+        job = Job(texts, deadline, sum(len(text.ids) for text in texts))
+        with self._changed:
+            if self._stopping:
+                raise Stopping
+            if self._jobs and self.waiting_tokens + job.tokens > self._most_waiting:
+                raise Full
+            self._jobs.append(job)
+            self.waiting_tokens += job.tokens
+            self._changed.notify()
+        return job.done
+
+    def stop(self) -> None:
+        """Take no more jobs, finish those that wait, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while jobs := self._next():
+            began = time.monotonic()
+            ready = [job for job in jobs if self._begins(job, began)]
+            if ready:
+                self._answer(ready)
+                self.counts.seconds += time.monotonic() - began
+
+    def _next(self) -> list[Job]:
+        """The jobs of the next batch, in the order in which they came; none when there will be no more."""
+        with self._changed:
+            while not self._jobs:
+                if self._stopping:
+                    return []
+                self._changed.wait()
+            jobs = [self._jobs.popleft()]
+            tokens = jobs[0].tokens
+            while self._jobs and tokens + self._jobs[0].tokens <= self._budget:
+                jobs.append(self._jobs.popleft())
+                tokens += jobs[-1].tokens
+            self.waiting_tokens -= tokens
+            return jobs
+
+    def _begins(self, job: Job, now: float) -> bool:
+        if not job.done.set_running_or_notify_cancel():
+            return False
+        if now > job.deadline:
+            job.done.set_exception(Late())
+            return False
+        return True
+
+    def _answer(self, jobs: list[Job]) -> None:
+        texts = [text for job in jobs for text in job.texts]
+        try:
+            rewards = self._score(texts)
+            if len(rewards) != len(texts):
+                raise RuntimeError(f"{len(rewards)} rewards of {len(texts)} texts")
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].done.set_exception(error)
+                return
+            for job in jobs:  # one of them may be what the model cannot do: it must not fail the others
+                self._answer([job])
+            return
+        self.counts.batches += 1
+        self.counts.jobs += len(jobs)
+        self.counts.texts += len(texts)
+        self.counts.tokens += sum(job.tokens for job in jobs)
+        place = 0
+        for job in jobs:
+            job.done.set_result(rewards[place : place + len(job.texts)])
+            place += len(job.texts)

@@ -1,0 +1,146 @@
+"""The places that figures go to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from rmcore.config import UserError
+from rmcore.config.schema import Config
+from rmcore.evaluation.samples import SampleRow
+from rmcore.host.files import finite, write_text_atomically
+from rmcore.host.terminal import visible
+from rmcore.tracking.moment import Moment
+
+
+class JsonLines:
+    """metrics.jsonl and samples.jsonl, one object a line, flushed at once."""
+
+    def __init__(self, directory: Path, start: Moment) -> None:
+        self._metrics = _continue_lines(directory / "metrics.jsonl", start.step)
+        self._samples = _continue_lines(directory / "samples.jsonl", start.step)
+
+    def figures(self, at: Moment, figures: Mapping[str, float]) -> None:
+        self._write(self._metrics, {**asdict(at), **figures})
+
+    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+        for row in rows:
+            self._write(self._samples, {**asdict(at), **asdict(row), "correct": row.correct})
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+
+    @staticmethod
+    def _write(file: TextIO, content: Mapping[str, Any]) -> None:
+        file.write(json.dumps(finite(content)) + "\n")
+        file.flush()
+
+
+def _continue_lines(path: Path, step: int) -> TextIO:
+    """Open for appending after the last line of `step` or before; half a line, left by a kill, goes too."""
+    if path.exists() and step == 0:
+        os.replace(path, _free_name(path))
+    elif path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_text_atomically(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+    return open(path, "a", encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """The step that a line tells of; infinite for one that is not whole."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _free_name(path: Path) -> Path:
+    """metrics.jsonl -> metrics.1.jsonl, or the next number that is free."""
+    number = 1
+    while (name := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return name
+
+
+class TensorBoard:
+    """Events with the episode as x axis; the config and the samples as text."""
+
+    def __init__(self, directory: Path, start: Moment, config_yaml: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "log.tensorboard is on and the package tensorboard is not installed: "
+                "pip install tensorboard, or set log.tensorboard=false"
+            ) from None
+        if directory.exists() and start.step == 0:
+            os.replace(directory, _free_name(directory))
+        # Charts hide what an earlier attempt logged beyond the point where this one continues.
+        purge_step = start.episode + 1 if start.step else None
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in config_yaml.splitlines()), start.episode)
+
+    def figures(self, at: Moment, figures: Mapping[str, float]) -> None:
+        for name, value in {"epoch": at.epoch, "step": at.step, **figures}.items():
+            self._writer.add_scalar(name, value, at.episode)
+
+    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+        lines = ["| prompt | chosen | rejected | rewards | correct |", "|---|---|---|---|---|"]
+        for row in rows:
+            texts = (_cell(text) for text in (row.prompt, row.chosen, row.rejected))
+            rewards = f"{row.chosen_reward:.4f} / {row.rejected_reward:.4f}"
+            lines.append(f"| {' | '.join(texts)} | {rewards} | {'yes' if row.correct else 'no'} |")
+        self._writer.add_text("eval/samples", "\n".join(lines), at.episode)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _cell(text: str) -> str:
+    """Text that stays inside its cell of a Markdown table."""
+    return visible(text).replace("|", "\\|").replace("\n", " ")
+
+
+class WeightsAndBiases:
+    """A wandb run named after the run directory; a resumed run continues the same one."""
+
+    def __init__(self, directory: Path, config: Config) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "log.wandb is on and the package wandb is not installed: "
+                "pip install 'rmcore[wandb]', or set log.wandb=false"
+            ) from None
+        self._wandb = wandb
+        id_file = directory / "wandb_run_id"
+        if not id_file.exists():
+            write_text_atomically(id_file, uuid.uuid4().hex + "\n")
+        self._run = wandb.init(
+            project="rmcore",
+            name=directory.resolve().name,
+            dir=str(directory),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            config=config.model_dump(mode="json"),
+        )
+        self._run.define_metric("*", step_metric="episode")
+
+    def figures(self, at: Moment, figures: Mapping[str, float]) -> None:
+        self._run.log({**asdict(at), **figures})
+
+    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+        columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "correct"]
+        table = self._wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in rows])
+        self._run.log({**asdict(at), "eval/samples": table})
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,65 @@
+"""run_status.json: what became of a run, for scripts that look at the run directory and not at exit codes.
+
+In: the status, the step and episode reached, a reason, the last evaluation's figures. Out: the file, replaced as a
+whole, so that a reader sees the old one or the new one and never half of one.
+
+Example: {"status": "completed", "step": 28, "episode": 1790, "reason": "", "eval": {"accuracy": 0.61}, "time": ...}
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rmcore.host.files import finite, write_text_atomically
+
+if TYPE_CHECKING:
+    from rmcore.parallel.world import World
+
+Status = Literal["running", "completed", "preempted", "failed"]
+FILE = "run_status.json"
+
+
+def write_status(world: World, run_dir: str | Path, status: Status, **content: Any) -> None:
+    """`record_status` on rank 0; the others return at once."""
+    if world.is_main:
+        record_status(run_dir, status, **content)
+
+
+def record_status(
+    run_dir: str | Path,
+    status: Status,
+    *,
+    step: int = 0,
+    episode: int = 0,
+    reason: str = "",
+    evaluation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `run_status.json`. Raises OSError when it cannot be written.
+
+    Args:
+        step, episode: optimizer steps done and pairs seen.
+        reason: why the run failed or was preempted; for people.
+        evaluation: the figures of the last evaluation.
+    """
+    content = {
+        "status": status,
+        "step": step,
+        "episode": episode,
+        "reason": reason,
+        "eval": dict(evaluation or {}),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_text_atomically(Path(run_dir) / FILE, json.dumps(finite(content), indent=2) + "\n")
+
+
+def read_status(run_dir: str | Path) -> dict[str, Any]:
+    """What run_status.json says, {} when there is none that can be read."""
+    try:
+        content = json.loads((Path(run_dir) / FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,1 @@
+"""Everything of one run around the loop in rmcore/train.py."""

@@ -1,0 +1,180 @@
+"""Training figures: summed on the device while steps run, reduced over the ranks once a log interval.
+
+In: the output and batch of each micro batch, the gradient norm of each step. Out: a dict of named figures, the same on
+every rank. Every mean is a sum over all ranks divided by a count over all ranks, never a mean of means; means over
+pairs are weighted by the pairs' weights (the two directions of a soft label count once together).
+
+Example: rank 0 saw 3 pairs with losses 0.2, 0.4, 0.6 and rank 1 one pair with loss 1.2. `train/rm/loss` is
+(0.2 + 0.4 + 0.6 + 1.2) / 4 = 0.6; the mean of the ranks' means would be 0.8.
+
+Shape legend: P pairs, A answers, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rmcore.cost.flops import device_peak_flops
+from rmcore.parallel.world import World, all_reduce_sum
+
+# What the device sums, in this order; the host's counts follow in the same vector when it is reduced.
+DEVICE_SUMS = ("loss", "counted", "weight", "correct", "chosen", "rejected", "grad_norm", "skipped")
+HOST_SUMS = ("pairs", "computed_tokens", "logical_tokens", "steps", "seconds")
+EVERY_RANK_THE_SAME = ("grad_norm", "skipped", "steps", "seconds")  # each rank adds its own; the mean of ranks counts
+
+
+class Paired(Protocol):
+    """What is read of a micro batch; `rmcore.data.batches.batch.RaggedBatch` is one."""
+
+    @property
+    def winner_P(self) -> Tensor: ...
+    @property
+    def loser_P(self) -> Tensor: ...
+    @property
+    def weight_P(self) -> Tensor: ...
+    @property
+    def computed_tokens(self) -> int: ...
+    @property
+    def logical_tokens(self) -> int: ...
+
+
+class Rewarded(Protocol):
+    """What is read of a forward: the summed (weighted) loss, what it is a sum over, and every answer's reward."""
+
+    @property
+    def loss_sum(self) -> Tensor: ...
+    @property
+    def counted(self) -> Tensor: ...
+    @property
+    def rewards_A(self) -> Tensor: ...
+
+
+class Metrics:
+    """Accumulators of one rank, in fp64 on `world.device`; `add` and `add_step` never wait for the device.
+
+    Args:
+        world: this process.
+        earlier: what a checkpoint holds of a log interval that was half full (`interval`).
+        flops_per_token: training FLOPs of one computed token (`model_flops_per_token`); with it, and on a device whose
+            peak is known, the figures hold `mfu`.
+    """
+
+    def __init__(
+        self, world: World, flops_per_token: float | None = None, earlier: Sequence[float | None] = ()
+    ) -> None:
+        self._world = world
+        whole = len(earlier) == len(DEVICE_SUMS + HOST_SUMS)  # else of a version that summed other things
+        self._earlier = [math.nan if value is None else value for value in earlier] if whole else []
+        self._sums = torch.zeros(len(DEVICE_SUMS), dtype=torch.float64, device=world.device)
+        self._flops_per_token = flops_per_token
+        self._peak = device_peak_flops(world.device)
+        self._pairs = self._computed_tokens = self._logical_tokens = self._steps = 0
+        self._paused_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, output: Rewarded, batch: Paired) -> None:
+        """Count one micro batch: its pairs, their losses and rewards, its tokens; one without pairs counts tokens."""
+        rewards_A = output.rewards_A.detach().double()
+        chosen_P, rejected_P = rewards_A[batch.winner_P], rewards_A[batch.loser_P]
+        weight_P = batch.weight_P.double()
+        self._sums[:6] += torch.stack(
+            [
+                output.loss_sum.detach().double(),
+                output.counted.double(),
+                weight_P.sum(),
+                (weight_P * (chosen_P > rejected_P)).sum(),
+                (weight_P * chosen_P).sum(),
+                (weight_P * rejected_P).sum(),
+            ]
+        )
+        self._pairs += batch.winner_P.numel()
+        self._computed_tokens += batch.computed_tokens
+        self._logical_tokens += batch.logical_tokens
+
+    def add_step(self, grad_norm: Tensor | None = None) -> None:
+        """Count one optimizer step and its global gradient norm (a scalar tensor, the same on every rank).
+
+        A step whose norm is NaN or infinite is a skipped one and does not enter the mean of the norms.
+        """
+        self._steps += 1
+        if grad_norm is not None:
+            norm = grad_norm.detach().double()
+            good = torch.isfinite(norm)
+            self._sums[6:] += torch.stack([torch.where(good, norm, 0.0), (~good).double()])
+
+    @contextmanager
+    def clock_paused(self) -> Iterator[None]:
+        """Time spent inside (evaluation, saving) is no training time: the rates leave it out."""
+        paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_seconds += time.perf_counter() - paused
+
+    def reduce(self, world: World | None = None) -> dict[str, float]:
+        """The figures since the last call, over all ranks; one reduction, then everything starts from zero.
+
+        Every rank must call it at the same step. Keys: train/rm/{accuracy, loss, chosen_rewards, rejected_rewards,
+        reward_margin}, train/skipped_steps (NaN or Inf), grad_norm, tokens_per_second (computed tokens),
+        logical_tokens_per_second, pairs_per_second, step_seconds, sharing_ratio (logical tokens per computed token: 1.6
+        means 1.6 tokens for the price of one), mfu where known. A figure whose count is 0 is left out.
+        """
+        world = world or self._world
+        waited = time.perf_counter()
+        total = self._total(world, waited)
+        figures = _figures(total, world.size)
+        if self._flops_per_token and self._peak and "tokens_per_second" in figures:
+            figures["mfu"] = figures["tokens_per_second"] * self._flops_per_token / (self._peak * world.size)
+        self._sums.zero_()
+        self._pairs = self._computed_tokens = self._logical_tokens = self._steps = 0
+        self._paused_seconds = 0.0
+        self._started = waited
+        self._earlier = []
+        return figures
+
+    def interval(self) -> list[float]:
+        """The sums of the interval so far, over all ranks, for a checkpoint: any world size may go on from them."""
+        total = self._total(self._world, time.perf_counter())
+        return [value / self._world.size if name in EVERY_RANK_THE_SAME else value for name, value in total.items()]
+
+    def _total(self, world: World, now: float) -> dict[str, float]:
+        seconds = now - self._started - self._paused_seconds
+        host = [self._pairs, self._computed_tokens, self._logical_tokens, self._steps, seconds]
+        host_sums = torch.tensor(host, dtype=torch.float64).to(self._sums.device)
+        values = all_reduce_sum(world, torch.cat([self._sums, host_sums])).tolist()
+        total = dict(zip(DEVICE_SUMS + HOST_SUMS, values, strict=True))
+        for name, value in zip(total, self._earlier, strict=False):
+            total[name] += value * world.size if name in EVERY_RANK_THE_SAME else value
+        return total
+
+
+def _figures(total: dict[str, float], ranks: int) -> dict[str, float]:
+    pairs, weight, tokens = total["pairs"], total["weight"], total["computed_tokens"]
+    steps, seconds = total["steps"], total["seconds"] / ranks  # each rank's clock ran once: seconds is their mean
+    figures: dict[str, float] = {}
+    if weight:
+        figures["train/rm/accuracy"] = total["correct"] / weight
+        figures["train/rm/chosen_rewards"] = total["chosen"] / weight
+        figures["train/rm/rejected_rewards"] = total["rejected"] / weight
+        figures["train/rm/reward_margin"] = (total["chosen"] - total["rejected"]) / weight
+    if total["counted"]:
+        figures["train/rm/loss"] = total["loss"] / total["counted"]
+    if steps:
+        figures["train/skipped_steps"] = total["skipped"] / ranks
+        if steps > total["skipped"]:
+            figures["grad_norm"] = total["grad_norm"] / (steps - total["skipped"])
+        figures["step_seconds"] = seconds / (steps / ranks)
+    if tokens:
+        figures["sharing_ratio"] = total["logical_tokens"] / tokens
+    if seconds > 0 and tokens:
+        figures["tokens_per_second"] = tokens / seconds
+        figures["logical_tokens_per_second"] = total["logical_tokens"] / seconds
+        figures["pairs_per_second"] = pairs / seconds
+    return figures

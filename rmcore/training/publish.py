@@ -1,0 +1,124 @@
+"""The end of a run: the trained weights become a Hugging Face directory, are checked, and go to the hub when asked.
+
+Enters: a `Run` and its last evaluation. Leaves: `<run.dir>/model/`, whose rewards, reloaded by plain transformers,
+equal the engine's. Example: 6 texts of the longest and some other comparisons, largest difference 2.4e-07, allowed
+1.0e-05.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rmcore.config import UserError
+from rmcore.config.schema import Config
+from rmcore.evaluation.evaluate import Evaluation
+from rmcore.hf_export.card import model_card
+from rmcore.hf_export.directory import Package, set_aside, take_place, write_model
+from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, reloaded
+from rmcore.hf_export.probe import probe_of
+from rmcore.hf_export.upload import push
+from rmcore.host.memory import available_memory
+from rmcore.model.lazy_model import exported
+from rmcore.model.lora import merged
+from rmcore.parallel.strategy import Strategy, is_sharded
+from rmcore.parallel.world import RankError, World, broadcast_json, device_mesh, first_error
+from rmcore.tracking.tracker import Tracker
+from rmcore.training.run import Run
+
+RELOAD_SHARE = 0.25  # of the memory that is left, for a whole fp32 copy of the exported model
+
+
+def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
+    """Export from all ranks' shards, a weight at a time; a collective. Raises RankError on every rank when the export
+    is not what was trained.
+    """
+    config, world, directory = run.config, run.world, Path(run.config.run.dir) / "model"
+    probe = make_probe(run)
+    run.strategy.adamw.state.clear()  # the run is over, and checking may need the memory
+    package = Package(
+        model_class=run.model_class,
+        hf_config=run.hf_config,
+        tokenizer=run.tokenizer,
+        template=run.data.template,
+        dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
+        card=model_card(
+            config,
+            wants_text=run.data.template.wants_text,
+            data=run.data.train,
+            figures=evaluation.figures if evaluation else None,
+        ),
+        config_yaml=config.dump_yaml(),
+    )
+    shapes, tensors = run.strategy.shapes(), run.strategy.whole_tensors()
+
+    def write() -> Path | None:
+        try:
+            if not world.is_main:
+                return None
+            if not run.adapted:
+                return write_model(shapes, tensors, package, directory)
+            plain = merged(dict(tensors), run.adapted)
+            return write_model({n: tuple(t.shape) for n, t in plain.items()}, plain.items(), package, directory)
+        finally:
+            for _ in tensors:  # the other ranks are gathering too, whatever became of the disk
+                pass
+
+    temporary = first_error(world, "the export", write)
+    place = Path(broadcast_json(world, str(temporary)))
+    by_parts = broadcast_json(world, is_sharded(config) and _too_large(run.strategy))
+    try:
+        parity = first_error(world, "the export", lambda: _checked(run, package, place, probe, by_parts))
+    except RankError as error:
+        aside = f" (left in {set_aside(place, directory)})" if world.is_main else ""
+        raise RankError(f"{error}{aside}") from error
+    first_error(world, "the export", lambda: take_place(place, directory) if world.is_main else None)
+    if parity:
+        tracker.say(
+            f"model in {directory}: rewards reloaded by transformers{' from shards' if by_parts else ''} differ by "
+            f"{parity.difference:.1e} (allowed {parity.allowed:.1e})"
+        )
+    if config.hub.push:
+        first_error(world, "the push to the hub", lambda: push(directory, config.hub) if world.is_main else None)
+        tracker.say(f"pushed to {config.hub.repo}")
+
+
+def _too_large(strategy: Strategy) -> bool:
+    """Whether a whole fp32 copy would take more than RELOAD_SHARE of the memory that this host has left."""
+    need = 4 * sum(p.numel() for p in strategy.named_parameters().values())
+    return need > RELOAD_SHARE * available_memory()
+
+
+def _checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: bool) -> Parity | None:
+    """On rank 0 with the whole model, or on all ranks with a part each: transformers' own code either way."""
+    if not (by_parts or run.world.is_main):
+        return None
+    model = exported_shards(place, run.config, run.world) if by_parts else reloaded(place)
+    parity = check_export(model, probe, package.dtype)
+    check_tokenizer(place, package.tokenizer, package.template, probe.token_ids)
+    return parity
+
+
+def make_probe(run: Run) -> Probe:
+    """A few held-out texts (the longest among them) and the engine's rewards for them; a collective under FSDP."""
+    precision = torch.bfloat16 if run.config.parallel.precision == "bf16" else torch.float32
+    precision = torch.float8_e4m3fn if run.config.parallel.fp8 else precision
+    with run.strategy.autocast():
+        return probe_of(run.strategy.model, run.data.eval or run.data.train, run.world.device, run.share, precision)
+
+
+def exported_shards(directory: Path, config: Config, world: World) -> PreTrainedModel:
+    """An exported model as transformers runs it, each rank holding its rows; a collective.
+
+    Raises ExportError: the files do not hold exactly the weights of the class that they name.
+    """
+    from rmcore.parallel.fsdp import materialise, shard
+
+    try:
+        parts = exported(directory)
+    except UserError as error:
+        raise ExportError(str(error)) from error
+    model = parts.build()
+    shard(model, device_mesh(world, by_host=config.parallel.strategy == "hsdp"))
+    materialise(model, parts, world.device)
+    return model

@@ -1,0 +1,158 @@
+"""Before a run touches its directory: it can be written, it is ours alone, and there is room for the checkpoints.
+
+Enters: run.dir. Leaves: a lock that is held until the end of the run, or a UserError. Example: "runs/hh is in use by
+pid 123 on host a since 2025-01-01 10:00:00".
+
+The lock is `flock` on <run.dir>/.lock, which the system lets go of when the process dies, however it dies; it tells
+processes of one host apart. The file names the holder, and a thread touches it every few seconds: a lock of another
+host (where flock may not reach) is in use if it changes while we watch, and left over if it does not.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rmcore.config import UserError
+from rmcore.config.schema import Config
+from rmcore.cost.memory import BYTES_A_PARAMETER
+from rmcore.parallel.world import World, first_error
+
+TOUCH_SECONDS = 5.0
+WATCH_SECONDS = 30.0  # longer than the touches of a live holder are apart, attribute caches of network disks included
+
+
+@contextmanager
+def own_directory(config: Config, world: World) -> Iterator[None]:
+    """Hold run.dir for this run. Raises UserError, on all ranks alike: not writable, or in use."""
+    directory = Path(config.run.dir)
+    lock = first_error(world, "preparing the run directory", lambda: _Lock(directory) if world.is_main else None)
+    try:
+        if world.size > world.local_size:
+            first_error(world, "looking for the run directory", lambda: _see(directory))
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def check_disk(config: Config, world: World, parameters: int) -> None:
+    """Raises UserError, on all ranks alike, when the disk cannot hold the checkpoints to be kept and one more."""
+    first_error(world, "looking at the disk", lambda: _check_disk(config, parameters) if world.is_main else None)
+
+
+def _check_disk(config: Config, parameters: int) -> None:
+    if config.run.save_every is None and config.run.save_minutes is None:
+        return
+    root = Path(config.run.dir) / "checkpoints"
+    one = BYTES_A_PARAMETER * parameters
+    held = sum(file.stat().st_size for file in root.glob("step-*/*")) if root.is_dir() else 0
+    count = config.run.keep + config.run.keep_best + 1  # a new one is whole before an old one goes
+    free = shutil.disk_usage(config.run.dir).free
+    if free + held < count * one:
+        raise UserError(
+            f"run.dir {config.run.dir}: {count} checkpoints of {_gigabytes(one)} need {_gigabytes(count * one)}, "
+            f"{_gigabytes(free)} are free: make room, choose another disk, lower run.keep, or save nothing with "
+            "run.save_minutes=null"
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _see(directory: Path) -> None:
+    """Every host must see the directory that rank 0 writes to."""
+    end = time.monotonic() + WATCH_SECONDS
+    while not (directory / ".lock").exists():
+        if time.monotonic() > end:
+            host = socket.gethostname()
+            raise UserError(f"run.dir {directory}: host {host} does not see what rank 0 wrote: is it a shared disk?")
+        time.sleep(0.5)
+
+
+class _Lock:
+    """The lock of a run directory, held by this process until `release`. Raises UserError."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / ".lock"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the lock is held)
+        except OSError as error:
+            raise UserError(f"run.dir {directory} cannot be written: {error.strerror or error}") from None
+        try:
+            self._take(directory)
+            self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        except OSError as error:
+            self._file.close()
+            raise UserError(f"run.dir {directory} cannot be written: {error.strerror or error}") from None
+        except BaseException:
+            self._file.close()
+            raise
+        self._end = threading.Event()
+        threading.Thread(target=self._touch, name="rmcore-lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Give the directory free. The file stays: removing it would let two later runs lock two files of its name."""
+        self._end.set()
+        self._file.truncate(0)
+        self._file.close()
+
+    def _take(self, directory: Path) -> None:
+        holder = self._holder()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(_in_use(directory, holder)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        if holder.get("host", socket.gethostname()) != socket.gethostname() and self._is_touched():
+            raise UserError(_in_use(directory, holder))
+
+    def _is_touched(self) -> bool:
+        """Whether a process on another host touches the file while this one watches."""
+        first, end = self._path.stat().st_mtime_ns, time.monotonic() + WATCH_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.5)
+            if self._path.stat().st_mtime_ns != first:
+                return True
+        return False
+
+    def _holder(self) -> dict[str, str]:
+        self._file.seek(0)
+        try:
+            content = json.loads(self._file.read())
+        except ValueError:
+            return {}
+        return {key: str(value) for key, value in content.items()} if isinstance(content, dict) else {}
+
+    def _write(self, holder: dict[str, object]) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json.dumps(holder))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _touch(self) -> None:
+        while not self._end.wait(TOUCH_SECONDS):
+            try:
+                os.utime(self._file.fileno())
+            except OSError:
+                return
+
+
+def _in_use(directory: Path, holder: dict[str, str]) -> str:
+    who = f"pid {holder.get('pid', 'unknown')} on host {holder.get('host', 'unknown')}"
+    return (
+        f"run.dir {directory} is in use by {who} since {holder.get('since', 'unknown')}: wait for it, stop it, or "
+        "choose another run.dir"
+    )

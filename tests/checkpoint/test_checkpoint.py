@@ -1,0 +1,261 @@
+"""Checkpoints: what is written, when, what is kept, and that a run taken up again is the run that was not stopped."""
+
+import json
+import stat
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors import safe_open
+
+from rmcore.checkpoint import directory
+from rmcore.checkpoint.changes import changes
+from rmcore.checkpoint.manifest import Manifest, check_file, read_manifest, write_manifest
+from rmcore.checkpoint.shards import Damaged, hash_file, read_slices, write_shard
+from rmcore.config import load_config
+from tests.faults.rows_run import arguments, metrics, reference, same
+from tests.harness.crash import Fault, run
+
+# A save waits for the one before it: at the third, of step 6, that of step 4 is complete.
+KILLED_AT_6 = [Fault("save.copy", "kill", 1, 3)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path: Path, strategy: str) -> None:
+    more = f"parallel.strategy={strategy}"
+    whole = reference(tmp_path, more)
+    killed = run(tmp_path / "run", arguments(tmp_path, more), 2, KILLED_AT_6)
+    resumed = run(killed.directory, arguments(tmp_path, more), 2)
+    assert resumed.codes == [0, 0] and same(resumed, whole), resumed.text
+    assert resumed.order == whole.order and metrics(resumed) == metrics(whole)
+    assert "random state untouched" in whole.text, "a checkpoint holds no random state, for the loop draws nothing"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_checkpoint_after_an_evaluation_in_bf16_holds_fp32_weights_and_averages(
+    tmp_path: Path, strategy: str
+) -> None:
+    """zero2 keeps the gathered bf16 weights registered after an evaluation; the checkpoint must hold the shards."""
+    more = [f"parallel.strategy={strategy}", "parallel.precision=bf16", "run.evals=4", "run.keep=4"]
+    more += [f"data.eval.path={tmp_path}/pairs.jsonl", "data.eval.split=train[:20%]"]
+    whole = run(tmp_path / "whole", arguments(tmp_path, *more), 2)
+    assert whole.codes == [0, 0], whole.text
+    for step in (2, 4, 6, 8):
+        kinds: dict[str, set[str]] = {}
+        for path in (whole.directory / "checkpoints" / f"step-{step}").glob("rank-*"):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    kinds.setdefault(key.split("@")[0], set()).add(file.get_slice(key).get_dtype())
+        names = {key.partition("/")[2] for key in kinds}
+        assert set(kinds) == {f"{part}/{name}" for part in ("weight", "exp_avg", "exp_avg_sq") for name in names}
+        assert all(dtypes == {"F32"} for dtypes in kinds.values())
+    killed = run(tmp_path / "run", arguments(tmp_path, *more), 2, KILLED_AT_6)
+    resumed = run(killed.directory, arguments(tmp_path, *more), 2)
+    assert resumed.codes == [0, 0] and same(resumed, whole) and metrics(resumed) == metrics(whole), resumed.text
+
+
+@pytest.mark.distributed
+def test_hsdp_over_two_hosts_of_two(tmp_path: Path) -> None:
+    hosts = {"LOCAL_WORLD_SIZE": "2"}
+    given = arguments(tmp_path, "parallel.strategy=hsdp")
+    whole = run(tmp_path / "whole", given, 4, environment=hosts)
+    assert whole.codes == [0] * 4, whole.text
+    killed = run(tmp_path / "run", given, 4, KILLED_AT_6, environment=hosts)
+    sizes = [path.stat().st_size for path in (killed.directory / "checkpoints").glob("step-4/rank-*")]
+    assert len(sizes) == 4 and max(sizes) < 1.1 * min(sizes), "the replicas divide the writing"
+    resumed = run(killed.directory, given, 4, environment=hosts)
+    assert resumed.codes == [0] * 4 and same(resumed, whole), resumed.text
+
+
+@pytest.mark.distributed
+def test_a_half_full_log_interval_goes_on(tmp_path: Path) -> None:
+    """log.every=3, stopped after step 4: the line of step 6 tells of steps 4, 5 and 6."""
+    given = arguments(tmp_path, "log.every=3")
+    whole = run(tmp_path / "whole", given, 2)
+    killed = run(tmp_path / "run", given, 2, KILLED_AT_6)
+    resumed = run(killed.directory, given, 2)
+    assert "continuing at step 4" in resumed.text
+    for mine, theirs in zip(metrics(resumed), metrics(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12), "sums of fp64, added in another order"
+
+
+def test_files_are_plain_safetensors_of_equal_size_and_ordinary_mode(tmp_path: Path) -> None:
+    whole = run(tmp_path / "run", arguments(tmp_path), 4)
+    newest = whole.directory / "checkpoints" / "step-8"
+    files = sorted(newest.iterdir())
+    assert [path.name for path in files] == ["manifest.json", *(f"rank-0000{r}-of-00004.safetensors" for r in range(4))]
+    sizes = [path.stat().st_size for path in files[1:]]
+    assert max(sizes) < 1.05 * min(sizes), "each rank writes its part, no rank the whole"
+    assert sum(sizes) < 1.05 * 12 * 362_240, "every element once: fp32 weight and two averages"
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    with safe_open(files[1], framework="pt") as file:
+        assert {name.split("/")[0] for name in file.keys()} == {"weight", "exp_avg", "exp_avg_sq"}  # noqa: SIM118
+    manifest = read_manifest(newest)
+    assert (manifest.step, manifest.episode, manifest.updates, manifest.world_size) == (8, 48, 8, 4)
+
+
+def test_keep_and_keep_best(tmp_path: Path) -> None:
+    """keep=1, keep_best=2 over four evaluations: the newest, and the two best by accuracy, then by loss."""
+    data = [f"data.eval.path={tmp_path}/pairs.jsonl", "data.eval.split=train[:80%]"]
+    more = ["run.evals=4", "run.keep=1", "run.keep_best=2", "run.save_every=8", "optim.lr=3e-2", *data]
+    outcome = run(tmp_path / "run", arguments(tmp_path, *more), 1)
+    assert outcome.codes == [0], outcome.text
+    figures = {line["step"]: line for line in metrics(outcome) if "eval/rm/accuracy" in line}
+    quality = {step: (line["eval/rm/accuracy"], -line["eval/rm/loss"]) for step, line in figures.items()}
+    best = sorted(quality, key=lambda step: quality[step])[-2:]
+    assert directory.steps(outcome.directory / "checkpoints") == sorted({*best, 8}, reverse=True)
+
+
+def test_saving_by_the_clock_alone(tmp_path: Path) -> None:
+    """A thousandth of a second between saves: one at every boundary."""
+    more = ["run.save_every=null", "run.save_minutes=1e-5", "run.keep=9"]
+    outcome = run(tmp_path / "run", arguments(tmp_path, *more), 2)
+    assert outcome.codes == [0, 0] and directory.steps(outcome.directory / "checkpoints") == list(range(8, 0, -1))
+
+
+def test_without_a_schedule_only_a_signal_saves(tmp_path: Path) -> None:
+    more = ["run.save_every=null", "run.save_minutes=null"]
+    quiet = run(tmp_path / "quiet", arguments(tmp_path, *more), 1)
+    assert quiet.codes == [0] and directory.steps(quiet.directory / "checkpoints") == []
+    stopped = run(tmp_path / "stopped", arguments(tmp_path, *more), 1, [Fault("compute", "term", 0, 3)])
+    assert stopped.codes == [3] and directory.steps(stopped.directory / "checkpoints") == [3]
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    outcome = run(tmp_path / "run", arguments(tmp_path), 1, [Fault("compute", "twice", 0, 6)])
+    assert outcome.codes == [128 + 15] and "a second signal: leaving at once" in outcome.text
+    assert 2 in directory.steps(outcome.directory / "checkpoints"), "the save at step 4 waited for it"
+    assert run(outcome.directory, arguments(tmp_path), 1).codes == [0]
+
+
+def test_a_signal_before_the_first_step_ends_the_run(tmp_path: Path) -> None:
+    given = arguments(tmp_path)
+    run(tmp_path / "run", given, 1, [Fault("save.copy", "kill", 0, 2)])
+    stopped = run(tmp_path / "run", given, 1, [Fault("resume.read", "term")])
+    assert stopped.codes == [3] and stopped.status["status"] == "preempted"
+    assert run(tmp_path / "run", given, 1).codes == [0]
+
+
+@pytest.mark.parametrize(("background", "code"), [("true", 0), pytest.param("false", 1, marks=pytest.mark.slow)])
+def test_the_next_step_does_not_wait_for_the_disk(tmp_path: Path, background: str, code: int) -> None:
+    """The write is held up until the next step computes; without the background it would wait for ever (30 s)."""
+    outcome = run(
+        tmp_path / "run", arguments(tmp_path, f"run.background_save={background}"), 2,
+        [Fault("save.sync", "until-next-step", rank, 1) for rank in range(2)],
+    )  # fmt: skip
+    assert outcome.codes == [code] * 2, outcome.text
+    assert code or same(outcome, reference(tmp_path))
+
+
+def test_a_completed_run_says_so_and_goes_on_when_it_grew(tmp_path: Path) -> None:
+    given = arguments(tmp_path)
+    done = run(tmp_path / "run", given, 1)
+    again = run(done.directory, given, 1)
+    assert again.codes == [0] and "is completed already" in again.text and not again.weights
+    other = run(done.directory, arguments(tmp_path, "optim.lr=2e-3"), 1)
+    assert other.codes == [2] and "holds a completed run with other settings (optim.lr: 0.001 -> 0.002)" in other.text
+    longer = run(done.directory, [*given, "run.epochs=2"], 1)
+    assert longer.codes == [0] and "continuing at step 8" in longer.text and longer.status["step"] == 16, longer.text
+
+
+def test_a_named_checkpoint_and_never(tmp_path: Path) -> None:
+    given = arguments(tmp_path, "run.keep=9")
+    whole = run(tmp_path / "run", given, 1)
+    back = run(whole.directory, [*given, f"run.resume={whole.directory}/checkpoints/step-4"], 1)
+    assert back.codes == [0] and "continuing at step 4" in back.text and same(back, whole), back.text
+    names = {path.name for path in (whole.directory / "checkpoints").iterdir()}
+    assert {"undone-step-8", "undone-step-6", "step-8", "step-6", "step-4", "step-2"} == names
+    missing = run(tmp_path / "other", [*given, "run.resume=nowhere/step-4"], 1)
+    assert missing.codes == [2] and "run.resume: nowhere/step-4 is not a good checkpoint" in missing.text
+    elsewhere = run(tmp_path / "other", [*given, f"run.resume={whole.directory}/checkpoints/step-4"], 1)
+    assert elsewhere.codes == [0] and same(elsewhere, whole)
+    anew = run(whole.directory, [*given, "run.resume=never"], 1)
+    assert anew.codes == [0] and same(anew, whole) and (whole.directory / "checkpoints.1" / "step-4").is_dir()
+
+
+def test_the_end_is_done_again_after_a_kill_before_the_export(tmp_path: Path) -> None:
+    """Killed when all steps, their evaluation and the last checkpoint are done: evaluated once more, logged once."""
+    data = [f"data.eval.path={tmp_path}/pairs.jsonl", "data.eval.split=train[:50%]", "run.evals=1"]
+    given = arguments(tmp_path, *data)
+    killed = run(tmp_path / "run", given, 1, [Fault("retain.delete", "kill", 0, 2)])
+    assert killed.codes == [-9] and directory.steps(killed.directory / "checkpoints")[0] == 8, killed.text
+    resumed = run(killed.directory, given, 1)
+    assert resumed.codes == [0] and resumed.weights and resumed.status["eval"]["accuracy"] is not None
+    assert [line["step"] for line in metrics(resumed)] == [2, 4, 6, 8, 8]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_slices_written_by_some_ranks_are_read_by_others(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Any cutting of tensors into files, any range wanted back: the same elements, or Damaged when one is missing."""
+    folder = tmp_path_factory.mktemp("shards")
+    length = data.draw(st.integers(1, 40))
+    whole = {name: torch.randn(length) for name in ("weight/a", "exp_avg/a")}
+    ranks = data.draw(st.integers(1, 5))
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, length), min_size=ranks - 1, max_size=ranks - 1))), length]
+    paths = []
+    for rank in range(ranks):
+        path = folder / f"{rank}.safetensors"
+        start, end = cuts[rank], cuts[rank + 1]
+        slices = [(name, start, tensor[start:end].clone()) for name, tensor in whole.items() if end > start]
+        assert write_shard(path, slices) == hash_file(path)
+        paths.append(path)
+    start = data.draw(st.integers(0, length))
+    end = data.draw(st.integers(start, length))
+    wanted = {name: (start, torch.full((end - start,), torch.nan)) for name in whole}
+    order = data.draw(st.permutations(paths))
+    read_slices(order, wanted)
+    for name, (_, tensor) in wanted.items():
+        assert torch.equal(tensor, whole[name][start:end])
+    lost = data.draw(st.integers(0, ranks - 1))
+    overlap = min(end, cuts[lost + 1]) - max(start, cuts[lost])
+    if overlap > 0:
+        with pytest.raises(Damaged):
+            read_slices([path for path in order if path != paths[lost]], wanted)
+
+
+def manifest(**more: object) -> Manifest:
+    fields = {"step": 4, "episode": 24, "epoch": 0.5, "updates": 4, "world_size": 1, "strategy": "ddp", "rmcore": "1",
+              "data": "f", "config": {}, "interval": [], "figures": None}  # fmt: skip
+    return Manifest(**{**fields, **more})  # type: ignore[arg-type]
+
+
+def test_every_changed_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
+    """A flipped bit gives Damaged, or the same manifest (white space); never another one."""
+    place = tmp_path / "step-4"
+    place.mkdir()
+    written = manifest(config={"run": {"seed": 1}}, interval=[0.1, 1e-300])
+    write_manifest(place, written)
+    path = place / "manifest.json"
+    content = path.read_bytes()
+    assert read_manifest(place) == written
+    for position in range(len(content)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+        try:
+            assert read_manifest(place) == written
+        except Damaged:
+            continue
+
+
+def test_a_checkpoint_under_another_name_is_none(tmp_path: Path) -> None:
+    place = tmp_path / "step-5"
+    place.mkdir()
+    write_manifest(place, manifest())
+    with pytest.raises(Damaged, match="is of step 4"):
+        read_manifest(place)
+    assert check_file(place, "rank-00000-of-00001.safetensors", hash_file(place / "manifest.json")) is not None
+
+
+def test_changes_tell_what_matters() -> None:
+    base = ["model.name=synthetic", "data.train.path=synthetic"]
+    before = json.loads(json.dumps(load_config(None, base).model_dump(mode="json")))
+    after = load_config(None, [*base, "optim.lr=1e-5", "log.every=3", "parallel.strategy=zero2", "run.seed=4"])
+    assert [str(change) for change in changes(before, after)] == ["optim.lr: 3e-06 -> 1e-05", "run.seed: 1 -> 4"]
+    assert changes({}, after) == [], "an older version's configuration lacks keys"

@@ -1,0 +1,293 @@
+"""What is exported is what was trained: real tiny models of each family, reloaded by plain transformers."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors import safe_open
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, pipeline
+
+from rmcore.config import Config, UserError, load_config
+from rmcore.data.batches.batch import build_batch
+from rmcore.data.synthetic import byte_tokenizer
+from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
+from rmcore.data.tokens.limits import LengthLimits, in_memory
+from rmcore.data.tokens.templates import load_template
+from rmcore.hf_export.directory import Package, export_model
+from rmcore.hf_export.parity import ExportError, Probe, check_export, check_tokenizer, reloaded
+from rmcore.model.backbone import turn_dropout_off
+from rmcore.model.reward_model import PADDED, SHARED, RewardModel
+from tests.harness.oracle import FAMILIES
+from tests.harness.paths import ROOT
+
+NAMES = ["gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gpt2", "bloom"]
+
+
+def classifier(family: str, tokenizer: Any) -> PreTrainedModel:
+    """A small random model of the family over the tokenizer's vocabulary, dropout off."""
+    class_name, arguments = FAMILIES[family]
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = getattr(transformers, class_name)(**{**arguments, "vocab_size": len(tokenizer), **ids})
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    turn_dropout_off(model)
+    return model
+
+
+def texts(tokenizer: Any) -> TokenizedComparisons:
+    """Three comparisons of unequal lengths, as token ids with EOS."""
+    rows = []
+    for prompt, answers in (("Hello ", ("there", "you")), ("A much longer prompt: ", ("x", "y z")), ("", ("a", "bc"))):
+        ids = [
+            np.array([*tokenizer.encode(prompt + a, add_special_tokens=False), tokenizer.eos_token_id], np.int32)
+            for a in answers
+        ]
+        rows.append(EncodedRow(ids[0][:0], ids, [(0, 1)], [0.0], [1.0]))
+    return in_memory(rows, LengthLimits(96))
+
+
+def engine(model: PreTrainedModel, data: TokenizedComparisons, path: str) -> tuple[dict[str, torch.Tensor], Probe]:
+    """The weights under the engine's names, and its rewards for every text: what a run hands to the export."""
+    assert isinstance(model.base_model, PreTrainedModel) and isinstance(model.score, torch.nn.Linear)
+    pad = model.config.pad_token_id
+    reward_model = RewardModel(model.base_model, model.score, pad_token_id=pad)
+    reward_model.use(path)
+    with torch.no_grad():
+        rewards = reward_model(build_batch(data, range(len(data)), share=path == SHARED)).rewards_A
+    token_ids = [data.comparison(n).text(answer).tolist() for n in range(len(data)) for answer in (0, 1)]
+    return reward_model.state_dict(), Probe(token_ids, rewards.tolist())
+
+
+def export(
+    directory: Path, family: str = "llama", template: str = "simple_chat", tokenizer: Any = None, **changes: Any
+) -> Probe:
+    """Export a tiny model; `changes` replace arguments of `export_model`. Returns the probe."""
+    tokenizer = tokenizer or byte_tokenizer()
+    model = classifier(family, tokenizer)
+    state, probe = engine(model, texts(tokenizer), PADDED if family == "bloom" else SHARED)
+    state, probe = changes.pop("state", state), changes.pop("probe", probe)
+    arguments: dict[str, Any] = {
+        "model_class": type(model), "hf_config": model.config, "tokenizer": tokenizer,
+        "template": load_template(template, tokenizer), "dtype": torch.float32,
+        "card": "a card\n", "config_yaml": run_config().dump_yaml(),
+    }  # fmt: skip
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    parity = export_model(shapes, state.items(), Package(**{**arguments, **changes}), directory, probe)
+    assert 0 <= parity.difference <= parity.allowed
+    return probe
+
+
+def run_config(*overrides: str) -> Config:
+    needed = ["model.name=synthetic", "model.init=random", "data.train.path=synthetic", "data.template=simple_chat"]
+    return load_config(None, [*needed, "data.max_tokens=90", "parallel.precision=fp32", *overrides])
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_plain_transformers_gives_the_engines_rewards(family: str, tmp_path: Path) -> None:
+    probe = export(tmp_path / "model", family)
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    alone = [model(input_ids=torch.tensor([ids])).logits[0, 0].item() for ids in probe.token_ids]
+    together = model(**tokenizer.pad({"input_ids": list(probe.token_ids)}, return_tensors="pt")).logits[:, 0].tolist()
+    # fp32: rewards of size 1, three layers.
+    assert alone == pytest.approx(list(probe.rewards), abs=1e-5)
+    assert together == pytest.approx(list(probe.rewards), abs=1e-5)
+    assert np.std(probe.rewards) > 1e-2, "the rewards differ by more than the tolerance: the comparison says something"
+
+
+def test_the_directory_holds_what_others_look_for(tmp_path: Path) -> None:
+    old_mask = os.umask(0o022)
+    try:
+        export(tmp_path / "runs" / "model")
+    finally:
+        os.umask(old_mask)
+    directory = tmp_path / "runs" / "model"
+    config = json.loads((directory / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "reward"} and config["label2id"] == {"reward": 0}
+    assert config["problem_type"] == "regression" and config["dtype"] == "float32"
+    assert config["pad_token_id"] == byte_tokenizer().pad_token_id != config["eos_token_id"]
+    assert "rmcore" not in json.dumps(config), "the engine's attention is not part of the model"
+    with safe_open(directory / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    assert (
+        "score.weight" in names
+        and "score.bias" not in names
+        and all(name.startswith(("model.", "score.")) for name in names)
+    )
+    assert (directory / "README.md").read_text() == "a card\n"
+    saved = load_config(str(directory / "rmcore_config.yaml"), ["run.dir=elsewhere"])
+    assert saved.data.template == "simple_chat"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.padding_side == "right"
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == f"User: Q\n\nAssistant: A{tokenizer.eos_token}"
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in directory.iterdir()}
+    assert set(modes.values()) == {"0o644"}, modes
+    assert [path.name for path in directory.parent.iterdir()] == ["model"], "no temporary directory is left"
+
+
+def test_the_pipeline_gives_the_reward_itself(tmp_path: Path) -> None:
+    """No sigmoid: a reward beyond 0..1 comes through."""
+    export(tmp_path / "model")
+    scorer = pipeline("text-classification", str(tmp_path / "model"), device="cpu")
+    ids = scorer.tokenizer("Hello there", return_tensors="pt").input_ids
+    reward = scorer.model(input_ids=ids).logits[0, 0].item()
+    assert scorer("Hello there")[0] == {"label": "reward", "score": pytest.approx(reward, abs=1e-6)}
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
+    export(tmp_path / "model", max_shard_size="50KB")
+    assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
+    assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_servers_find_what_they_read(family: str, tmp_path: Path) -> None:
+    """What vLLM and SGLang read of the directory, as their sources stood in 2026; neither can be run here.
+
+    vLLM: an architecture that ends in ForSequenceClassification makes a pooling model with task classify
+    (vllm/config/model.py); `score.weight` is read into a linear layer without bias of `num_labels` outputs and applied
+    to the last token (model_executor/models/adapters.py); problem_type regression means no activation in the classify
+    task, and sentence_transformers.activation_fn, which must begin with torch.nn.modules., none in the score task
+    (model_executor/layers/pooler/activations.py). SGLang: LlamaForSequenceClassification reads config.num_labels and
+    `score.weight`, and applies it to the last token, without activation (srt/models/llama_reward.py).
+    """
+    export(tmp_path / "model", family)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    [architecture] = config["architectures"]
+    assert architecture.endswith("ForSequenceClassification")
+    assert AutoConfig.from_pretrained(tmp_path / "model").num_labels == 1
+    assert config["problem_type"] == "regression"
+    path, _, name = config["sentence_transformers"]["activation_fn"].rpartition(".")
+    assert path.startswith("torch.nn.modules.") and getattr(importlib.import_module(path), name) is torch.nn.Identity
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as weights:
+        assert weights.get_slice("score.weight").get_shape()[0] == 1 and "score.bias" not in weights.keys()  # noqa: SIM118
+    assert "pooler_config" not in config, "normalisation is off by default"
+
+
+def test_bf16_weights_pass_within_their_rounding_and_a_wrong_reward_does_not(tmp_path: Path) -> None:
+    probe = export(tmp_path / "model", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    parity = check_export(reloaded(tmp_path / "model"), probe, torch.bfloat16)
+    assert 1e-5 < parity.difference <= parity.allowed, "rounded weights move rewards by more than fp32 would"
+    # The reward of another text, as a loader that reads a wrong token would give it.
+    swapped = [probe.rewards[1], probe.rewards[0], *probe.rewards[2:]]
+    assert abs(swapped[0] - swapped[1]) > parity.allowed
+    with pytest.raises(ExportError, match=r"text [01] has"):
+        check_export(reloaded(tmp_path / "model"), Probe(probe.token_ids, swapped), torch.bfloat16)
+
+
+def test_a_wrong_reward_keeps_the_former_export(tmp_path: Path) -> None:
+    probe = export(tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    wrong = Probe(probe.token_ids, [*probe.rewards[:-1], probe.rewards[-1] + 1e-4])
+    with pytest.raises(ExportError, match=r"text 5 has .*left in .*model\.unverified"):
+        export(tmp_path / "model", probe=wrong)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "model.unverified" / "config.json").is_file()
+    export(tmp_path / "model", "gpt_neox")  # and a right one replaces it
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "gpt_neox"
+
+
+def test_a_nan_reward_is_wrong(tmp_path: Path) -> None:
+    probe = export(tmp_path / "model")
+    with pytest.raises(ExportError, match="nan"):
+        check_export(
+            reloaded(tmp_path / "model"), Probe(probe.token_ids, [float("nan"), *probe.rewards[1:]]), torch.float32
+        )
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    state, _ = engine(classifier("llama", tokenizer), texts(tokenizer), SHARED)
+    wrapped = {name.replace("backbone.", "backbone._orig_mod."): tensor for name, tensor in state.items()}
+    with pytest.raises(ExportError, match=r"weights do not fit LlamaForSequenceClassification: model\."):
+        export(tmp_path / "model", state=wrapped)
+    state["score.weight"] = torch.zeros(2, 32)
+    with pytest.raises(ExportError, match=r"1 weights do not fit .* score.weight: \(2, 32\), expected \(1, 32\)"):
+        export(tmp_path / "model", state=state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_padding_that_equals_eos_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match="equals EOS"):
+        export(tmp_path / "model", tokenizer=tokenizer)
+
+
+def test_a_directory_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not an exported model"):
+        export(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_altered_tokenizer_is_noticed(tmp_path: Path) -> None:
+    probe = export(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    template = load_template("simple_chat", tokenizer)
+    check_tokenizer(tmp_path / "model", tokenizer, template, probe.token_ids)
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(ExportError, match="chat template"):
+        check_tokenizer(tmp_path / "model", tokenizer, template, probe.token_ids)
+
+
+@pytest.mark.parametrize("template", ["simple_chat", "none"])
+def test_a_tokenizer_that_adds_bos_by_itself(template: str, tmp_path: Path) -> None:
+    """Training texts begin with one BOS; so does what the exported chat template makes, and nothing has two."""
+    tokenizer = byte_tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", pair=f"{bos[0]} $A $B", special_tokens=[bos]
+    )
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    export(tmp_path / "model", template=template, tokenizer=tokenizer)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon"}]
+    if template == "none":
+        assert exported.chat_template is None
+        return
+    ids = exported.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert ids.count(exported.bos_token_id) == 1 and ids[0] == exported.bos_token_id
+    assert ids == exported(f"User: Once\n\nAssistant: upon{exported.eos_token}").input_ids
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_tokenizer_that_fills_the_embedding_and_pads_with_eos(tmp_path: Path, strategy: str) -> None:
+    """SmolLM2 is such a model: the padding token that rmcore adds has no row until the embedding grows."""
+    tokenizer = byte_tokenizer()
+    full = re.sub(r"<pad>", "<other>", tokenizer.backend_tokenizer.to_str())
+    stored = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(full), pad_token="<eos>", eos_token="<eos>", bos_token="<bos>"
+    )
+    stored.save_pretrained(tmp_path / "model")
+    config = transformers.LlamaConfig(
+        vocab_size=len(stored), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, pad_token_id=stored.eos_token_id, eos_token_id=stored.eos_token_id,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    words = [f"model.name={tmp_path / 'model'}", "data.train.path=synthetic", "data.limit=8", "data.template=none",
+             "batch.pairs=4", "parallel.precision=fp32", f"parallel.strategy={strategy}", "run.max_steps=1",
+             f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}", "log.report=none"]  # fmt: skip
+    told = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-2000:]
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    rows = exported.get_input_embeddings().weight.shape[0]
+    assert rows == 264 > exported.config.pad_token_id == len(stored), "259 tokens and <pad>, to a multiple of 8"

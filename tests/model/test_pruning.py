@@ -1,0 +1,125 @@
+"""The last layer on scored tokens alone = the padded oracle: rewards and every gradient, whatever runs around it."""
+
+import pytest
+import torch
+
+from rmcore.data.batches.batch import build_batch
+from rmcore.model.backbone import recompute_activations
+from rmcore.model.pruning import scored_attention
+from rmcore.model.reward_model import PACKED, PADDED, SHARED
+from rmcore.model.selftest import choose_path
+from tests.harness.oracle import Items, item, odd_items, padded, reward_model, tiny_model
+from tests.model.test_reward_model import BOUND, EXACT_SHARED, close
+
+
+def pruned_model(model, path=SHARED):
+    ours = reward_model(model, path)
+    ours.use(path, pruned=True)
+    assert ours.pruned
+    return ours
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("path", [SHARED, PACKED])
+@pytest.mark.parametrize("family", [family for family in EXACT_SHARED if family != "gpt2"])
+def test_pruned_equals_the_padded_oracle(family, path):
+    """Odd items hold answers that are scored at one row, rows of a prefix that are scored, and windows."""
+    items = odd_items()
+    model = tiny_model(family, torch.float64)
+    loss, rewards = padded(model, items)
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+
+    out = pruned_model(model, path)(build_batch(items, range(len(items)), share=path == SHARED))
+    out.loss_sum.backward()
+
+    close(out.rewards_A, torch.cat(rewards), BOUND[torch.float64], "rewards")
+    for name, gradient in gradients(model).items():
+        close(gradient, expected[name], BOUND[torch.float64], name)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_recompute_changes_no_gradient(family, how):
+    batch = build_batch(odd_items(), range(8))
+    plain, recomputed = (pruned_model(tiny_model(family)) for _ in range(2))
+    recompute_activations(recomputed.backbone, how)
+    for model in (plain, recomputed):
+        model.train()
+        model(batch).loss_sum.backward()
+    for (name, ours), theirs in zip(recomputed.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3"])
+def test_autocast_costs_no_more_than_without_pruning(family):
+    """Both round to bf16 (2^-8) at every layer; they may differ by twice what bf16 itself costs."""
+    batch = build_batch(odd_items(), range(8))
+    model = reward_model(tiny_model(family), SHARED)
+    exact = model(batch).rewards_A
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model(batch).rewards_A
+        model.use(SHARED, pruned=True)
+        ours = model(batch).rewards_A
+    assert (ours - exact).abs().max() <= 2 * (whole - exact).abs().max()
+
+
+def test_the_last_layer_sees_the_scored_rows_alone():
+    rows = {}
+    model = pruned_model(tiny_model("llama"))
+    for place, layer in enumerate(model.backbone.layers):
+        layer.mlp.register_forward_hook(
+            lambda _, arguments, __, place=place: rows.update({place: arguments[0].shape[1]})
+        )
+    batch = build_batch(Items([item(12, 5, 9)]), [0])
+    model(batch)
+    assert rows == {0: 26, 1: 26, 2: 2}
+
+
+def test_a_rank_without_work_has_zero_gradients():
+    for family in ("gpt_neox", "llama"):
+        model = pruned_model(tiny_model(family))
+        model(build_batch(Items(), [])).loss_sum.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_a_forward_that_fails_leaves_no_state_behind():
+    """The next, unpruned forward is whole even when a pruned one broke off inside the layer."""
+    items = odd_items()
+    model = pruned_model(tiny_model("llama"))
+    batch = build_batch(items, range(8))
+    handle = model.backbone.layers[-1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(batch)
+    handle.remove()
+    model.use(SHARED)
+    _, rewards = padded(tiny_model("llama"), items)
+    close(model(batch).rewards_A, torch.cat(rewards), BOUND[torch.float32], "rewards")
+
+
+@pytest.mark.parametrize("family, pruned", [("gpt_neox", True), ("qwen3", True), ("gpt2", False)])
+def test_the_self_test_prunes_where_that_is_exact(family, pruned):
+    """GPT-2's own code insists on as many final states as tokens: its last layer runs whole, and it is said."""
+    model = reward_model(tiny_model(family), PADDED)
+    path, line = choose_path(model, odd_items(), [0, 6])
+    assert (path, model.pruned) == (SHARED, pruned)
+    assert ("last layer on scored tokens alone" in line) == pruned
+    assert ("not shared, last layer on scored tokens: RuntimeError" in line) != pruned
+
+
+def test_scored_attention_is_the_softmax_over_visible_rows():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 9, 2, 8, generator=generator, dtype=torch.float64)
+    visible = torch.rand(3, 9, generator=generator) < 0.5
+    visible[:, 0] = True
+    ours = scored_attention(query, key, value, visible, 0.3)
+    for answer in range(3):
+        for head in range(4):
+            rows = visible[answer].nonzero()[:, 0]
+            chance = (0.3 * key[rows, head // 2] @ query[answer, head]).softmax(0)
+            close(ours[answer, head], chance @ value[rows, head // 2], 1e-14, (answer, head))

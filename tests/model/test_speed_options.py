@@ -1,0 +1,148 @@
+"""Every speed option computes what the plain path computes: compiled layers, variable-length attention's arguments."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rmcore.model.attention as attention
+from rmcore.bench.gpu import Bench, sync
+from rmcore.data.batches.batch import build_batch
+from rmcore.host.memory import keep_freed_memory
+from rmcore.model.attention import compile_layers, composed_attention
+from rmcore.model.reward_model import SHARED
+from rmcore.ops.gather_prefix import gather_plan
+from rmcore.parallel.world import running_world
+from tests.harness.oracle import odd_items, reward_model, tiny_model
+from tests.harness.paths import ROOT
+from tests.model.test_reward_model import BOUND, close
+
+
+def losses_and_gradients(model, batch):
+    out = model(batch)
+    out.loss_sum.backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_compiled_layers_compute_the_same(monkeypatch):
+    """The graphs are made and differentiated (backend aot_eager); a second length needs no second compilation."""
+    torch._dynamo.reset()
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="aot_eager", **options)
+    )
+    plain, ours = (reward_model(tiny_model("llama"), SHARED) for _ in range(2))
+    for model in (plain, ours):
+        model.use(SHARED, pruned=True)
+    compile_layers(ours.backbone)
+    try:
+        for numbers in (range(8), range(4)):
+            batch = build_batch(odd_items(), numbers)
+            (expected, gradients), (out, found) = (losses_and_gradients(model, batch) for model in (plain, ours))
+            close(out.rewards_A, expected.rewards_A, BOUND[torch.float32], "rewards")
+            for name, gradient in found.items():
+                close(gradient, gradients[name], BOUND[torch.float32], name)
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    finally:
+        torch._dynamo.reset()
+        attention.AttentionInterface.register(attention.NAME, attention.attention_forward)
+
+
+def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn documents: each sequence causal, aligned at the bottom right."""
+    assert window_size[1] == 0
+    out = []
+    for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        q, k, v = query[q0:q1].transpose(0, 1), key[k0:k1].transpose(0, 1), value[k0:k1].transpose(0, 1)
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
+        behind = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
+        visible = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
+        out.append(((q @ k.mT) * scale).masked_fill(~visible, -torch.inf).softmax(-1) @ v)
+    return torch.cat([o.transpose(0, 1) for o in out])
+
+
+@pytest.mark.parametrize("takes_groups", [True, False], ids=["gqa", "repeated"])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups, window, takes_groups):
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: (kernel, takes_groups))
+    layout = build_batch(odd_items(), range(8)).layout
+    rows = int(layout.segments_S4[-1, 1])
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(rows, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    key, value = (
+        torch.randn(rows, 4 // groups, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv"
+    )
+    upstream = torch.randn(rows, 4, 8, generator=generator, dtype=torch.float64)
+    results = []
+    for out in (
+        attention._varlen(query, key, value, layout.for_varlen(), 0.3, window),
+        composed_attention(query, key, value, layout.segments_S4, 0.3, window),
+    ):
+        results.append([out, *torch.autograd.grad((out * upstream).sum(), (query, key, value))])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, 1e-12, "varlen")
+
+
+def test_the_layout_makes_the_plan_of_the_gather():
+    """The loader's numpy arrays are what rmcore.ops.gather_prefix makes of the same segments."""
+    batch = build_batch(odd_items(), range(8))
+    cu_queries, cu_keys, key_rows, segments, copy_offset, copies = batch.layout.for_varlen().device_tensors
+    plan = gather_plan(batch.layout.segments_S4, batch.computed_tokens)
+    assert torch.equal(segments, batch.layout.segments_S4)
+    for ours, theirs in zip((key_rows, copy_offset, copies, cu_queries, cu_keys), plan[:5], strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert (batch.layout.longest_query, batch.layout.longest_key) == (plan.max_q, plan.max_k)
+
+
+def test_freed_memory_is_kept():
+    """A large tensor made and dropped again and again faults its pages in once, not every time."""
+    if not keep_freed_memory():
+        pytest.skip("not glibc")
+    torch.ones(32 << 20, dtype=torch.uint8)  # the first use takes the pages
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(32 << 20, dtype=torch.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 20 * (32 << 20) // 4096 // 4  # mapped afresh it would be all of them
+
+
+RETURNING = """
+import torch
+from rmcore.cost.memory import return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+assert return_freed_memory()
+before = resident()
+blocks = []
+for n in range(64):  # small ones between large ones keep a heap from shrinking
+    blocks += [torch.ones(4 << 20, dtype=torch.uint8), torch.ones(64 << 10, dtype=torch.uint8)]
+full = resident()
+del blocks[::2]
+print(full - before, resident() - before)
+"""
+
+
+def test_freed_memory_is_given_back_where_memory_counts():
+    """Large tensors that small ones lie between leave nothing behind when they are freed."""
+    if not keep_freed_memory():
+        pytest.skip("not glibc")
+    done = subprocess.run([sys.executable, "-c", RETURNING], capture_output=True, text=True, check=True, cwd=ROOT)
+    full, left = map(int, done.stdout.split())
+    assert full > 64 * (4 << 20) and left < full // 10
+
+
+@pytest.mark.gpu
+def test_a_step_on_the_gpu_never_waits_for_it():
+    """PyTorch raises at whatever would make the host wait; a wait in the step would be one at every step."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    with running_world(60.0, 0) as world:
+        assert sync(Bench(world, tiny=True, minutes=5.0))["steps_without_waiting"] > 0

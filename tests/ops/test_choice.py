@@ -1,0 +1,93 @@
+"""What runs the ops: the line that says so, the switch, and every way in which compiled kernels can be absent."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rmcore.ops as ops
+from rmcore.ops.ragged_attention import ragged_attention
+from tests.harness.paths import ROOT
+
+ATTEND = """
+import torch
+import rmcore.ops as ops
+from rmcore.ops.ragged_attention import ragged_attention
+q = torch.arange(40.0).reshape(5, 2, 4).sin()
+out = ragged_attention(q, q, q, torch.tensor([[0, 4, 0, 0], [4, 5, 0, 2]], dtype=torch.int32), 0.5)
+print(ops.describe())
+print(out.flatten().tolist())
+"""
+
+
+def attend(**environment: str) -> tuple[str, torch.Tensor]:
+    """(describe(), the output) of a fresh process that attends, for the given environment variables."""
+    command = [sys.executable, "-W", "error", "-c", ATTEND]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert done.stderr == ""
+    said, numbers = done.stdout.splitlines()
+    return said, torch.tensor([float(n) for n in numbers.strip("[]").split(",")])
+
+
+def test_the_environment_chooses_the_reference_and_says_so():
+    said, out = attend(RMCORE_OPS="reference")
+    assert said == "ops: the PyTorch reference runs (chosen by RMCORE_OPS or use())"
+    said, default = attend()
+    assert said.startswith("ops: CPU runs ")
+    torch.testing.assert_close(out, default)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="there is no lower instruction set")
+def test_kernels_of_another_instruction_set_are_not_loaded():
+    if (
+        ops.cpu_library().parent / ops.cpu_library().name.replace("avx512", "default").replace("avx2", "default")
+    ).exists():
+        pytest.skip("kernels for DEFAULT are built too")
+    said, out = attend(ATEN_CPU_CAPABILITY="default")
+    assert "the PyTorch reference (no rmcore_cpu_default_torch" in said and "pip install" in said
+    torch.testing.assert_close(out, attend()[1])
+
+
+def test_a_library_that_does_not_load_is_told(tmp_path, monkeypatch):
+    broken = tmp_path / ops.cpu_library().name
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(ops, "cpu_library", lambda: broken)
+    assert "failed to load, reinstall rmcore" in ops._load_cpu.__wrapped__()
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="fused, reference"):
+        ops.use("fast")
+
+
+@pytest.mark.skipif("C++" not in ops.describe(), reason="the C++ kernels are not in use")
+def test_the_switch_reaches_the_dispatcher_and_back():
+    """Kernels are told apart by their words for the same mistake: a segment that begins at row 1."""
+    q, segments = torch.zeros(3, 1, 8), torch.tensor([[1, 3, 0, 0]], dtype=torch.int32)
+    in_cpp, in_python = r"segment 0 covers rows 1 to 3", r"segment 0 \(1, 3, 0, 0\) must begin"
+    for mode, words in (("fused", in_cpp), ("reference", in_python), ("reference", in_python), ("fused", in_cpp)):
+        ops.use(mode)
+        with pytest.raises(ValueError, match=words):
+            ragged_attention(q, q, q, segments, 1.0)
+
+
+@pytest.mark.parametrize("without", ["cmake", "compiler"])
+def test_an_install_without_build_tools_succeeds_and_says_so(tmp_path, without):
+    """setup.py build_ext as pip calls it, where CMake or the compiler cannot be run: one line, exit code 0."""
+    environment = os.environ | {"CXX": "/nonexistent/c++"}
+    if without == "cmake":
+        if (Path(sys.executable).parent / "cmake").exists():
+            pytest.skip("cmake is installed beside this Python")
+        environment["PATH"] = str(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")]
+    command += ["--build-temp", str(tmp_path / "temp")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("rmcore: C++ kernels not built")]
+    assert len(said) == 1
+    assert not list(tmp_path.rglob("*.so"))

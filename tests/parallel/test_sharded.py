@@ -1,0 +1,222 @@
+"""What sharded strategies offer beside: recompute, offload, clipping, precision of what is sent, layers of any kind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from rmcore.config import UserError, load_config
+from rmcore.data.synthetic import byte_tokenizer
+from rmcore.model.backbone import decoder_layers
+from rmcore.model.meta_model import empty_model
+from tests.harness.oracle import FAMILIES, GROUPED, SMALL
+from tests.harness.ranks import run_ranks
+
+BASE = [
+    "model.name=synthetic",
+    "model.init=random",
+    "data.train.path=synthetic",
+    "data.template=none",
+    "data.max_tokens=512",
+    "data.limit=28",
+    "data.eval_fraction=0.25",
+    "optim.lr=1e-3",
+    "optim.max_grad_norm=0.05",  # below the norms of these steps: every one is clipped
+    "batch.pairs=7",
+    "batch.tokens=400",
+    "parallel.precision=fp32",
+    "run.save_minutes=null",
+    "log.every=1",
+    "log.samples=0",
+    "log.tensorboard=false",
+]
+
+
+def walk(rendezvous: str, variants: list[list[str]]) -> list[list[dict[str, float]]]:
+    """The figures of every step and evaluation of a whole training for each variant, one after the other."""
+    from rmcore.parallel.world import running_world
+    from rmcore.tracking.tracker import Tracker
+    from rmcore.train import train
+    from rmcore.training.assembly import assemble
+
+    class Kept(Tracker):
+        def __init__(self) -> None:
+            super().__init__()
+            self.figures: list[dict[str, float]] = []
+
+        def log(self, at: Any, figures: Any) -> None:
+            names = ("train/rm/loss", "grad_norm", "eval/rm/loss")
+            self.figures.append({name: figures[name] for name in names if name in figures})
+
+    torch.set_num_threads(1)
+    walks = []
+    with running_world(120.0, 1, init_method=rendezvous) as world:
+        for variant in variants:
+            run = assemble(load_config(None, [*BASE, *variant]), world)
+            tracker = Kept()
+            train(run, tracker)
+            walks.append(tracker.figures)
+    return walks
+
+
+def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]], tolerance: float) -> None:
+    assert len(ours) == len(theirs) > 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.distributed
+def test_recompute_offload_and_clipping_on_two_by_two_ranks(tmp_path: Path) -> None:
+    """Recompute and offload change where numbers are, not the numbers; 2 x 2 ranks differ from one by the order of fp32
+    sums alone (1e-5, see tests/training/test_world_sizes.py)."""
+    hsdp, zero3 = "parallel.strategy=hsdp", "parallel.strategy=zero3"
+    variants = [[hsdp], [hsdp, "parallel.recompute=selective"], [zero3, "parallel.recompute=full"]]
+    variants += [[hsdp, "parallel.offload=true"], ["parallel.strategy=zero2", "parallel.offload=true"]]
+    results = run_ranks(walk, 4, tmp_path / "four", variants, hosts=2)
+    (alone,) = run_ranks(walk, 1, tmp_path / "one", [[], ["optim.max_grad_norm=0"]])
+    clipped, free = alone.value
+    assert all(step["grad_norm"] > 0.1 for step in clipped if "grad_norm" in step), "every step is clipped"
+    assert abs(clipped[-1]["eval/rm/loss"] - free[-1]["eval/rm/loss"]) > 1e-4, "clipping shows"
+    for variant, ours in zip(variants, results[0].value, strict=True):
+        print(variant)
+        assert_close(ours, clipped, 1e-5)
+    assert_close(results[0].value[1], results[0].value[0], 1e-7)
+    assert_close(results[0].value[3], results[0].value[0], 1e-7)
+
+
+def sent_in_bf16(rendezvous: str, strategy: str) -> dict[str, list[str]]:
+    """The type of the numbers of each collective of a training, weights and gradients alone."""
+    import torch.distributed as dist
+
+    sent: dict[str, list[str]] = {}
+
+    def spied(name: str, kind: str) -> Any:
+        former = getattr(dist, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            tensors = [*arguments, *more.values()]
+            sizes = [t for t in tensors if isinstance(t, torch.Tensor) and t.numel() > 500 and t.is_floating_point()]
+            if sizes:
+                sent.setdefault(kind, []).append(str(sizes[-1].dtype).removeprefix("torch."))
+            return former(*arguments, **more)
+
+        return call
+
+    # torch 2.13 calls the first two all_gather_single and reduce_scatter_single
+    names = {"all_gather_into_tensor": "gather", "all_gather_single": "gather", "reduce_scatter_tensor": "scatter",
+             "reduce_scatter_single": "scatter", "all_reduce": "reduce"}  # fmt: skip
+    for name, kind in names.items():
+        if hasattr(dist, name):
+            setattr(dist, name, spied(name, kind))
+    from rmcore.parallel.world import running_world
+    from rmcore.tracking.tracker import Tracker
+    from rmcore.train import train
+    from rmcore.training.assembly import assemble
+
+    with running_world(120.0, 1, init_method=rendezvous) as world:
+        overrides = [f"parallel.strategy={strategy}", "parallel.precision=bf16", "data.eval_fraction=0", "run.evals=0"]
+        overrides += ["batch.pairs=28", "batch.tokens=300"]  # one step
+        run = assemble(load_config(None, [*BASE, *overrides]), world)
+        sent.clear()  # the self-test gathers in fp32
+        train(run, Tracker())
+    parts = len(run.plan.step(0).ranks[world.rank])
+    return {**sent, "micro batches": [str(parts)]}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["hsdp", "zero2"])
+def test_gradients_are_reduced_in_fp32_and_weights_gathered_in_bf16(tmp_path: Path, strategy: str) -> None:
+    """hsdp scatters within the host with each micro batch, and reduces over hosts once; zero2 scatters once. The model
+    has two layers and the rest: three collectives for all weights."""
+    (sent, *_) = (result.value for result in run_ranks(sent_in_bf16, 4, tmp_path, strategy, hosts=2))
+    parts = int(sent.pop("micro batches")[0])
+    assert parts > 1
+    assert set(sent["gather"]) == {"bfloat16"}
+    assert sent["scatter"] == ["float32"] * (3 * parts if strategy == "hsdp" else 3)
+    assert sent.get("reduce", []) == (["float32"] * 3 if strategy == "hsdp" else [])
+
+
+def unequal_hosts(rendezvous: str) -> str:
+    """Two ranks on one host, one on another."""
+    import os
+
+    from rmcore.parallel.world import device_mesh, running_world
+
+    last = os.environ["RANK"] == "2"
+    os.environ.update(LOCAL_WORLD_SIZE="1" if last else "2", LOCAL_RANK="0" if last else os.environ["RANK"])
+    with running_world(60.0, init_method=rendezvous) as world:
+        try:
+            device_mesh(world, by_host=True)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_unequal_hosts_are_refused_on_every_rank(tmp_path: Path) -> None:
+    for result in run_ranks(unequal_hosts, 3, tmp_path):
+        assert "3 processes on hosts of 1 and 2" in result.value
+
+
+def chosen_path(rendezvous: str, overrides: list[str]) -> list[str]:
+    from rmcore.parallel.world import running_world
+    from rmcore.training.assembly import assemble
+
+    torch.set_num_threads(1)
+    with running_world(60.0, 1, init_method=rendezvous) as world:
+        run = assemble(load_config(None, [*BASE, *overrides]), world)
+        return [run.strategy.model.path, *run.lines]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_self_test_leaves_the_fast_path_on_shards_too(tmp_path: Path) -> None:
+    """Bloom's ALiBi cannot share: the tried paths raise in the middle of a sharded forward, the padded one is taken."""
+    class_name, arguments = FAMILIES["bloom"]
+    tokenizer = byte_tokenizer()
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    getattr(transformers, class_name)(**{**arguments, **ids}).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    given = [f"model.name={tmp_path / 'bloom'}", "parallel.strategy=zero3", "data.max_tokens=96"]
+    for result in run_ranks(chosen_path, 2, tmp_path / "ranks", given):
+        path, *lines = result.value
+        assert path == "padded" and any("not shared" in line for line in lines), lines
+
+
+MORE_FAMILIES = {
+    **FAMILIES,
+    "opt": ("OPTConfig", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gptj": ("GPTJConfig", {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4}),
+    "falcon": ("FalconConfig", SMALL),
+    "phi": ("PhiConfig", SMALL),
+    "phi3": ("Phi3Config", GROUPED),
+    "starcoder2": ("Starcoder2Config", GROUPED),
+    "gemma3_text": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8}),
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 2}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4}),
+}
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_every_decoder_layer_is_wrapped_by_itself(family: str) -> None:
+    """Found by their list alone: as many as the config says, and all that is not embedding, norm or head is in them."""
+    class_name, arguments = MORE_FAMILIES[family]
+    model = empty_model(getattr(transformers, class_name)(**arguments))
+    layers = decoder_layers(model)
+    assert len(layers) == model.config.num_hidden_layers == 3
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    outside = [name for name, parameter in model.named_parameters() if parameter not in inside]
+    assert all(
+        any(word in name.split(".")[-2] for word in ("emb", "wte", "wpe", "norm", "ln_f", "score")) for name in outside
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_offload_needs_a_sharded_strategy(strategy: str) -> None:
+    with pytest.raises(
+        UserError, match=f"parallel.offload needs parallel.strategy zero2, zero3 or hsdp, not {strategy}"
+    ):
+        load_config(None, [*BASE, f"parallel.strategy={strategy}", "parallel.offload=true"])

@@ -1,0 +1,142 @@
+"""The process group and its helpers, on real gloo ranks."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from rmcore.config import UserError
+from rmcore.parallel.world import (
+    RankError,
+    all_gather_json,
+    all_reduce_sum,
+    broadcast_json,
+    device_mesh,
+    first_error,
+    gather_json,
+    running_world,
+    start_world,
+    stop_world,
+)
+from tests.harness.ranks import run_ranks
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _raised(world: Any, action: Any) -> list[str]:
+    try:
+        first_error(world, "looking", action)
+    except (UserError, RankError) as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+
+
+def use_everything(rendezvous: str) -> dict[str, Any]:
+    with running_world(30, seed=7, init_method=rendezvous) as world:
+        mine = {"rank": world.rank, "text": "\u00e9\u4e2d" * world.rank, "nothing": None}
+        return {
+            "place": [world.rank, world.size, world.local_rank, world.local_size, str(world.device), world.is_main],
+            "gathered": all_gather_json(world, mine),
+            "on_main": gather_json(world, mine),
+            "from_one": broadcast_json(world, mine, src=1),
+            "sum": all_reduce_sum(world, torch.tensor([1.0, 10.0], dtype=torch.float64) * (world.rank + 1)).tolist(),
+            "seed": torch.initial_seed(),
+            "draws": [random.random(), float(np.random.rand()), float(torch.rand(()))],
+            "fine": first_error(world, "looking", lambda: world.rank * 2),
+            "one_fails": _raised(world, lambda: 1 // (world.rank - 1)),
+            "all_refuse": _raised(world, lambda: _refuse("no such file")),
+            "one_refuses": _raised(world, lambda: _refuse("bad row") if world.rank == 2 else None),
+            "hosts": list(device_mesh(world).shape),
+            "left": dist.is_initialized(),
+        }
+
+
+@pytest.mark.distributed
+def test_the_helpers_on_three_ranks(tmp_path: Path) -> None:
+    values = [result.value for result in run_ranks(use_everything, 3, tmp_path)]
+    for rank, value in enumerate(values):
+        assert value["place"] == [rank, 3, rank, 3, "cpu", rank == 0]
+        assert [one["rank"] for one in value["gathered"]] == [0, 1, 2]
+        assert value["gathered"][2]["text"] == "\u00e9\u4e2d\u00e9\u4e2d"  # longer than the others': nothing is cut
+        assert value["on_main"] == (value["gathered"] if rank == 0 else None)
+        assert value["from_one"] == value["gathered"][1]
+        assert value["sum"] == [6.0, 60.0]
+        assert value["seed"] == 7 + rank
+        assert value["fine"] == rank * 2
+        assert value["hosts"] == [3]
+        # The same error on every rank, and it names the one that failed.
+        assert value["one_fails"] == values[0]["one_fails"]
+        kind, message = value["one_fails"]
+        assert kind == "RankError" and "looking failed on rank 1 of 3" in message and "ZeroDivisionError" in message
+        assert value["all_refuse"] == ["UserError", "no such file"]
+        assert value["one_refuses"] == ["UserError", "rank 2: bad row"]
+    assert all(len({value["draws"][place] for value in values}) == 3 for place in range(3)), "streams are seed + rank"
+
+
+def fail_while_a_reduction_is_in_flight(rendezvous: str) -> None:
+    with running_world(300, init_method=rendezvous) as world:
+        if world.rank == 1:
+            dist.all_reduce(torch.zeros(5), async_op=True)
+            raise ValueError("rank 1 has had enough")
+        all_reduce_sum(world, torch.zeros(5))
+        while True:  # rank 1 is gone: one of these must fail, long before the 300 s
+            all_reduce_sum(world, torch.zeros(5))
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_takes_the_others_with_it_soon(tmp_path: Path) -> None:
+    """No rank waits for the collective's timeout, and none dies of a signal (gloo may abort on teardown)."""
+    results = run_ranks(fail_while_a_reduction_is_in_flight, 2, tmp_path, timeout=90, check=False)
+    assert [result.exit_code for result in results] == [1, 1]
+    assert "rank 1 has had enough" in results[1].trouble
+
+
+def test_one_process_is_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with running_world(30, seed=3) as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        assert dist.is_initialized() and dist.get_world_size() == 1
+        assert all_gather_json(world, [1]) == [[1]] == [broadcast_json(world, [1])]
+        assert device_mesh(world, by_host=True).mesh_dim_names == ("replicate", "shard")
+        with pytest.raises(RankError, match=r"adding failed on rank 0 of 1"):
+            first_error(world, "adding", lambda: 1 // 0)
+    assert not dist.is_initialized()
+
+
+def test_an_exception_leaves_no_group_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(KeyError), running_world(30):
+        raise KeyError
+    assert not dist.is_initialized()
+    stop_world(start_world(30))  # and the next one starts
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4"),
+    ],
+)
+def test_an_impossible_environment_is_refused(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        start_world(30)
+    assert not dist.is_initialized()
