@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison, comparison_from_row, detect_format, has_empty_answer
 from tests.harness.paths import SHARED, needs_shared
-
-from .schema_rows import SCHEMAS, schema_rows
+from tests.harness.schema_rows import SCHEMAS, schema_rows
 
 
 def user(text: str) -> dict[str, str]:

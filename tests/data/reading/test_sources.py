@@ -23,8 +23,7 @@ from rmcore.data.reading import text_rows
 from rmcore.data.reading.sources import Source, load_sources
 from rmcore.data.reading.text_rows import json_rows
 from tests.harness.paths import SHARED, needs_shared
-
-from .schema_rows import SCHEMAS, schema_rows, write_schema_rows
+from tests.harness.schema_rows import SCHEMAS, schema_rows, write_schema_rows
 
 ROWS = [{"prompt": f"p{i} é", "chosen": f"c{i}\n", "rejected": [None, "r", ""][i % 3]} for i in range(700)]
 
