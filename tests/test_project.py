@@ -77,48 +77,25 @@ def height(module: str) -> tuple[int, int]:
 def direction_complaints(source: str, module: str) -> list[str]:
     """Imports of what stands higher, imports of one command by another, and heavy libraries in light folders."""
     complaints = []
-    for name in sorted(imports(source, module)):
+    for name in sorted(imports(source, module) - {"rmcore", module}):
         library = name.split(".")[0]
         if library == "rmcore":
-            if name == "rmcore" or module == "rmcore" or name == module:
-                wrong = module == "rmcore"
-            else:
-                commands = LAYERS.index("commands")
-                between_commands = height(name)[0] == height(module)[0] == commands
-                wrong = height(name) > height(module) or between_commands
-            complaints += [f"{module} imports {name}"] * wrong
+            commands = LAYERS.index("commands")
+            between_commands = module != "rmcore" and height(name)[0] == height(module)[0] == commands
+            if module == "rmcore" or height(name) > height(module) or between_commands:
+                complaints.append(f"{module} imports {name}")
         elif library not in sys.stdlib_module_names and library not in LIGHT.get(module.split(".")[1:2][0], {library}):
             complaints.append(f"{module} imports {name}")
     return complaints
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others (Tarjan 1972)."""
-    number: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(module: str) -> None:
-        number[module] = lowest[module] = len(number)
-        stack.append(module)
-        for other in graph[module] & graph.keys():
-            if other not in number:
-                visit(other)
-                lowest[module] = min(lowest[module], lowest[other])
-            elif other in stack:
-                lowest[module] = min(lowest[module], number[other])
-        if lowest[module] == number[module]:
-            group = [stack.pop()]
-            while group[-1] != module:
-                group.append(stack.pop())
-            if len(group) > 1 or module in graph[module]:
-                found.append(sorted(group))
-
-    for module in sorted(graph):
-        if module not in number:
-            visit(module)
-    return found
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one found; none is the law."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
 # --- what no file may do ---------------------------------------------------------------------------------------------
@@ -194,11 +171,24 @@ def broken(law: Law, by_name: bool = False) -> list[str]:
     return found
 
 
-def test_the_root_of_the_package_holds_commands_alone() -> None:
-    root = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert root == COMMANDS
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == {*LAYERS, "csrc"} - {"commands"}
+def root_complaints(package: Path) -> list[str]:
+    """What lies in the root of the package and is neither a command nor a layer, and what is missing there."""
+    files = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    folders = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    expected = {*LAYERS, "csrc"} - {"commands"}
+    return sorted(f"{name}.py" for name in files ^ COMMANDS) + sorted(f"{name}/" for name in folders ^ expected)
+
+
+def test_the_root_of_the_package_holds_commands_and_layers_only() -> None:
+    assert root_complaints(PACKAGE) == []
+
+
+def test_a_stray_file_or_folder_in_the_root_is_seen(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "rmcore", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (tmp_path / "rmcore" / "assembly.py").touch()
+    (tmp_path / "rmcore" / "common").mkdir()
+    (tmp_path / "rmcore" / "push.py").unlink()
+    assert root_complaints(tmp_path / "rmcore") == ["assembly.py", "push.py", "common/"]
 
 
 def test_imports_point_one_way() -> None:
@@ -236,12 +226,12 @@ def test_a_right_import_passes() -> None:
 
 def test_no_modules_import_each_other() -> None:
     sources = {module_name(path): (ROOT / path).read_text(encoding="utf-8") for path in MODULES}
-    assert circles({name: imports(source, name) for name, source in sources.items()}) == []
+    assert circle({name: imports(source, name) - {name} for name, source in sources.items()}) == []
 
 
 def test_a_circle_is_seen() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
-    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_no_pickle_and_no_code_from_text() -> None:
