@@ -109,8 +109,7 @@ def ceiling(bench: Bench) -> dict[str, Any]:
 def gradient(bench: Bench, model: RewardModel, path: str, half: bool) -> tuple[Tensor, Tensor]:
     """Rewards of the first 8 comparisons by a path (pruned where it can be), and the whole gradient as one row."""
     model.use(path, pruned=True)
-    batch = build_batch(bench.rows["hh"].data, range(8), share=path == SHARED)
-    batch = (batch.with_varlen() if bench.cuda else batch).to(bench.device)
+    batch = build_batch(bench.rows["hh"].data, range(8), share=path == SHARED).on(bench.device)
     model.zero_grad(set_to_none=True)
     with bench.half() if half else nullcontext():
         out = model(batch)
@@ -184,8 +183,7 @@ def attention(bench: Bench) -> dict[str, Any]:
     """Forward and backward of one layer's attention on a packed micro batch, and SDPA on the padded texts."""
     found = {}
     for name, rows in bench.rows.items():
-        batch = build_batch(rows.data, range(4 if bench.tiny else 48))
-        batch = (batch.with_varlen() if bench.cuda else batch).to(bench.device)
+        batch = build_batch(rows.data, range(4 if bench.tiny else 48)).on(bench.device)
         segments = batch.layout.segments_S4.tolist()
         seen = sum((e - s) * (pe - ps) + (e - s) * (e - s + 1) / 2 for s, e, ps, pe in segments)
         texts = [e - s + pe - ps for s, e, ps, pe in segments]

@@ -104,7 +104,7 @@ def attention_case(H: int, G: int, hd: int, count: int, dtype: torch.dtype) -> C
 def gather_case(G: int, hd: int, count: int, dtype: torch.dtype, device: str) -> Case:
     segments = segments_of(comparisons(count))
     T = int(segments[-1, 1])
-    plan = gather_plan(segments, T).to(torch.device(device))
+    plan = gather_plan(segments).mapped(lambda t: t.to(device))
     k, v = (torch.randn(T, G, hd, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
     calls = {
         "rmcore": lambda: torch.stack(gather_prefix_kv(k, v, plan)),

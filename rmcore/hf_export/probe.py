@@ -15,8 +15,7 @@ def probe_of(
 ) -> Probe:
     """The longest comparison of `data` and a few others, with the rewards that `model` gives them."""
     numbers = trial_comparisons(data.tokens_N)
-    batch = build_batch(data, numbers, share)
-    batch = (batch.with_varlen() if device.type == "cuda" else batch).to(device)
+    batch = build_batch(data, numbers, share).on(device)
     was_training = model.training
     model.eval()
     rewards_A = model(batch).rewards_A

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.pruning import LAYOUT, ScoredRows
-from rmcore.ops.gather_prefix import GatherPlan, gather_prefix_kv
+from rmcore.ops.gather_prefix import gather_prefix_kv
 from rmcore.ops.ragged_attention import ragged_attention
 
 NAME = "rmcore_ragged"
@@ -130,9 +130,9 @@ def _varlen(
     prefix.
     """
     varlen_attn, takes_groups = _varlen_kernel()
-    cu_queries, cu_keys, key_rows, _, copy_offset, copies = layout.device_tensors
-    longest = layout.longest_query, layout.longest_key
-    plan = GatherPlan(key_rows, copy_offset, copies, cu_queries, cu_keys, *longest)
+    plan = layout.gather
+    if plan is None:
+        raise ValueError("the batch has no gather plan: use RaggedBatch.on to move a batch")
     # Under autocast the rotary tables, in fp32, leave queries and keys in fp32 beside half-precision values.
     query_THK, key_TGK = query_THK.to(value_TGK.dtype), key_TGK.to(value_TGK.dtype)
     key, value = gather_prefix_kv(key_TGK, value_TGK, plan)
@@ -143,6 +143,6 @@ def _varlen(
     elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return varlen_attn(
-        query_THK.contiguous(), key, value, cu_queries, cu_keys, *longest,
+        query_THK.contiguous(), key, value, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k,
         scale=scale, window_size=(window - 1 if window else -1, 0), **extra,
     )  # fmt: skip

@@ -56,8 +56,7 @@ def choose_path(
         if model.pruned != pruned:
             continue
         name = f"{path}, last layer on scored tokens" if pruned else path
-        batch = build_batch(data, numbers, share=path == SHARED)
-        batch = (batch.with_varlen() if device.type == "cuda" else batch).to(device)
+        batch = build_batch(data, numbers, share=path == SHARED).on(device)
         try:
             with torch.no_grad(), half or nullcontext():
                 rewards = model(batch).rewards_A.double().cpu()

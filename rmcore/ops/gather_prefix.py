@@ -12,13 +12,14 @@ This file is the contract and the PyTorch reference.
 Shape letters: T packed tokens, M keys (copies), G key/value heads, hd head size, S segments.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rmcore.ops.contract import LIBRARY, accumulate_dtype, add_at, differentiable_once
-from rmcore.ops.ragged_attention import check_segments
 
 LIBRARY.define(
     "gather_prefix(Tensor k, Tensor v, Tensor key_index, Tensor copy_offset, Tensor copies) -> (Tensor, Tensor)"
@@ -39,30 +40,35 @@ class GatherPlan(NamedTuple):
     max_q: int
     max_k: int
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> "GatherPlan":
-        """The same plan with its tensors on `device`."""
-        rows, offset, copies, cu_q, cu_k = (t.to(device, non_blocking=non_blocking) for t in self[:5])
-        return GatherPlan(rows, offset, copies, cu_q, cu_k, self.max_q, self.max_k)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "GatherPlan":
+        """The same plan with its tensors changed: pinned, or moved to a device."""
+        return GatherPlan(*(change(value) if isinstance(value, Tensor) else value for value in self))  # type: ignore[arg-type]
 
 
-def gather_plan(segments_S4: Tensor, tokens: int) -> GatherPlan:
-    """The plan of a packed row of `tokens` rows, on the CPU; ValueError for segments that do not tile it."""
+def gather_plan(segments_S4: Tensor) -> GatherPlan:
+    """The plan of a packed row, on the CPU. `segments_S4` (int32, CPU) tile the row, as in ragged_attention.py."""
+    query_start_S, query_end_S, prefix_start_S, prefix_end_S = segments_S4.numpy().astype(np.int64).T
+    queries_S = query_end_S - query_start_S
     # A segment without queries gets no keys either: no kernel has to write their gradients.
-    rows = [(q0, q1, p0, p1) if q1 > q0 else (q0, q0, 0, 0) for q0, q1, p0, p1 in check_segments(segments_S4, tokens)]
-    pieces = [torch.arange(a, b) for q0, q1, p0, p1 in rows for a, b in ((p0, p1), (q0, q1))]
-    key_index = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
-    q_lengths = [q1 - q0 for q0, q1, _, _ in rows]
-    k_lengths = [q1 - q0 + p1 - p0 for q0, q1, p0, p1 in rows]
-    copy_offset = torch.zeros(tokens + 1, dtype=torch.int64)
-    copy_offset[1:] = torch.bincount(key_index, minlength=tokens).cumsum(0)
+    prefix_S = np.where(queries_S > 0, prefix_end_S - prefix_start_S, 0)
+    keys_S = prefix_S + queries_S
+    cu_q, cu_k = (np.concatenate([[0], np.cumsum(lengths)]) for lengths in (queries_S, keys_S))
+    # The keys of a segment are its prefix rows, then its own rows. Key number `place` of a segment is therefore row
+    # prefix_start + place while place < prefix, and row query_start + (place - prefix) afterwards.
+    place_M = np.arange(cu_k[-1]) - np.repeat(cu_k[:-1], keys_S)
+    in_prefix_M = place_M < np.repeat(prefix_S, keys_S)
+    first_M = np.where(in_prefix_M, np.repeat(prefix_start_S, keys_S), np.repeat(query_start_S - prefix_S, keys_S))
+    key_index = first_M + place_M
+    # The inverse: keys sorted by their row, and where the keys of each row begin.
+    copy_offset = np.concatenate([[0], np.cumsum(np.bincount(key_index, minlength=cu_q[-1]))])
     return GatherPlan(
-        key_index,
-        copy_offset,
-        torch.argsort(key_index, stable=True),
-        torch.tensor([0, *q_lengths]).cumsum(0).to(torch.int32),
-        torch.tensor([0, *k_lengths]).cumsum(0).to(torch.int32),
-        max(q_lengths, default=0),
-        max(k_lengths, default=0),
+        key_index=torch.from_numpy(key_index),
+        copy_offset=torch.from_numpy(copy_offset),
+        copies=torch.from_numpy(np.argsort(key_index, kind="stable")),
+        cu_q=torch.from_numpy(cu_q.astype(np.int32)),
+        cu_k=torch.from_numpy(cu_k.astype(np.int32)),
+        max_q=int(queries_S.max(initial=0)),
+        max_k=int(keys_S.max(initial=0)),
     )
 
 

@@ -147,8 +147,7 @@ class Scorer:
         rewards_A = torch.zeros(int(data.answer_offset[-1]), dtype=torch.float64)
         with torch.inference_mode(), self._half():
             for numbers_C in micro_batches(tokens_N, self.budget):
-                batch = build_batch(data, numbers_C, self._share)
-                batch = (batch.with_varlen() if self.device.type == "cuda" else batch).to(self.device)
+                batch = build_batch(data, numbers_C, self._share).on(self.device)
                 places = [np.arange(data.answer_offset[n], data.answer_offset[n + 1]) for n in batch.comparisons_C]
                 rewards_A[torch.from_numpy(np.concatenate(places))] = self._model(batch).rewards_A.double().cpu()
         return rewards_A

@@ -89,15 +89,22 @@ def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups,
         close(ours, theirs, 1e-12, "varlen")
 
 
-def test_the_layout_makes_the_plan_of_the_gather():
-    """The loader's numpy arrays are what rmcore.ops.gather_prefix makes of the same segments."""
+def test_a_batch_for_cuda_brings_the_plan_of_the_gather():
+    """The plan's tensors and a copy of the segments travel with the batch; the segments for the host stay."""
     batch = build_batch(odd_items(), range(8))
-    cu_queries, cu_keys, key_rows, segments, copy_offset, copies = batch.layout.for_varlen().device_tensors
-    plan = gather_plan(batch.layout.segments_S4, batch.computed_tokens)
-    assert torch.equal(segments, batch.layout.segments_S4)
-    for ours, theirs in zip((key_rows, copy_offset, copies, cu_queries, cu_keys), plan[:5], strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    assert (batch.layout.longest_query, batch.layout.longest_key) == (plan.max_q, plan.max_k)
+    segments = batch.layout.segments_S4
+    there = batch.with_varlen().to(torch.device("meta"))
+    plan = there.layout.gather
+    for ours, expected in zip(plan, gather_plan(segments), strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert ours.device.type == "meta" and (ours.dtype, ours.shape) == (expected.dtype, expected.shape)
+        else:
+            assert ours == expected
+    assert there.layout.segments_on(torch.device("meta")).device.type == "meta" and there.layout.segments_S4 is segments
+    here = batch.on(torch.device("cpu"))
+    assert here.layout.gather is None and here.layout.segments_on(torch.device("cpu")) is segments
+    with pytest.raises(ValueError, match=r"RaggedBatch\.on"):
+        here.layout.segments_on(torch.device("cuda"))
 
 
 def test_freed_memory_is_kept():

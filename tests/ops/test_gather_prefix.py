@@ -23,7 +23,7 @@ every_implementation = pytest.mark.parametrize("name", ["reference", "triton"])
 
 
 def test_the_plan_of_the_docstring():
-    plan = gather_plan(torch.tensor([[0, 4, 0, 0], [4, 5, 0, 2]], dtype=torch.int32), 5)
+    plan = gather_plan(torch.tensor([[0, 4, 0, 0], [4, 5, 0, 2]], dtype=torch.int32))
     assert plan.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4]
     assert plan.cu_q.tolist() == [0, 4, 5] and plan.cu_k.tolist() == [0, 4, 7]
     assert (plan.max_q, plan.max_k) == (4, 4)
@@ -35,7 +35,7 @@ def test_the_plan_of_the_docstring():
 def test_any_plan_holds_each_segments_keys_and_inverts_itself(comparisons):
     segments = segments_of(comparisons)
     tokens = sum(prefix + sum(tails) for prefix, tails in comparisons)
-    plan = gather_plan(segments, tokens)
+    plan = gather_plan(segments)
     for i, (q0, q1, p0, p1) in enumerate(segments.tolist()):
         keys = plan.key_index[plan.cu_k[i] : plan.cu_k[i + 1]].tolist()
         assert keys == ([*range(p0, p1), *range(q0, q1)] if q1 > q0 else [])
@@ -49,7 +49,7 @@ def test_any_plan_holds_each_segments_keys_and_inverts_itself(comparisons):
 @every_implementation
 def test_forward_copies_and_backward_adds(name, dtype):
     forward, backward = kernels(name)
-    plan = gather_plan(segments_of(COMPARISONS), TOKENS)
+    plan = gather_plan(segments_of(COMPARISONS))
     k, v = torch.randn(TOKENS, 3, 24).to(dtype).chunk(2, -1)  # strided, as models give them
     out_k, out_v = forward(k, v, *plan[:3])
     assert torch.equal(out_k, k[plan.key_index]) and torch.equal(out_v, v[plan.key_index])
@@ -67,7 +67,7 @@ def test_forward_copies_and_backward_adds(name, dtype):
 
 
 def test_gradcheck_and_opcheck():
-    plan = gather_plan(segments_of([(2, [1, 2, 1])]), 6)
+    plan = gather_plan(segments_of([(2, [1, 2, 1])]))
     leaves = [torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(lambda k, v: gather_prefix_kv(k, v, plan), leaves)
     torch.library.opcheck(torch.ops.rmcore.gather_prefix.default, (*leaves, *plan[:3]))
@@ -83,7 +83,7 @@ def test_triton_reads_nothing_outside():
 
 
 def test_wrong_inputs_are_refused():
-    plan = gather_plan(segments_of(COMPARISONS), TOKENS)
+    plan = gather_plan(segments_of(COMPARISONS))
     k = torch.randn(TOKENS, 2, 4)
     for changed in (
         (k[1:], k[1:], plan),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.ops.gather_prefix import GatherPlan, gather_plan
 
 
 class TokenizedComparison(Protocol):
@@ -57,18 +58,8 @@ class AttentionLayout:
     """
 
     segments_S4: Tensor
-    device_tensors: tuple[
-        Tensor, ...
-    ] = ()  # for CUDA: cu_queries [S+1], cu_keys [S+1], key_rows [keys], segments [S, 4]
-
-    @cached_property
-    def longest_query(self) -> int:
-        return int((self.segments_S4[:, 1] - self.segments_S4[:, 0]).max())
-
-    @cached_property
-    def longest_key(self) -> int:
-        segments = self.segments_S4
-        return int((segments[:, 1] - segments[:, 0] + segments[:, 3] - segments[:, 2]).max())
+    gather: GatherPlan | None = None  # for CUDA: which rows are the keys of each segment
+    device_segments_S4: Tensor | None = None  # for CUDA: the segments where kernels can read them
 
     @cached_property
     def texts(self) -> list[list[int]]:
@@ -79,30 +70,22 @@ class AttentionLayout:
         ]
 
     def for_varlen(self) -> "AttentionLayout":
-        """The same layout with the index tensors that CUDA attention reads.
+        """The same layout with the index tensors that CUDA attention reads, still on the CPU."""
+        return replace(self, gather=gather_plan(self.segments_S4), device_segments_S4=self.segments_S4)
 
-        cu_queries, cu_keys int32 [S + 1]; key_rows int64 [M]: the row of each key, [prefix, own rows] a segment;
-        segments int32 [S, 4]; copy_offset int64 [T + 1] and copies int64 [M]: where row t stands among the keys.
-        """
-        segments = self.segments_S4.numpy().astype(np.int64)
-        queries = segments[:, 1] - segments[:, 0]
-        prefixes = segments[:, 3] - segments[:, 2]
-        cu_queries = np.concatenate([[0], np.cumsum(queries)])
-        cu_keys = np.concatenate([[0], np.cumsum(queries + prefixes)])
-        # Key rows of segment s: its prefix rows, then its own rows, laid end to end.
-        place = np.arange(cu_keys[-1]) - np.repeat(cu_keys[:-1], queries + prefixes)
-        in_prefix = place < np.repeat(prefixes, queries + prefixes)
-        first = np.where(in_prefix, np.repeat(segments[:, 2], queries + prefixes),
-                         np.repeat(segments[:, 0] - prefixes, queries + prefixes))  # fmt: skip
-        key_rows = first + place
-        copy_offset = np.concatenate([[0], np.cumsum(np.bincount(key_rows, minlength=cu_queries[-1]))])
-        int32 = [torch.from_numpy(x.astype(np.int32)) for x in (cu_queries, cu_keys)]
-        int64 = [torch.from_numpy(x) for x in (key_rows, copy_offset, np.argsort(key_rows, kind="stable"))]
-        return replace(self, device_tensors=(*int32, int64[0], self.segments_S4, *int64[1:]))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "AttentionLayout":
+        """The same layout with the tensors for CUDA changed; the segments for the host stay."""
+        if self.gather is None or self.device_segments_S4 is None:
+            return self
+        return replace(self, gather=self.gather.mapped(change), device_segments_S4=change(self.device_segments_S4))
 
     def segments_on(self, device: torch.device) -> Tensor:
         """The segments where the device can read them: those that came with the batch, or the host's for the CPU."""
-        return self.segments_S4 if device.type == "cpu" else self.device_tensors[3]
+        if device.type == "cpu":
+            return self.segments_S4
+        if self.device_segments_S4 is None:
+            raise ValueError(f"the segments are not on {device}: use RaggedBatch.on to move a batch")
+        return self.device_segments_S4
 
 
 @dataclass(frozen=True)
@@ -143,8 +126,7 @@ class RaggedBatch:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "RaggedBatch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        layout = replace(self.layout, device_tensors=tuple(change(t) for t in self.layout.device_tensors))
-        return replace(self, layout=layout, **tensors)
+        return replace(self, layout=self.layout.mapped(change), **tensors)
 
     def with_varlen(self) -> "RaggedBatch":
         return replace(self, layout=self.layout.for_varlen())
@@ -155,6 +137,10 @@ class RaggedBatch:
     def to(self, device: torch.device) -> "RaggedBatch":
         """The batch on `device`, copied without waiting when it is pinned; the segments stay on the host."""
         return self.mapped(lambda t: t.to(device, non_blocking=True))
+
+    def on(self, device: torch.device) -> "RaggedBatch":
+        """The batch on `device`, with the index tensors that attention reads there."""
+        return (self.with_varlen() if device.type == "cuda" else self).to(device)
 
 
 @dataclass(frozen=True)
