@@ -13,7 +13,7 @@ def pair_arrays(data: TokenizedComparisons, rewards_A: np.ndarray) -> PairArrays
     """Rewards, lengths, weights and sources of all pairs in the order of the data."""
     first_answer_P = np.repeat(np.asarray(data.answer_offset)[:-1], data.pairs_N)
     winner_P, loser_P = first_answer_P + data.winner, first_answer_P + data.loser
-    length_A = answer_lengths(data)
+    length_A = data.answer_length_A
     return PairArrays(
         chosen_P=rewards_A[winner_P],
         rejected_P=rewards_A[loser_P],
@@ -33,16 +33,7 @@ def answer_arrays(data: TokenizedComparisons, rewards_A: np.ndarray) -> AnswerAr
     answers_N = np.diff(data.answer_offset)
     return AnswerArrays(
         reward_A=rewards_A,
-        length_A=answer_lengths(data),
+        length_A=data.answer_length_A,
         comparison_A=np.repeat(np.arange(len(data)), answers_N),
         source_A=np.repeat(data.source_index, answers_N),
     )
-
-
-def answer_lengths(data: TokenizedComparisons) -> np.ndarray:
-    """Tokens behind the prompt of each answer, int64 [A], what the template writes around it among them.
-
-    A rendered prompt may be longer than what the texts have in common (a cue that an answer's text writes otherwise).
-    """
-    prompt_N = np.minimum(data.prompt_length, data.prefix_length).astype(np.int64)
-    return data.text_length_A - np.repeat(prompt_N, np.diff(data.answer_offset))

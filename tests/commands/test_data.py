@@ -14,7 +14,7 @@ from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
 from rmcore import inspect_data as inspect
 from rmcore import prepare, validate
-from rmcore.data.inspection.statistics import length_bias, pair_lengths, statistics, tokens
+from rmcore.data.inspection.statistics import length_bias, of_pairs, statistics, tokens
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.comparisons import EncodedRow
 from rmcore.data.tokens.end_tokens import answer_ends, ending_warning
@@ -131,7 +131,7 @@ def test_statistics_equal_plain_loops():
     rows, data = some_data()
     pairs = [(row, winner, loser) for row in rows for winner, loser in row.pairs]
     chosen, rejected = ([len(row.answers[which]) for row, *both in pairs for which in [both[i]]] for i in (0, 1))
-    assert [a.tolist() for a in pair_lengths(data)] == [chosen, rejected, [len(row.prompt) for row, *_ in pairs]]
+    assert [a.tolist() for a in of_pairs(data, data.text_length_A)] == [chosen, rejected]
     figures = statistics(data)
     assert figures["length_bias"]["longer"] == sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(pairs)
     assert figures["lengths"]["chosen"]["100"] == max(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rmcore.data.inspection.statistics import length_bias, pair_lengths
+from rmcore.data.inspection.statistics import length_bias, of_pairs
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 
 
@@ -23,8 +23,8 @@ def plot_lengths(parts: dict[str, TokenizedComparisons], limit: int, path: Path)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(parts), 2, squeeze=False)
     for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
-        chosen_P, rejected_P, prompt_P = pair_lengths(part)
-        series = {"prompt": part.prompt_length, "chosen": chosen_P - prompt_P, "rejected": rejected_P - prompt_P}
+        chosen_P, rejected_P = of_pairs(part, part.answer_length_A)
+        series = {"prompt": part.prompt_length, "chosen": chosen_P, "rejected": rejected_P}
         bins = np.linspace(0, max(int(values.max()) for values in series.values()) + 1, 61)
         for (label, values), colour in zip(series.items(), ("0.4", "tab:green", "tab:red"), strict=True):
             left.hist(values, bins, histtype="step", label=f"{label}, median {np.median(values):.0f}", color=colour)

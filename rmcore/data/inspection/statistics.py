@@ -25,16 +25,19 @@ def statistics(part: TokenizedComparisons, seed: int = 0) -> dict[str, Any]:
 
     Raises UserError where there is no pair.
     """
-    chosen_P, rejected_P, prompt_P = pair_lengths(part)
+    chosen_P, rejected_P = of_pairs(part, part.text_length_A)
+    chosen_answer_P, rejected_answer_P = of_pairs(part, part.answer_length_A)
     if not len(chosen_P):
         raise UserError(
             f"{part.report['key']}: no row prefers one answer, so there is no chosen and rejected to compare"
         )
     source_P = np.repeat(part.source_index, part.pairs_N)
     lengths = {
-        "prompt": part.prompt_length, "chosen": chosen_P - prompt_P, "rejected": rejected_P - prompt_P,
+        "prompt": part.prompt_length,
+        "chosen": chosen_answer_P,
+        "rejected": rejected_answer_P,
         "text": part.text_length_A,
-    }  # fmt: skip
+    }
     by_source: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(part.sources):
         members = source_P == index
@@ -54,14 +57,10 @@ def statistics(part: TokenizedComparisons, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def pair_lengths(part: TokenizedComparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int64 [P] each: tokens of the winner's whole text, of the loser's, and of the prompt within them."""
+def of_pairs(part: TokenizedComparisons, values_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[P] each: a value of each answer, for the winner and for the loser of every pair."""
     first_P = np.repeat(part.answer_offset[:-1], part.pairs_N)
-    length_A = part.text_length_A
-    chosen_P, rejected_P = length_A[first_P + part.winner], length_A[first_P + part.loser]
-    prompt_P = np.repeat(part.prompt_length, part.pairs_N).astype(np.int64)
-    # A rendered prompt may be longer than what the texts begin with (a cue that an answer's text writes otherwise).
-    return chosen_P, rejected_P, np.minimum(prompt_P, np.minimum(chosen_P, rejected_P))
+    return values_A[first_P + part.winner], values_A[first_P + part.loser]
 
 
 def tokens(part: TokenizedComparisons, chosen_P: np.ndarray, rejected_P: np.ndarray, seed: int) -> dict[str, Any]:

@@ -141,6 +141,16 @@ class TokenizedComparisons:
         return np.repeat(self.prefix_length, np.diff(self.answer_offset)).astype(np.int64) + self.tail_length
 
     @property
+    def answer_length_A(self) -> np.ndarray:
+        """int64 [A]: tokens behind the prompt in each answer's text, what the template writes around it among them.
+
+        A rendered prompt may be longer than what all texts begin with (a cue that the answers' texts write otherwise):
+        then only the common prefix counts as the prompt.
+        """
+        prompt_N = np.minimum(self.prompt_length, self.prefix_length).astype(np.int64)
+        return self.text_length_A - np.repeat(prompt_N, np.diff(self.answer_offset))
+
+    @property
     def pairs_N(self) -> np.ndarray:
         """int64 [N]: pairs of each comparison."""
         return np.diff(self.pair_offset)

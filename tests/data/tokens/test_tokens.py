@@ -23,12 +23,14 @@ from transformers import PreTrainedTokenizerFast
 from rmcore.config import UserError, load_config
 from rmcore.data.drop_reasons import ANSWER_TOO_LONG, EMPTY, IDENTICAL, PROMPT_TOO_LONG, TEXT_TOO_LONG
 from rmcore.data.inspection.first_example import show_first_example, token_texts
+from rmcore.data.inspection.statistics import statistics
 from rmcore.data.synthetic import BOS, EOS, PAD, byte_tokenizer
 from rmcore.data.tokens.cache import CacheWriter, open_or_build
 from rmcore.data.tokens.comparisons import EncodedRow, lay_out
 from rmcore.data.tokens.limits import LengthLimits, apply_limits, in_memory
 from rmcore.data.tokens.ragged_arrays import common_prefix_lengths
 from rmcore.data.tokens.tokenizer import TextEncoder, embedding_rows, fix_padding, load_tokenizer, tokenizer_fingerprint
+from rmcore.evaluation.arrays import pair_arrays
 from tests.harness.paths import ROOT, SHARED, needs_shared
 
 # --- rows -> arrays --------------------------------------------------------------------------------------------------
@@ -157,6 +159,19 @@ def test_a_comparison_outside_the_data_is_an_error():
     for number in (1, -1):
         with pytest.raises(IndexError):
             data.comparison(number)
+
+
+def test_a_prompt_that_is_longer_than_the_common_prefix_counts_as_far_as_the_texts_share_it():
+    """The rendered prompt ends in a cue (tokens 4 5) of which the texts share 4 only; a third answer ends with it."""
+    prompt, texts = [1, 2, 3, 4, 5], [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8, 9], [1, 2, 3, 4]]
+    row = EncodedRow(ids(*prompt), [ids(*text) for text in texts], [(0, 1), (0, 2)], [0.0] * 2, [1.0] * 2)
+    data = in_memory([row], LengthLimits(9))
+    assert (data.prompt_length.tolist(), data.prefix_length.tolist()) == ([5], [4])
+    assert data.answer_length_A.tolist() == [2, 3, 0]
+    lengths = statistics(data)["lengths"]
+    assert (lengths["chosen"]["mean"], lengths["rejected"]["mean"]) == (2.0, 1.5)
+    evaluated = pair_arrays(data, np.zeros(3))
+    assert evaluated.chosen_length_P.tolist() == [2, 2] and evaluated.rejected_length_P.tolist() == [3, 0]
 
 
 def test_common_prefix_lengths_of_real_sizes():
