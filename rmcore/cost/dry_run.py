@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from rmcore.data.batches.batch import TokenizedComparison, build_batch
+from rmcore.data.batches.batch import build_batch
+from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.pruning import ATTENTION, OUTPUT, QUERY, part
 from rmcore.model.reward_model import SHARED, RewardModel
@@ -204,26 +205,13 @@ def _to_fake(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    prefix: np.ndarray
-    tails: list[np.ndarray]
-    pairs: np.ndarray
-    margin: np.ndarray
-    weight: np.ndarray
-    ties: np.ndarray
-    tie_weight: np.ndarray
-    score: np.ndarray
-
-
 class _Comparisons:
     """Any number of alike comparisons of two answers."""
 
     def comparison(self, number: int) -> TokenizedComparison:
         one = np.ones(1, dtype=np.float32)
         tail = np.zeros(TAIL, dtype=np.int32)
-        return _Comparison(np.zeros(PREFIX, dtype=np.int32), [tail, tail], np.array([[0, 1]]), 0 * one, one,
-                           np.zeros((0, 2), dtype=np.int64), one[:0], np.full(2, np.nan, dtype=np.float32))  # fmt: skip
+        return TokenizedComparison(np.zeros(PREFIX, dtype=np.int32), [tail, tail], np.array([[0, 1]]), 0 * one, one)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -110,9 +110,9 @@ def objective_loss(objective: Objective, data: TokenizedComparisons, rewards_A: 
     """`objective_loss`: the mean loss, margins and all, in fp64; nothing where the data hold nothing to count."""
     import torch
 
-    from rmcore.data.batches.batch import Judgements
+    from rmcore.data.batches.batch import Judged
 
-    judged = Judgements.of(data)
+    judged = Judged.of(data)
     count = float(objective.counted(judged))
     return {"objective_loss": float(objective.loss_sum(torch.from_numpy(rewards_A), judged)) / count} if count else {}
 

@@ -157,8 +157,7 @@ def probe_text(template: Template) -> str | None:
     """A short conversation as training renders it; None for plain texts, or when the template refuses it."""
     if template.chat_template is None:
         return None
-    probe: dict[str, Any] = {"pairs": (), "margin": (), "weight": (), "source": "", "prompt_key": ""}
     try:
-        return template.render(Comparison(prompt=_PROBE_TURNS[:1], answers=(_PROBE_TURNS[1:],), **probe))[1][0]
+        return template.render(Comparison(_PROBE_TURNS[:1], (_PROBE_TURNS[1:],), source="", prompt_key=""))[1][0]
     except TemplateRefused:
         return None

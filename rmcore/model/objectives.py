@@ -18,37 +18,15 @@ Shape letters: A answers, P pairs, Q ties.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rmcore.config.loss import TRAITS, LossConfig
+from rmcore.data.batches.batch import Judged
 from rmcore.ops.contract import add_at
-
-
-class Judged(Protocol):
-    """What the data say of A answers; rmcore.data.batches.batch.RaggedBatch is one. Indices are int64, numbers fp32."""
-
-    @property
-    def winner_P(self) -> Tensor: ...
-    @property
-    def loser_P(self) -> Tensor: ...
-    @property
-    def margin_P(self) -> Tensor: ...
-    @property
-    def weight_P(self) -> Tensor: ...
-    @property
-    def tie_a_Q(self) -> Tensor: ...
-    @property
-    def tie_b_Q(self) -> Tensor: ...
-    @property
-    def tie_weight_Q(self) -> Tensor: ...
-    @property
-    def score_A(self) -> Tensor: ...
-    @property
-    def lists(self) -> int: ...
 
 
 class Objective(NamedTuple):

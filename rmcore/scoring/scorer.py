@@ -18,7 +18,7 @@ import torch
 
 from rmcore.config import UserError
 from rmcore.data.batches.batch import build_batch
-from rmcore.data.tokens.comparisons import OFFSET_OF, EncodedRow, TokenizedComparisons, common_prefix, lay_out
+from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix
 from rmcore.data.tokens.templates import load_template
 from rmcore.data.tokens.tokenizer import TextEncoder, load_tokenizer
 from rmcore.evaluation.evaluate import micro_batches
@@ -198,7 +198,4 @@ def grouped(texts: Sequence[Text], budget: int, *, share: bool) -> list[list[Tex
 
 def pack(groups: Sequence[Sequence[np.ndarray]]) -> TokenizedComparisons:
     """Groups of texts (token ids) as comparisons without pairs, the arrays that batches are built from."""
-    arrays = lay_out([EncodedRow(ids[0], list(ids), (), (), ()) for ids in groups])
-    for name in OFFSET_OF:
-        arrays[name] = np.concatenate([[0], np.cumsum(arrays[name])])
-    return TokenizedComparisons(**arrays, sources=[""], fingerprint="", report={})
+    return TokenizedComparisons.of([EncodedRow(ids[0], list(ids), (), (), ()) for ids in groups])

@@ -3,7 +3,6 @@ against it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import MethodType
 
 import numpy as np
@@ -13,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.reward_model import RewardModel
 
@@ -61,21 +61,8 @@ def reward_model(model: PreTrainedModel, path: str) -> RewardModel:
     return RewardModel(model.base_model, model.score, pad_token_id=PAD, path=path)
 
 
-@dataclass
-class Item:
+class Item(TokenizedComparison):
     """One tokenised comparison."""
-
-    prefix: np.ndarray
-    tails: list[np.ndarray]
-    pairs: np.ndarray
-    margin: np.ndarray
-    weight: np.ndarray
-    ties: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
-    tie_weight: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
-
-    @property
-    def score(self) -> np.ndarray:
-        return np.full(len(self.tails), np.nan, dtype=np.float32)
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,7 @@ from sklearn.metrics import mean_squared_error
 from torch import Tensor
 
 from rmcore.config.loss import TRAITS, LossConfig, Name
-from rmcore.data.batches.batch import Judgements, build_batch
+from rmcore.data.batches.batch import Judged, build_batch
 from rmcore.data.batches.counting import counted_N, size_N
 from rmcore.data.synthetic import synthetic_rows
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
@@ -146,7 +146,7 @@ def test_every_objective_is_named_everywhere() -> None:
 def test_value_and_gradient_equal_the_formula(objective: Objective) -> None:
     data = comparisons()
     ours, theirs = (rewards_of(data).requires_grad_() for _ in range(2))
-    loss = objective.loss_sum(ours, Judgements.of(data))
+    loss = objective.loss_sum(ours, Judged.of(data))
     expected = FORMULAS[objective.name](theirs, data, objective)
     [grad], [expected_grad] = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, theirs)
     # fp64 sums of about 100 terms of order 1 to 10, each rounded at 1.1e-16
@@ -158,7 +158,7 @@ def test_value_and_gradient_equal_the_formula(objective: Objective) -> None:
 @every_objective
 def test_gradcheck(objective: Objective) -> None:
     data = comparisons(seed=3)
-    judged = Judgements.of(data)
+    judged = Judged.of(data)
     # rewards at random are not within 1e-6 of the hinge's kink
     assert torch.autograd.gradcheck(lambda r: objective.loss_sum(r, judged), rewards_of(data).requires_grad_())
 
@@ -181,12 +181,12 @@ def test_the_probabilities_of_all_outcomes_sum_to_one() -> None:
     assert total == pytest.approx(1.0, abs=1e-14)
 
 
-def judged_two(pairs=(), ties=(), answers=2) -> Judgements:
+def judged_two(pairs=(), ties=(), answers=2) -> Judged:
     ids = [np.array([5, 6 + k], dtype=np.int32) for k in range(answers)]
     row = EncodedRow(
         ids[0][:1], ids, pairs, [0.0] * len(pairs), [1.0] * len(pairs), ties=ties, tie_weight=[1.0] * len(ties)
     )
-    return Judgements.of(in_memory([row], LengthLimits(9)))
+    return Judged.of(in_memory([row], LengthLimits(9)))
 
 
 def test_two_answers_are_bradley_terry_to_all() -> None:
@@ -213,7 +213,7 @@ def test_a_reward_that_is_no_number_is_never_hidden(objective: Objective) -> Non
         rewards = rewards_of(data)
         rewards[3] = bad
         rewards.requires_grad_()
-        loss = objective.loss_sum(rewards, Judgements.of(data))
+        loss = objective.loss_sum(rewards, Judged.of(data))
         loss.backward()
         assert loss.isnan() and rewards.grad.isnan().any()
 

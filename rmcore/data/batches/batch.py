@@ -16,30 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.labels import LABEL_FIELDS, OFFSETS
+from rmcore.data.tokens.comparisons import TokenizedComparison, TokenizedComparisons
 from rmcore.ops.gather_prefix import GatherPlan, gather_plan
-
-
-class TokenizedComparison(Protocol):
-    """What a batch needs to know of a comparison: int arrays of tokens, [p, 2] pairs, [p] margins and weights, [q, 2]
-    ties and [q] weights of them, a score of each answer (NaN: none)."""
-
-    @property
-    def prefix(self) -> np.ndarray: ...
-    @property
-    def tails(self) -> list[np.ndarray]: ...
-    @property
-    def pairs(self) -> np.ndarray: ...
-    @property
-    def margin(self) -> np.ndarray: ...
-    @property
-    def weight(self) -> np.ndarray: ...
-    @property
-    def ties(self) -> np.ndarray: ...
-    @property
-    def tie_weight(self) -> np.ndarray: ...
-    @property
-    def score(self) -> np.ndarray: ...
 
 
 class Comparisons(Protocol):
@@ -88,19 +67,14 @@ class AttentionLayout:
         return self.device_segments_S4
 
 
-@dataclass(frozen=True)
-class RaggedBatch:
-    """One micro batch on one rank. T packed tokens, A answers, P pairs, Q ties, C comparisons.
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What the data say of A answers, as tensors: one or two for each entry of LABEL_FIELDS, which states the names.
 
-    `winner_P`, `loser_P`, `tie_a_Q`, `tie_b_Q` are answers of this batch (0 <= . < A); `last_token_index_A` are packed
-    rows; `score_A` is what the data say of each answer, NaN where they say nothing. `comparisons_C`
-    and `answers_C` (host) say which comparisons these are and how many answers each has; `logical_tokens` is what a
-    batch of separate texts would compute.
+    `winner_P`, `loser_P`, `tie_a_Q` and `tie_b_Q` (int64) are answers, 0 <= . < A. The numbers are fp32. `score_A` is
+    NaN where the data have no score. `lists` counts the comparisons.
     """
 
-    input_ids_T: Tensor
-    position_ids_T: Tensor
-    last_token_index_A: Tensor
     winner_P: Tensor
     loser_P: Tensor
     margin_P: Tensor
@@ -109,6 +83,30 @@ class RaggedBatch:
     tie_b_Q: Tensor
     tie_weight_Q: Tensor
     score_A: Tensor
+    lists: int
+
+    @classmethod
+    def of(cls, data: TokenizedComparisons) -> "Judged":
+        """The labels of a whole data set; answers are counted from the first answer of the first comparison."""
+        columns = []
+        for label in LABEL_FIELDS:
+            first = np.repeat(data.answer_offset[:-1], np.diff(getattr(data, OFFSETS[label.of])))
+            arrays = [getattr(data, array) for array in label.arrays]
+            columns.append([first + array for array in arrays] if label.is_pair else arrays)
+        return cls(**_tensors(columns), lists=len(data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedBatch(Judged):
+    """One micro batch on one rank, and the labels of its answers.
+
+    `last_token_index_A` are packed rows. `comparisons_C` and `answers_C` (on the host): which comparisons these are,
+    and how many answers each has. `logical_tokens`: what a batch of separate texts would compute.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    last_token_index_A: Tensor
     layout: AttentionLayout
     comparisons_C: np.ndarray
     answers_C: np.ndarray
@@ -117,11 +115,6 @@ class RaggedBatch:
     @property
     def computed_tokens(self) -> int:
         return self.input_ids_T.numel()
-
-    @property
-    def lists(self) -> int:
-        """Comparisons: what an objective on whole rankings counts."""
-        return len(self.answers_C)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "RaggedBatch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -143,32 +136,6 @@ class RaggedBatch:
         return (self.with_varlen() if device.type == "cuda" else self).to(device)
 
 
-@dataclass(frozen=True)
-class Judgements:
-    """What the data say of all their answers, numbered from the first comparison's first; as in `RaggedBatch`."""
-
-    winner_P: Tensor
-    loser_P: Tensor
-    margin_P: Tensor
-    weight_P: Tensor
-    tie_a_Q: Tensor
-    tie_b_Q: Tensor
-    tie_weight_Q: Tensor
-    score_A: Tensor
-    lists: int
-
-    @classmethod
-    def of(cls, data: TokenizedComparisons) -> "Judgements":
-        first_N = data.answer_offset[:-1]
-        first_P, first_Q = np.repeat(first_N, data.pairs_N), np.repeat(first_N, np.diff(data.tie_offset))
-        numbers = (data.margin, data.weight, data.tie_weight, data.score)
-        margin_P, weight_P, tie_weight_Q, score_A = (torch.from_numpy(x.astype(np.float32)) for x in numbers)
-        return cls(
-            _int64(first_P + data.winner), _int64(first_P + data.loser), margin_P, weight_P,
-            _int64(first_Q + data.tie_a), _int64(first_Q + data.tie_b), tie_weight_Q, score_A, len(data),
-        )  # fmt: skip
-
-
 def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: bool = True) -> RaggedBatch:
     """Packs the comparisons `numbers` of `data` into one row, with their prefixes shared or (share=False) repeated.
 
@@ -181,7 +148,7 @@ def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: b
     last: list[int] = []
     row = logical = 0
     items = [data.comparison(int(number)) for number in numbers]
-    answers_C, judged = _judged(items)
+    answers_C = np.array([len(item.tails) for item in items], dtype=np.int64)
     for item in items:
         prefix_start, prefix_length = row, len(item.prefix)
         for k, tail in enumerate(item.tails):
@@ -207,7 +174,8 @@ def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: b
         input_ids_T=_int64(np.concatenate(ids)),
         position_ids_T=_int64(np.concatenate(positions)),
         last_token_index_A=_int64(np.array(last, dtype=np.int64)),
-        **judged,
+        **_tensors(_label_columns(items, answers_C)),
+        lists=len(items),
         layout=AttentionLayout(torch.tensor(segments, dtype=torch.int32).reshape(-1, 4)),
         comparisons_C=np.asarray(numbers, dtype=np.int64),
         answers_C=answers_C,
@@ -215,20 +183,30 @@ def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: b
     )
 
 
-def _judged(items: Sequence[TokenizedComparison]) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """Answers of each comparison [C], and what the data say of them, in the numbering of the batch."""
-    answers_C = np.array([len(item.tails) for item in items], dtype=np.int64)
+def _label_columns(items: Sequence[TokenizedComparison], answers_C: np.ndarray) -> list[list[np.ndarray]]:
+    """For each entry of LABEL_FIELDS its one or two arrays, of all comparisons; answers are counted in the batch."""
     first_C = np.cumsum(answers_C) - answers_C
-    none, nothing = np.zeros((0, 2), dtype=np.int64), np.zeros(0, dtype=np.float32)
-    pairs_P2 = np.concatenate([none, *(item.pairs + first for item, first in zip(items, first_C, strict=True))])
-    ties_Q2 = np.concatenate([none, *(item.ties + first for item, first in zip(items, first_C, strict=True))])
-    numbers = {"margin_P": "margin", "weight_P": "weight", "tie_weight_Q": "tie_weight", "score_A": "score"}
-    tensors = {
-        field: torch.from_numpy(np.concatenate([nothing, *(getattr(item, name) for item in items)]).astype(np.float32))
-        for field, name in numbers.items()
+    columns = []
+    for label in LABEL_FIELDS:
+        values = [getattr(item, label.view) for item in items]
+        if label.is_pair:
+            values = [pairs + first for pairs, first in zip(values, first_C, strict=True)]
+        elif label.of == "answers":
+            values = [
+                some if len(some) else np.full(n, label.missing) for some, n in zip(values, answers_C, strict=True)
+            ]
+        none = np.zeros((0, len(label.arrays)), dtype=label.dtype)
+        columns.append([*np.concatenate([none, *(some.reshape(-1, len(label.arrays)) for some in values)]).T])
+    return columns
+
+
+def _tensors(columns: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
+    """The tensors of a batch, copies of `columns`: for each entry of LABEL_FIELDS its one or two arrays."""
+    return {
+        name: torch.from_numpy(array.astype(np.int64 if label.is_pair else np.float32))
+        for label, arrays in zip(LABEL_FIELDS, columns, strict=True)
+        for name, array in zip(label.tensors, arrays, strict=True)
     }
-    tensors |= {"winner_P": _int64(pairs_P2[:, 0]), "loser_P": _int64(pairs_P2[:, 1])}
-    return answers_C, {**tensors, "tie_a_Q": _int64(ties_Q2[:, 0]), "tie_b_Q": _int64(ties_Q2[:, 1])}
 
 
 def _int64(array: np.ndarray) -> Tensor:

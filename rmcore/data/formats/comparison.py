@@ -12,13 +12,13 @@ format is an error, never a guess.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rmcore.config import UserError
 from rmcore.data.formats import fields
 from rmcore.data.formats.fields import Turns, short
-from rmcore.data.formats.judgements import Judgement, judge_list, judge_two, scores_of_two
+from rmcore.data.formats.judgements import judge_list, judge_two, scores_of_two
 from rmcore.data.formats.row_format import FIELDS, RowFormat, detect_format
 from rmcore.data.formats.transcripts import (
     answer_turns,
@@ -29,6 +29,7 @@ from rmcore.data.formats.transcripts import (
     split_turns,
     transcript_turns,
 )
+from rmcore.data.labels import Judgement
 
 __all__ = ["FIELDS", "Comparison", "RowFormat", "Turns", "comparison_from_row", "detect_format", "has_empty_answer"]
 
@@ -37,20 +38,14 @@ _SHORTEST_SHARED_PROMPT = 32
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A prompt and its answers, with the preferred pairs. Turns and text are never mixed in one comparison."""
+class Comparison(Judgement):
+    """A prompt, its answers, and what the row says of them. Turns and text are never mixed in one comparison."""
 
     prompt: Turns | str  # chat turns [{"role", "content"}, ...] without the answer's, or plain text
     answers: tuple[Turns | str, ...]  # each: the turns (or the text) that follow the prompt
-    pairs: tuple[tuple[int, int], ...]  # (winner, loser): indices into answers; none: nothing is preferred
-    margin: tuple[float, ...]  # one a pair; 0.0 when the data has none
-    weight: tuple[float, ...]  # one a pair
-    source: str  # for figures by source
+    source: str  # for metrics by source
     prompt_key: str  # identifies the prompt (for holding out by prompt)
-    scores: tuple[float, ...] = ()  # one an answer, where the objective reads them or rows are still to be gathered
-    rows: int = 1  # of the data, that this comparison was made of
-    ties: tuple[tuple[int, int], ...] = ()  # pairs of which neither is preferred, where the objective reads them
-    tie_weight: tuple[float, ...] = ()  # one a tie
+    rows: int = 1  # how many rows of the data this comparison was made of
 
 
 def comparison_from_row(
@@ -67,9 +62,9 @@ def comparison_from_row(
     unread = row.get(names["prompt"]) if format.prompt is None and "prompt" in names else None
     if unread is not None:
         raise UserError(f"{where}: {names['prompt']} was null in the first rows, and here is {short(unread)}")
-    raw, judgement, scores = _judged_answers(row, format, where)
+    raw, judgement = _judged_answers(row, format, where)
     if not raw:  # no answer at all: nothing can be preferred
-        return Comparison("", (), (), (), (), source, "")
+        return Comparison("", (), source, "")
     prompt: Turns | str
     answers: Sequence[Turns | str]
     if wants_text:
@@ -82,14 +77,9 @@ def comparison_from_row(
     return Comparison(
         prompt=prompt,
         answers=tuple(answers),
-        pairs=judgement.pairs,
-        margin=judgement.margin,
-        weight=judgement.weight,
         source=_label(row.get(names["source"]) if "source" in names else None, source),
         prompt_key=key,
-        scores=scores,
-        ties=judgement.ties,
-        tie_weight=judgement.tie_weight,
+        **vars(judgement),
     )
 
 
@@ -106,19 +96,18 @@ def _label(own: Any, fallback: str) -> str:
     return fallback if own is None or own == "" else fields.printable(str(own))
 
 
-def _judged_answers(
-    row: Mapping[str, Any], format: RowFormat, where: str
-) -> tuple[list[tuple[Any, str]], Judgement, tuple[float, ...]]:
-    """-> (value, name for errors) of each answer; what is preferred; the scores, where they are read or gathered."""
+def _judged_answers(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[tuple[Any, str]], Judgement]:
+    """-> (value, name for errors) of each answer; what the row says of them."""
     names = format.names
     if format.layout == "many":
         return judge_list(row, format, where)
     if format.layout == "single":
-        scores = (fields.number(row, names["score"], where),)
-        return [(fields.value(row, names["answer"], where), names["answer"])], Judgement(), scores
+        judgement = Judgement(scores=(fields.number(row, names["score"], where),))
+        return [(fields.value(row, names["answer"], where), names["answer"])], judgement
     sides = ("chosen", "rejected") if format.layout == "pair" else ("answer_a", "answer_b")
     raw = [(fields.value(row, names.get(side, side), where), names[side]) for side in sides]
-    return raw, judge_two(row, format, where), scores_of_two(row, format, where) if format.scores else ()
+    judgement = judge_two(row, format, where)
+    return raw, replace(judgement, scores=scores_of_two(row, format, where)) if format.scores else judgement
 
 
 def _as_text(

@@ -14,7 +14,7 @@ and a tie of weight 1/3.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from rmcore.config import UserError
@@ -22,22 +22,9 @@ from rmcore.data.formats import fields
 from rmcore.data.formats.fields import short
 from rmcore.data.formats.requirements import has_scores
 from rmcore.data.formats.row_format import RowFormat
+from rmcore.data.labels import Judgement
 
 TIES = ("tie", "ties", "both", "bothbad", "neither", "none", "draw", "equal")
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Pairs of answers, and for each its margin and its weight; without pairs nothing is preferred.
-
-    `ties` and `tie_weight`: pairs of which neither is preferred, where they are read.
-    """
-
-    pairs: tuple[tuple[int, int], ...] = ()
-    margin: tuple[float, ...] = ()
-    weight: tuple[float, ...] = ()
-    ties: tuple[tuple[int, int], ...] = ()
-    tie_weight: tuple[float, ...] = ()
 
 
 NOTHING, TIE = Judgement(), Judgement(ties=((0, 1),), tie_weight=(1.0,))
@@ -53,7 +40,13 @@ def all_pairs(values: Sequence[float], *, margins: bool, ties: bool = False) -> 
     equal = [(i, j) for i, j in every if values[i] == values[j]] if ties else []
     weight = 1.0 / len(every) if every else 0.0
     margin = tuple(values[winner] - values[loser] if margins else 0.0 for winner, loser in pairs)
-    return Judgement(tuple(pairs), margin, (weight,) * len(pairs), tuple(equal), (weight,) * len(equal))
+    return Judgement(
+        pairs=tuple(pairs),
+        margin=margin,
+        weight=(weight,) * len(pairs),
+        ties=tuple(equal),
+        tie_weight=(weight,) * len(equal),
+    )
 
 
 def soft(first: float, second: float, margin: float) -> Judgement:
@@ -65,7 +58,7 @@ def soft(first: float, second: float, margin: float) -> Judgement:
     kept = [entry for entry in both if entry[2] > 0.0]
     pairs, margins, weights = zip(*kept, strict=True) if kept else ((), (), ())
     tie = TIE if first + second < 1.0 - 1e-9 else NOTHING
-    return Judgement(pairs, margins, weights, tie.ties, (1.0 - first - second,) * len(tie.ties))
+    return replace(tie, pairs=pairs, margin=margins, weight=weights, tie_weight=(1.0 - first - second,) * len(tie.ties))
 
 
 def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgement:
@@ -78,7 +71,7 @@ def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgemen
         judgement = all_pairs(values, margins=format.margin == "scores", ties=format.ties)
         if format.margin != "margin" or not judgement.pairs:
             return judgement
-        return Judgement(judgement.pairs, (fields.number(row, names["margin"], where),), judgement.weight)
+        return replace(judgement, margin=(fields.number(row, names["margin"], where),))
     if pair and format.ties and has_scores(format) and len(set(scores_of_two(row, format, where))) == 1:
         return TIE
     margin = _margin(row, format, sides, where)
@@ -91,8 +84,8 @@ def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgemen
         winner = side(fields.value(row, names[by], where), _spellings(format), names[by], where)
         if winner is None:
             return TIE if format.ties else NOTHING
-        return Judgement(((winner, 1 - winner),), (margin if winner == 0 else -margin,), (1.0,))
-    return Judgement(((0, 1),), (margin,), (1.0,))
+        return Judgement(pairs=((winner, 1 - winner),), margin=(margin if winner == 0 else -margin,), weight=(1.0,))
+    return Judgement(pairs=((0, 1),), margin=(margin,), weight=(1.0,))
 
 
 def scores_of_two(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
@@ -101,11 +94,8 @@ def scores_of_two(row: Mapping[str, Any], format: RowFormat, where: str) -> tupl
     return tuple(fields.number(row, format.names[f"score_{side}"], where) for side in (first, second))  # type: ignore[return-value]
 
 
-def judge_list(
-    row: Mapping[str, Any], format: RowFormat, where: str
-) -> tuple[list[tuple[Any, str]], Judgement, tuple[float, ...]]:
-    """-> (value, name for errors) of each answer in a row's list, the pairs that their ranks or scores make, and the
-    scores where they are read."""
+def judge_list(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[tuple[Any, str]], Judgement]:
+    """-> (value, name for errors) of each answer in a row's list, and the judgement that their ranks or scores make."""
     name = format.names["answers"]
     answers = fields.records(fields.value(row, name, where))
     if not isinstance(answers, list):
@@ -131,7 +121,7 @@ def judge_list(
     if format.judged_by == "ranks":  # 1 is the best
         values = [-value for value in values]
     judgement = all_pairs(values, margins=format.margin == "scores", ties=format.ties)
-    return raw, judgement, tuple(values) if format.scores else ()
+    return raw, replace(judgement, scores=tuple(values)) if format.scores else judgement
 
 
 def side(found: Any, spellings: Sequence[frozenset[str]], name: str, where: str) -> int | None:

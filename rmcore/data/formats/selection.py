@@ -10,7 +10,8 @@ so gradients are the same as without gathering; only the prompt is computed less
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -19,6 +20,7 @@ from rmcore.config import UserError
 from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.formats.judgements import all_pairs
+from rmcore.data.labels import LABEL_FIELDS
 
 MOST_ANSWERS = 16  # of a gathered comparison: it is never cut, so it must stay short enough for a micro batch
 
@@ -163,28 +165,29 @@ def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
         scores = tuple(score for one in run for score in one.scores)
         judgement = all_pairs(scores, margins=reads.margins, ties=reads.ties)
         return replace(
-            first, answers=answers, pairs=judgement.pairs, margin=judgement.margin, weight=judgement.weight,
-            scores=scores if reads.scores else (), rows=rows, ties=judgement.ties, tie_weight=judgement.tie_weight,
-        )  # fmt: skip
+            first, **vars(replace(judgement, scores=scores if reads.scores else ())), answers=answers, rows=rows
+        )
     if len(run) == 1:
         return first
+    # Answers that several rows share are kept once, at their first place; pairs and ties are renumbered to it.
     place: dict[str, int] = {}
     different: list[list[dict[str, str]] | str] = []
-    pairs: list[tuple[int, int]] = []
-    ties: list[tuple[int, int]] = []
+    joined: dict[str, list[Any]] = {label.name: [] for label in LABEL_FIELDS}
     for one in run:
+        is_new = []
         for answer in one.answers:
-            if place.setdefault(_content(answer), len(different)) == len(different):
-                different.append(answer)
+            is_new.append(place.setdefault(_content(answer), len(different)) == len(different))
+            different += [answer] * is_new[-1]
         own = [place[_content(answer)] for answer in one.answers]
-        pairs += [(own[winner], own[loser]) for winner, loser in one.pairs]
-        ties += [(own[a], own[b]) for a, b in one.ties]
-    return replace(
-        first, answers=tuple(different), pairs=tuple(pairs), rows=rows,
-        margin=tuple(margin for one in run for margin in one.margin),
-        weight=tuple(weight for one in run for weight in one.weight),
-        ties=tuple(ties), tie_weight=tuple(weight for one in run for weight in one.tie_weight),
-    )  # fmt: skip
+        for label in LABEL_FIELDS:
+            values = getattr(one, label.name)
+            if label.is_pair:
+                values = [(own[a], own[b]) for a, b in values]
+            elif label.of == "answers":
+                values = compress(values, is_new)
+            joined[label.name] += values
+    labels: dict[str, Any] = {name: tuple(values) for name, values in joined.items()}
+    return replace(first, answers=tuple(different), rows=rows, **labels)
 
 
 def hash_text(text: str, seed: int) -> int:

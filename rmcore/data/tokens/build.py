@@ -18,6 +18,7 @@ from rmcore.config import Config
 from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.formats.selection import RowHashes, Selection, hash_text, told_apart
+from rmcore.data.labels import LABEL_FIELDS
 from rmcore.data.tokens.cache import CacheWriter
 from rmcore.data.tokens.comparisons import EncodedRow, lay_out
 from rmcore.data.tokens.encoder import TextEncoder
@@ -93,14 +94,19 @@ class Work:
             for text, answer in zip(texts, answers, strict=True):
                 encoder.count_answer(text, answer)
             encoder.count_content(_contents(comparison))
-            margins = comparison.margin if isinstance(margin, str) else (float(margin),) * len(comparison.pairs)
+            labels = {label.name: getattr(comparison, label.name) for label in LABEL_FIELDS}
+            if not isinstance(margin, str):  # loss.margin is a number: the same for every pair
+                labels["margin"] = (float(margin),) * len(comparison.pairs)
             rows.append(
                 EncodedRow(
-                    prompt, answers, comparison.pairs, margins, comparison.weight,
-                    self.names.setdefault(comparison.source, len(self.names)), hash_text(comparison.prompt_key, 0),
-                    comparison.rows, comparison.ties, comparison.tie_weight, comparison.scores,
+                    prompt,
+                    answers,
+                    **labels,
+                    source_index=self.names.setdefault(comparison.source, len(self.names)),
+                    prompt_hash=hash_text(comparison.prompt_key, 0),
+                    rows=comparison.rows,
                 )
-            )  # fmt: skip
+            )
         return rows
 
     def report(self, name: str, stored: np.ndarray | None) -> dict[str, Any]:

@@ -10,23 +10,37 @@ Legend: N comparisons, A answers in all, P pairs in all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from rmcore.data.labels import LABEL_FIELDS, OFFSETS, LabelField, label_arrays
 from rmcore.data.tokens.ragged_arrays import common_prefix_lengths, ranges, sums_between, sums_from
 
-# name -> dtype; the offsets hold one entry more than there are comparisons
-ARRAYS = {
-    "tokens": np.int32, "token_offset": np.int64, "answer_offset": np.int64, "pair_offset": np.int64,
-    "prefix_length": np.int32, "tail_length": np.int32, "winner": np.int32, "loser": np.int32, "margin": np.float32,
-    "weight": np.float32, "prompt_length": np.int32, "source_index": np.int32, "prompt_hash": np.uint64,
-    "score": np.float32, "tie_offset": np.int64, "tie_a": np.int32, "tie_b": np.int32, "tie_weight": np.float32,
-}  # fmt: skip
+# Name and dtype of every array, in the order in which the cache's fingerprint hashes them.
+ARRAYS: dict[str, type[np.generic]] = {
+    "tokens": np.int32,
+    "token_offset": np.int64,
+    "answer_offset": np.int64,
+    "pair_offset": np.int64,
+    "prefix_length": np.int32,
+    "tail_length": np.int32,
+    **label_arrays("pairs"),
+    "prompt_length": np.int32,
+    "source_index": np.int32,
+    "prompt_hash": np.uint64,
+    **label_arrays("answers"),
+    "tie_offset": np.int64,
+    **label_arrays("ties"),
+}
+# Each array of offsets, and an array that it cuts into comparisons. Offsets have N + 1 entries, the first is 0.
 OFFSET_OF = {
-    "token_offset": "tokens", "answer_offset": "tail_length", "pair_offset": "winner", "tie_offset": "tie_a",
-}  # fmt: skip
+    "token_offset": "tokens",
+    "answer_offset": "tail_length",
+    "pair_offset": "winner",
+    "tie_offset": "tie_a",
+}
 
 
 @dataclass
@@ -48,18 +62,18 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class TokenizedComparison:
-    """One comparison: the shared prefix, the tail of each answer (int32), pairs [p, 2] int64 (winner, loser),
-    margin [p] and weight [p] float32; ties [q, 2] int64 and tie_weight [q] float32; score [answers] float32, NaN where
-    the data give none."""
+    """One comparison of A answers, P pairs and Q ties: the shared prefix, the tail of each answer, the labels."""
 
-    prefix: np.ndarray
-    tails: list[np.ndarray]
-    pairs: np.ndarray
-    margin: np.ndarray
-    weight: np.ndarray
-    ties: np.ndarray
-    tie_weight: np.ndarray
-    score: np.ndarray
+    prefix: np.ndarray  # int32
+    tails: list[np.ndarray]  # int32, A of them
+    pairs: np.ndarray  # int64 [P, 2]: winner, loser
+    margin: np.ndarray  # float32 [P]
+    weight: np.ndarray  # float32 [P]
+    ties: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))  # int64 [Q, 2]
+    tie_weight: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))  # float32 [Q]
+    score: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, dtype=np.float32)
+    )  # float32 [A] (NaN: none), or empty
 
     def text(self, answer: int) -> np.ndarray:
         """All tokens of one answer's text, the shared prefix first."""
@@ -101,6 +115,16 @@ class TokenizedComparisons:
     fingerprint: str
     report: dict[str, Any]
 
+    @classmethod
+    def of(
+        cls, rows: Sequence[EncodedRow], sources: Sequence[str] = ("",), report: dict[str, Any] | None = None
+    ) -> TokenizedComparisons:
+        """The arrays of some rows, in memory, without a fingerprint."""
+        arrays = lay_out(rows)
+        for name in OFFSET_OF:
+            arrays[name] = np.concatenate([[0], np.cumsum(arrays[name])])
+        return cls(**arrays, sources=list(sources), fingerprint="", report=report or {})
+
     def __len__(self) -> int:
         return len(self.prefix_length)
 
@@ -112,18 +136,12 @@ class TokenizedComparisons:
         lengths = self.tail_length[self.answer_offset[number] : self.answer_offset[number + 1]]
         cuts = np.cumsum(np.concatenate([self.prefix_length[number : number + 1], lengths], dtype=np.int64))
         prefix, *tails = np.split(self.tokens[start:end], cuts[:-1])
-        pairs = slice(self.pair_offset[number], self.pair_offset[number + 1])
-        ties = slice(self.tie_offset[number], self.tie_offset[number + 1])
-        return TokenizedComparison(
-            prefix,
-            tails,
-            np.stack([self.winner[pairs], self.loser[pairs]], axis=1).astype(np.int64),
-            self.margin[pairs],
-            self.weight[pairs],
-            np.stack([self.tie_a[ties], self.tie_b[ties]], axis=1).astype(np.int64),
-            self.tie_weight[ties],
-            self.score[self.answer_offset[number] : self.answer_offset[number + 1]],
-        )
+        labels = {}
+        for label in LABEL_FIELDS:
+            offset = getattr(self, OFFSETS[label.of])
+            columns = [getattr(self, array)[offset[number] : offset[number + 1]] for array in label.arrays]
+            labels[label.view] = np.stack(columns, axis=1).astype(np.int64) if label.is_pair else columns[0]
+        return TokenizedComparison(prefix, tails, **labels)
 
     @property
     def tokens_N(self) -> np.ndarray:
@@ -169,46 +187,50 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def lay_out(rows: Sequence[EncodedRow]) -> dict[str, np.ndarray]:
-    """Rows -> the arrays of ARRAYS, with each text's shared prefix once; the offsets as lengths [n], not yet summed."""
+    """Rows -> the arrays of ARRAYS, with each text's shared prefix once; the offsets as lengths [N], not yet summed."""
+    # All texts end to end in one array: where each begins, and which is the first text of each comparison.
     answers = [answer for row in rows for answer in row.answers]
     answers_N = np.array([len(row.answers) for row in rows], dtype=np.int64)
-    pairs_N = np.array([len(row.pairs) for row in rows], dtype=np.int64)
     flat = np.concatenate([np.zeros(0, dtype=np.int32), *answers])
     length_A = np.array([len(answer) for answer in answers], dtype=np.int64)
     start_A = np.cumsum(length_A) - length_A
-    first_N = np.cumsum(answers_N) - answers_N  # each comparison's first answer
+    first_N = np.cumsum(answers_N) - answers_N
     first_A = np.repeat(first_N, answers_N)
+
+    # Each text is compared with the first text of its comparison; the shortest agreement is the prefix of all.
     shared_A = common_prefix_lengths(flat, start_A[first_A], start_A, np.minimum(length_A[first_A], length_A))
     prefix_N = np.minimum.reduceat(shared_A, first_N) if len(rows) else np.zeros(0, dtype=np.int64)
     prefix_A = np.repeat(prefix_N, answers_N)
-    # The pieces in order: prefix of comparison 0, its tails, prefix of comparison 1, ...
-    before = np.insert(start_A + prefix_A, first_N, start_A[first_N])
-    pieces = np.insert(length_A - prefix_A, first_N, prefix_N)
-    pairs, ties = (
-        np.array([pair for row in rows for pair in getattr(row, kind)], dtype=np.int32).reshape(-1, 2)
-        for kind in ("pairs", "ties")
-    )
-    chunk = {
-        "tokens": flat[ranges(before, pieces)],
+
+    # The pieces of `flat` that are kept, in order: prefix of comparison 0, its tails, prefix of comparison 1, ...
+    # A prefix is taken from the first text, so it is inserted before the tail of that text.
+    piece_start = np.insert(start_A + prefix_A, first_N, start_A[first_N])
+    piece_length = np.insert(length_A - prefix_A, first_N, prefix_N)
+    chunk: dict[str, Any] = {
+        "tokens": flat[ranges(piece_start, piece_length)],
         "token_offset": prefix_N + sums_from(length_A - prefix_A, first_N),
         "answer_offset": answers_N,
-        "pair_offset": pairs_N,
+        "pair_offset": [len(row.pairs) for row in rows],
+        "tie_offset": [len(row.ties) for row in rows],
         "prefix_length": prefix_N,
         "tail_length": length_A - prefix_A,
-        "winner": pairs[:, 0],
-        "loser": pairs[:, 1],
-        "margin": [m for row in rows for m in row.margin],
-        "weight": [w for row in rows for w in row.weight],
         "prompt_length": [len(row.prompt) for row in rows],
         "source_index": [row.source_index for row in rows],
         "prompt_hash": [row.prompt_hash for row in rows],
-        "score": [score for row in rows for score in row.scores or [np.nan] * len(row.answers)],
-        "tie_offset": np.array([len(row.ties) for row in rows], dtype=np.int64),
-        "tie_a": ties[:, 0],
-        "tie_b": ties[:, 1],
-        "tie_weight": [w for row in rows for w in row.tie_weight],
     }
+
+    # The labels end to end; a pair of answers becomes two arrays.
+    for label in LABEL_FIELDS:
+        values = [value for row in rows for value in _values(row, label)]
+        columns = np.array(values, dtype=label.dtype).reshape(-1, len(label.arrays)).T
+        chunk |= dict(zip(label.arrays, columns, strict=True))
     return {name: np.asarray(chunk[name], dtype=dtype) for name, dtype in ARRAYS.items()}
+
+
+def _values(row: EncodedRow, label: LabelField) -> Sequence[Any]:
+    """A label's values in one row; where the row has no labels of its answers, each answer gets `missing`."""
+    values: Sequence[Any] = getattr(row, label.name)
+    return values if values or label.of != "answers" else [label.missing] * len(row.answers)
 
 
 def computed_tokens(data: TokenizedComparisons, share: bool) -> np.ndarray:

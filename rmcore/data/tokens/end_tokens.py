@@ -40,7 +40,7 @@ def ending_warning(template: Template, tokenizer: PreTrainedTokenizerFast) -> li
     answers = (_PROBE, _PROBE) if template.wants_text else (_TURNS[1:], _TURNS[1:])
     prompt = "How are you" if template.wants_text else _TURNS[:1]
     try:
-        _, (text, _) = template.render(Comparison(prompt, answers, (), (), (), "", ""))
+        _, (text, _) = template.render(Comparison(prompt, answers, "", ""))
     except TemplateRefused:
         return []
     end = _first_special(text.rpartition(_PROBE)[2], tokenizer)

@@ -10,7 +10,8 @@ from itertools import compress
 import numpy as np
 
 from rmcore.data.drop_reasons import ANSWER_TOO_LONG, EMPTY, IDENTICAL, PROMPT_TOO_LONG, TEXT_TOO_LONG
-from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, EncodedRow, TokenizedComparisons, common_prefix, lay_out
+from rmcore.data.labels import LABEL_FIELDS
+from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,8 @@ class LengthLimits:
 def in_memory(rows: Sequence[EncodedRow], limits: LengthLimits, sources: Sequence[str] = ("",)) -> TokenizedComparisons:
     """Rows -> TokenizedComparisons without a cache, for a few rows (probes, scoring). Counts stand in `report`."""
     kept, dropped = apply_limits(rows, limits)
-    chunk = lay_out(kept)
-    arrays = {name: chunk[name] for name in ARRAYS if name not in OFFSET_OF}
-    for name in OFFSET_OF:
-        arrays[name] = np.concatenate([[0], np.cumsum(chunk[name])])
     given, left = (sum(row.rows for row in some) for some in (rows, kept))
-    report = {"rows": given, "kept": left, "dropped": dict(dropped)}
-    return TokenizedComparisons(**arrays, sources=list(sources), fingerprint="", report=report)
+    return TokenizedComparisons.of(kept, sources, {"rows": given, "kept": left, "dropped": dict(dropped)})
 
 
 def apply_limits(rows: Sequence[EncodedRow], limits: LengthLimits) -> tuple[list[EncodedRow], Counter[str]]:
@@ -78,18 +74,21 @@ def _truncate_left(row: EncodedRow, limits: LengthLimits) -> str | None:
 
 
 def _drop_identical(row: EncodedRow) -> bool:
-    """Takes out pairs and ties whose two texts are the same tokens, and answers that nothing reads any more; False if
-    nothing is left. Answers with scores stay."""
-    differ, tied = (
-        [not np.array_equal(row.answers[a], row.answers[b]) for a, b in pairs] for pairs in (row.pairs, row.ties)
-    )
-    if not (any(differ) or any(tied) or row.scores):
+    """Removes pairs and ties whose two texts are the same tokens, then answers that nothing reads any more. Answers
+    with labels of their own (scores) stay. False if nothing is left."""
+    differ = {
+        of: [not np.array_equal(row.answers[a], row.answers[b]) for a, b in pairs]
+        for of, pairs in (("pairs", row.pairs), ("ties", row.ties))
+    }
+    labelled = any(len(getattr(row, label.name)) for label in LABEL_FIELDS if label.of == "answers")
+    if not (any(differ["pairs"]) or any(differ["ties"]) or labelled):
         return False
-    row.margin, row.weight = list(compress(row.margin, differ)), list(compress(row.weight, differ))
-    row.tie_weight = list(compress(row.tie_weight, tied))
-    pairs, ties = list(compress(row.pairs, differ)), list(compress(row.ties, tied))
-    used = range(len(row.answers)) if row.scores else sorted({answer for pair in pairs + ties for answer in pair})
-    place = {answer: i for i, answer in enumerate(used)}
-    row.answers = [row.answers[answer] for answer in used]
-    row.pairs, row.ties = ([(place[a], place[b]) for a, b in some] for some in (pairs, ties))
+    for label in LABEL_FIELDS:
+        if label.of in differ:
+            setattr(row, label.name, list(compress(getattr(row, label.name), differ[label.of])))
+    if not labelled:
+        used = sorted({answer for pair in (*row.pairs, *row.ties) for answer in pair})
+        place = {answer: i for i, answer in enumerate(used)}
+        row.answers = [row.answers[answer] for answer in used]
+        row.pairs, row.ties = ([(place[a], place[b]) for a, b in pairs] for pairs in (row.pairs, row.ties))
     return True

@@ -24,7 +24,7 @@ PANDALM = SHARED / "data/pairs/pandalm_test.jsonl.gz"  # 782 rows on 158 prompts
 
 
 def one(prompt, first, second, *, weight=1.0, source="s"):
-    return Comparison(prompt, (first, second), ((0, 1),), (0.0,), (weight,), source, prompt)
+    return Comparison(prompt, (first, second), source, prompt, pairs=((0, 1),), margin=(0.0,), weight=(weight,))
 
 
 def hashes_of(comparisons):
@@ -87,10 +87,7 @@ def test_a_gathered_comparison_stays_within_its_size():
 
 
 def test_scored_answers_of_one_prompt_are_paired():
-    rows = [
-        Comparison("p", (text,), (), (), (), "s", "p", scores=(score,))
-        for text, score in zip("abc", (1, 4, 4), strict=True)
-    ]
+    rows = [Comparison("p", (text,), "s", "p", scores=(score,)) for text, score in zip("abc", (1, 4, 4), strict=True)]
     whole = merged(rows, Reads(margins=True))
     assert whole.pairs == ((1, 0), (2, 0)) and whole.weight == (1 / 3,) * 2 and whole.margin == (3, 3)
     assert (whole.rows, whole.scores) == (3, ())

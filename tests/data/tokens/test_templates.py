@@ -54,7 +54,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def comparison(prompt: Turns | str, *answers: Turns | str) -> Comparison:
-    return Comparison(prompt, answers, ((0, 1),), (0.0,), (1.0,), "test", "key")
+    return Comparison(prompt, answers, "test", "key", pairs=((0, 1),), margin=(0.0,), weight=(1.0,))
 
 
 @pytest.mark.parametrize("system", [False, True])

@@ -26,7 +26,7 @@ from rmcore.data.inspection.first_example import show_first_example, token_texts
 from rmcore.data.inspection.statistics import statistics
 from rmcore.data.synthetic import BOS, EOS, PAD, byte_tokenizer
 from rmcore.data.tokens.cache import CacheWriter, open_or_build
-from rmcore.data.tokens.comparisons import EncodedRow, lay_out
+from rmcore.data.tokens.comparisons import ARRAYS, EncodedRow, lay_out
 from rmcore.data.tokens.limits import LengthLimits, apply_limits, in_memory
 from rmcore.data.tokens.ragged_arrays import common_prefix_lengths
 from rmcore.data.tokens.tokenizer import TextEncoder, embedding_rows, fix_padding, load_tokenizer, tokenizer_fingerprint
@@ -443,6 +443,39 @@ def test_what_is_read_is_what_was_written_in_whatever_chunks(tmp_path):
     assert isinstance(one.tokens.base, np.memmap) and one.sources == ["x", "y", "z"]
     again = open_or_build(tmp_path, "one", builder([], calls), "data")
     assert len(calls) == 2 and again.fingerprint == one.fingerprint
+
+
+def test_the_bytes_of_format_3_are_pinned(tmp_path):
+    """The fingerprint hashes the bytes of all arrays in order; this one was made before the labels had a table."""
+    generator = np.random.default_rng(3)
+
+    def build(writer: CacheWriter) -> None:
+        made = []
+        for number in range(20):
+            texts = [generator.integers(0, 4, generator.integers(1, 9)).astype(np.int32) for _ in range(4)]
+            pairs, ties = [(0, 1), (3, 2), (1, 3)][: number % 4], [(0, 2), (1, 2)][: number % 3]
+            made.append(
+                EncodedRow(
+                    texts[0][:2],
+                    texts,
+                    pairs,
+                    [0.1 * number] * len(pairs),
+                    [1 / 3] * len(pairs),
+                    number % 2,
+                    2**63 + number,
+                    ties=ties,
+                    tie_weight=[0.7] * len(ties),
+                    scores=[0.5, -1.0, 2.0, number / 7] if number % 2 else (),
+                )
+            )
+        kept, _ = apply_limits(made, LengthLimits(99))
+        writer.write(lay_out(kept))
+        writer.finish(["a", "b"], {"rows": 20})
+
+    data = open_or_build(tmp_path, "key", build, "data")
+    assert data.fingerprint == "0055ff0994cf7cc373146eb19394661d"
+    assert sorted(path.stem for path in (tmp_path / "key").glob("*.npy")) == sorted(ARRAYS)
+    assert len(ARRAYS) == 18
 
 
 def cut(path: Path, keep: float) -> None:
