@@ -140,7 +140,7 @@ def plan_an_epoch(settings: dict[str, Any]) -> Work:
             world_size=8, seed=1,
         )  # fmt: skip
         steps = range(plan.steps) if settings["every_step"] else range(0, plan.steps, max(1, plan.steps // 100))
-        seen = sum(plan.step(index).pairs for index in steps)
+        seen = sum(len(micro_batch) for index in steps for rank in plan.step(index).ranks for micro_batch in rank)
         return {"steps": plan.steps, "steps_cut": len(steps), "pairs_seen": seen}
 
     return lay_out

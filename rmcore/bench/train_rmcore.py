@@ -130,7 +130,7 @@ def record_of(settings: dict[str, Any], run: Run, watch: Stopwatch, rate: float)
     laps = watch.laps
     warm = min(settings.get("warm", 4), len(laps) - 1)
     kept, whole = add_up(laps[warm:]), add_up(laps)
-    pairs = [run.plan.step(index).pairs for index in range(len(laps))]
+    pairs = np.diff([0, *(run.plan.step(index).episode for index in range(len(laps)))]).tolist()
     numbers = [run.plan.step(index).ranks for index in range(len(laps))]
     loads = np.array([[sum(int(run.plan.tokens_N[m].sum()) for m in rank) for rank in ranks] for ranks in numbers])
     tokens = loads.sum(1).tolist()

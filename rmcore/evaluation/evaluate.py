@@ -145,4 +145,4 @@ def deal(batches: list[np.ndarray], world_size: int) -> Iterator[Step]:
     for index, start in enumerate(range(0, len(batches), world_size)):
         hands = batches[start : start + world_size]
         hands += [nothing] * (world_size - len(hands))
-        yield Step(index, 0.0, 0, 0, 0.0, tuple((hand,) for hand in hands))
+        yield Step(index, 0.0, 0, 0.0, tuple((hand,) for hand in hands))

@@ -29,7 +29,6 @@ class Step:
     index: int
     epoch: float
     episode: int
-    pairs: int
     global_weight: float
     ranks: tuple[tuple[np.ndarray, ...], ...]
 
@@ -135,7 +134,6 @@ class Plan:
             index=index,
             epoch=seen / self.pairs_per_epoch,
             episode=seen,
-            pairs=int(pairs_before_S[local + 1] - pairs_before_S[local]),
             global_weight=float(self.weight_N[chosen].sum(dtype=np.float64)),
             ranks=cut(chosen, self.tokens_N[chosen], self.cost_N[chosen], self.token_budget, self.world_size),
         )

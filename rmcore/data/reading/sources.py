@@ -33,6 +33,7 @@ from rmcore.data.reading.files import (
 )
 from rmcore.host.hub_access import offline_if_unreachable
 
+_HEAD = 20  # rows that detect_format looks at
 _ROWS_A_READ = 256
 _READS_MAPPED = 16  # after so many reads the pages that were read are given back
 
@@ -53,10 +54,6 @@ class Source:
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index` of the chosen rows, as a dict of the columns that a comparison needs."""
-        return self._read([index])[0][0]
-
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
         """(row, where) of every chosen row; where = "FILE:LINE", "FILE row N" or "ORIGIN row N", counted from 1."""
         return self.rows(range(len(self)))
@@ -74,13 +71,9 @@ class Source:
         """int64 [rows]: which stored row each chosen row is; an amount above 1 takes stored rows several times."""
         return self._index
 
-    def where(self, index: int) -> str:
-        """The place of row `index`, for messages."""
-        return self._read([index])[0][1]
-
-    def head(self, count: int = 20) -> list[dict[str, Any]]:
+    def head(self) -> list[dict[str, Any]]:
         """The first rows, for detect_format."""
-        return [row for row, _ in self._read(range(min(count, len(self))))]
+        return [row for row, _ in self._read(range(min(_HEAD, len(self))))]
 
     def _read(self, numbers: Sequence[int] | numpy.ndarray) -> list[tuple[dict[str, Any], str]]:
         index = [int(self._index[number]) for number in numbers]

@@ -1,11 +1,12 @@
-"""JSON lines, JSON arrays and CSV, plain or compressed -> checked rows, each with its place.
+"""Reads JSON lines, JSON arrays and CSV files, plain or compressed, and checks every row.
 
-Enters: a file. Leaves: (the row as the text of a JSON object, where) for each row, read as a stream, arrays too.
+Input: a file.
+Output: for each row (the row as the text of a JSON object, its place). JSON lines and CSV are read as streams.
 Example: the file a.jsonl with the one line {"chosen": "x"} -> ('{"chosen": "x"}', "a.jsonl:1").
-Whatever is wrong with the file is a UserError that opens with FILE:LINE.
+
+A file that cannot be read raises a UserError that begins with FILE:LINE, or with FILE and contains line and column.
 """
 
-import codecs
 import csv
 import gzip
 import io
@@ -27,13 +28,10 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK": "zip",
 }
-_PIECE = 1 << 20  # bytes of an array read at a time
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def json_line_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """(JSON text, where) a line; blank lines are passed over."""
+    """Yields (JSON text, where) of each line; blank lines are skipped."""
     for number, line in enumerate(_lines(file), start=1):
         where = f"{file}:{number}"
         text = _decoded(line, where).strip()
@@ -43,100 +41,25 @@ def json_line_rows(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """A .json file is one array of objects, or JSON lines all the same."""
-    if not _first_characters(file).startswith("["):
+    """Yields (JSON text, where) of each row of a .json file: one array of objects, or JSON lines all the same.
+
+    An array is parsed as a whole, so it takes a few times the size of the file in memory. Large files should be JSON
+    lines, which are read as a stream.
+    """
+    lines = (_decoded(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1))
+    if not next((line.lstrip() for line in lines if line.strip()), "").startswith("["):
         yield from json_line_rows(file)
         return
-    for number, value in enumerate(_array_values(file), start=1):
+    text = "".join(_decoded(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1))
+    for number, value in enumerate(_parsed(text, str(file)), start=1):
         where = f"{file} row {number}"
         row = json.dumps(value, ensure_ascii=True)
         _check_object(value, row, where)
         yield row, where
 
 
-def _first_characters(file: Path) -> str:
-    return next((text.lstrip() for text in _texts(file) if text.strip()), "")
-
-
-class _ArrayText:
-    """The part of an array's text that is not yet read, and where in the file it begins."""
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._texts = file, _texts(file)
-        self._text, self._at, self._line, self._column = "", 0, 1, 1
-
-    def next_sign(self) -> str:
-        """The next character that is no white space, which stays; "" at the end."""
-        while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._more():
-                return ""
-
-    def skip(self) -> None:
-        self._at += 1
-
-    def value(self) -> Any:
-        """The JSON value that begins here: a number only ends where something else is seen."""
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                if not self._more():
-                    self._at = error.pos
-                    raise self.error(error.msg) from None
-                continue
-            except (ValueError, RecursionError) as error:
-                raise self.error(str(error)) from None
-            if end == len(self._text) and self._more():
-                continue
-            self._at = end
-            return value
-
-    def error(self, message: str) -> UserError:
-        line, column = self._place(self._at)
-        at = f"column {column}" if line == 1 else f"line {line}, column {column}"
-        return UserError(f"{self._file}: not JSON: {message} at {at}: {self._text[self._at : self._at + 60]!r}")
-
-    def _place(self, at: int) -> tuple[int, int]:
-        lines = self._text.count("\n", 0, at)
-        return self._line + lines, at - self._text.rfind("\n", 0, at) if lines else self._column + at
-
-    def _more(self) -> bool:
-        """Forgets what was read and appends as much again as is left, so that a long value is tried a few times."""
-        parts: list[str] = []
-        wanted = len(self._text) - self._at + 1
-        while sum(map(len, parts)) < wanted and (text := next(self._texts, "")):
-            parts.append(text)
-        if parts:
-            self._line, self._column = self._place(self._at)
-            self._text, self._at = "".join([self._text[self._at :], *parts]), 0
-        return bool(parts)
-
-
-def _array_values(file: Path) -> Iterator[Any]:
-    """The values of one JSON array, one after the other; what is behind them is not held."""
-    text = _ArrayText(file)
-    text.next_sign()
-    text.skip()  # [
-    if text.next_sign() == "]":
-        text.skip()
-    else:
-        while True:
-            text.next_sign()
-            yield text.value()
-            sign = text.next_sign()
-            if sign not in (",", "]"):
-                raise text.error("Expecting ',' delimiter")
-            text.skip()
-            if sign == "]":
-                break
-    if text.next_sign():
-        raise text.error("Extra data")
-
-
 def csv_rows(file: Path) -> Iterator[tuple[str, str]]:
+    """Yields (JSON text, where) of each row under the header; every cell is text, and blank lines are skipped."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB a cell, is too short for long answers
     lines = (_decoded(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1))
     reader = csv.reader(lines, strict=True)
@@ -158,7 +81,7 @@ def csv_rows(file: Path) -> Iterator[tuple[str, str]]:
 def _checked_header(names: list[str], where: str) -> list[str]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{where}: the header names {twice!r} twice")
+        raise UserError(f"{where}: the header has {twice!r} twice")
     sign = next((sign for sign in ("\t", ";", "|") if len(names) == 1 and sign in names[0]), None)
     if sign is not None:
         raise UserError(f"{where}: the cells seem to be separated by {sign!r}; they must be separated by commas")
@@ -166,7 +89,7 @@ def _checked_header(names: list[str], where: str) -> list[str]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """Decompressed lines. Raises UserError on a file that is not text or does not decompress."""
+    """Yields decompressed lines. Raises UserError for a file that is not text or does not decompress."""
     number = 0
     try:
         with _opened(file) as stream:
@@ -176,27 +99,11 @@ def _lines(file: Path) -> Iterator[bytes]:
         raise UserError(f"{file}:{number + 1}: cannot be read: {error}") from None
 
 
-def _texts(file: Path) -> Iterator[str]:
-    """Decompressed text in pieces, for what has no lines. Raises UserError as `_lines` does."""
-    decoder, done = codecs.getincrementaldecoder("utf-8-sig")(), 0
-    try:
-        with _opened(file) as stream:
-            while piece := stream.read(_PIECE):
-                if text := decoder.decode(_checked_head(piece, file) if not done else piece):
-                    yield text
-                done += len(piece)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error.reason} behind byte {done:,}") from None
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read behind byte {done:,}: {error}") from None
-
-
 def _checked_head(head: bytes, file: Path) -> bytes:
-    """The first bytes of a file, without a byte order mark."""
+    """The first line of a file, without a byte order mark. Raises UserError if it does not look like text."""
     what = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "binary")
     if what != "binary" or b"\0" in head[:4096]:
-        raise UserError(f"{file}:1: not text: it looks like {what}; the name must say what the file is")
+        raise UserError(f"{file}:1: not text: it looks like {what}; the suffix of the name must match the content")
     return head.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -222,15 +129,16 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{where}: not JSON: {error.msg} at {at}: {text[:60]!r}") from None
+        around = text[max(0, error.pos - 20) : error.pos + 40]
+        raise UserError(f"{where}: not JSON: {error.msg} at {at}: {around!r}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON that can be read: {error}") from None
+        raise UserError(f"{where}: not JSON: {error}") from None
 
 
 def _check_object(value: Any, text: str, where: str) -> None:
     if not isinstance(value, dict):
         raise UserError(f"{where}: each row must be a JSON object, not {text[:60]!r}")
-    if re.search(r"\\u[dD][89a-fA-F]", text):  # only an escape can spell a lone surrogate in UTF-8 text
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # in UTF-8 text, a lone surrogate can only be written as an escape
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
