@@ -116,22 +116,11 @@ def _template(template: Any) -> tuple[Any, str, list[str]]:
 
 
 def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
-    from rmcore.data.batches.counting import counted_N, size_N
-    from rmcore.data.batches.step_plan import Plan, work
+    from rmcore.data.batches.step_plan import Plan
 
-    counts = config.loss.traits.counts
-    tokens_N, budget = train.tokens_N, config.batch.tokens
-    longest = int(tokens_N.max())
-    if budget != "auto" and longest > budget:
-        raise UserError(
-            f"batch.tokens={budget} is less than the longest comparison ({longest} tokens), which is never cut: "
-            f"set batch.tokens to {longest} or more, or lower data.max_tokens"
-        )
-    plan = Plan(
-        tokens_N, work(tokens_N), size_N(train, counts), counted_N(train, counts), pairs_per_step=config.batch.pairs,
-        token_budget=longest, world_size=1, seed=config.run.seed, epochs=config.run.epochs,
-        shuffle=config.data.shuffle, max_steps=config.run.max_steps,
-    )  # fmt: skip
+    longest = int(train.tokens_N.max())
+    budget = longest if config.batch.tokens == "auto" else config.batch.tokens
+    plan = Plan.of(config, train, train.tokens_N, token_budget=budget, world_size=1)
     warnings = []
     if plan.steps < 10:
         warnings.append(f"only {plan.steps} steps: lower batch.pairs={config.batch.pairs}, or raise run.epochs")

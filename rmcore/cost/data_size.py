@@ -26,25 +26,16 @@ HH_TOKENS, HH_SHARING = 227.0, 1.58
 
 @dataclass(frozen=True)
 class Rows:
-    """Of N comparisons: computed tokens, their work, pairs and weights: what a Plan is made of."""
+    """The N comparisons of the training data, and the tokens computed for each of them."""
 
+    data: TokenizedComparisons
     tokens_N: np.ndarray
-    cost_N: np.ndarray
-    pairs_N: np.ndarray
-    weight_N: np.ndarray
 
     def plan(self, config: Config, ranks: int, budget: int) -> Plan:
         """The steps of the run. Raises UserError when the longest comparison exceeds the budget."""
         from rmcore.data.batches.step_plan import Plan
 
-        try:
-            return Plan(
-                self.tokens_N, self.cost_N, self.pairs_N, self.weight_N, pairs_per_step=config.batch.pairs,
-                token_budget=budget, world_size=ranks, seed=config.run.seed, epochs=config.run.epochs,
-                shuffle=config.data.shuffle, max_steps=config.run.max_steps,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UserError(f"batch.tokens={budget}: {error}") from None
+        return Plan.of(config, self.data, self.tokens_N, token_budget=budget, world_size=ranks)
 
 
 @dataclass(frozen=True)
@@ -90,8 +81,7 @@ def _counted(
 ) -> DataFigures:
     """`share`: prompts are computed once, as the self-test decides at the start for attention=auto. `counts`: what the
     objective counts, pairs or else."""
-    from rmcore.data.batches.counting import counted_N, size_N
-    from rmcore.data.batches.step_plan import work
+    from rmcore.data.batches.counting import size_N
     from rmcore.data.tokens.comparisons import computed_tokens
 
     tokens_N, units_N = computed_tokens(train, share), size_N(train, counts)
@@ -109,7 +99,7 @@ def _counted(
         logical=float(train.logical_tokens_N.sum()) / pairs,
         visible=float(visible) / pairs,
         longest=longest,
-        rows=Rows(tokens_N, work(tokens_N), units_N, counted_N(train, counts)),
+        rows=Rows(train, tokens_N),
         notes=(),
     )
 

@@ -148,10 +148,10 @@ def _balance(config: Config, data: DataFigures, setting: Setting, budget: int) -
     sampled = np.unique(np.linspace(0, plan.steps - 1, min(SAMPLED_STEPS, plan.steps)).astype(int))
     for index in sampled:
         ranks = plan.step(int(index)).ranks
-        cost = [sum(float(data.rows.cost_N[numbers].sum()) for numbers in rank) for rank in ranks]
+        cost = [sum(float(plan.cost_N[numbers].sum()) for numbers in rank) for rank in ranks]
         busiest, mean = busiest + max(cost), mean + sum(cost) / len(cost)
         counts = max(counts, len(ranks[0]))
-        largest = max([largest, *(float(data.rows.tokens_N[numbers].sum()) for rank in ranks for numbers in rank)])
+        largest = max([largest, *(float(plan.tokens_N[numbers].sum()) for rank in ranks for numbers in rank)])
     return counts, 1 - mean / busiest, int(largest)
 
 

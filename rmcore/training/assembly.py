@@ -12,7 +12,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
@@ -22,8 +21,8 @@ from rmcore.checkpoint.resume import Start, restore
 from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.cost.memory import fit
-from rmcore.data.batches.counting import counted_N, size_N
-from rmcore.data.batches.step_plan import Plan, work
+from rmcore.data.batches.counting import size_N
+from rmcore.data.batches.step_plan import Plan
 from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
@@ -60,7 +59,8 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     share_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
     memory = fit(config, loaded.hf_config, longest, world.device, ranks, share_of_step)
     budget = token_budget(config, memory.tokens)
-    plan = first_error(world, "planning", lambda: make_plan(config, data.train, tokens_N, budget, world))
+    plan_of = partial(Plan.of, config, data.train, tokens_N, token_budget=budget, world_size=world.size)
+    plan = first_error(world, "planning", plan_of)
     loaded = to_train(loaded, config)
     del tested  # its wrapping holds memory
     recompute_activations(loaded.model.backbone, memory.recompute)
@@ -104,30 +104,6 @@ def self_test(config: Config, model: RewardModel, data: TokenizedComparisons) ->
     if device.type == "cuda" and config.parallel.precision == "bf16":
         half = torch.autocast("cuda", dtype=torch.bfloat16)
     return choose_path(model, data, trial_comparisons(computed_tokens(data, share=True)), config.model.attention, half)
-
-
-def make_plan(
-    config: Config, data: TokenizedComparisons, tokens_N: np.ndarray, token_budget: int, world: World
-) -> Plan:
-    """The steps of the run. Raises UserError when a comparison exceeds the token budget that the config sets."""
-    if (longest := int(tokens_N.max())) > token_budget:
-        raise UserError(
-            f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never cut: "
-            f"set batch.tokens to {longest} or more, or lower data.max_tokens"
-        )
-    return Plan(
-        tokens_N,
-        work(tokens_N),
-        size_N(data, config.loss.traits.counts),
-        counted_N(data, config.loss.traits.counts),
-        pairs_per_step=config.batch.pairs,
-        token_budget=token_budget,
-        world_size=world.size,
-        seed=config.run.seed,
-        epochs=config.run.epochs,
-        shuffle=config.data.shuffle,
-        max_steps=config.run.max_steps,
-    )
 
 
 def introduce(run: Run) -> None:

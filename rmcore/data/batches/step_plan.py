@@ -17,6 +17,10 @@ from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
+from rmcore.config import Config, UserError
+from rmcore.data.batches.counting import counted_N, size_N
+from rmcore.data.tokens.comparisons import TokenizedComparisons
+
 
 @dataclass(frozen=True)
 class Step:
@@ -116,6 +120,34 @@ class Plan:
         self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
         self._first_step_of_epoch = self._first_steps(epochs, max_steps)
         self.steps = min(self._first_step_of_epoch[-1], max_steps or self._first_step_of_epoch[-1])
+
+    @classmethod
+    def of(
+        cls, config: Config, data: TokenizedComparisons, tokens_N: np.ndarray, *, token_budget: int, world_size: int
+    ) -> "Plan":
+        """The steps of the run that `config` describes; `tokens_N` from `computed_tokens`.
+
+        Raises UserError when the longest comparison exceeds the budget.
+        """
+        if (longest := int(tokens_N.max())) > token_budget:
+            raise UserError(
+                f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never "
+                f"cut: set batch.tokens to {longest} or more, or lower data.max_tokens"
+            )
+        counts = config.loss.traits.counts
+        return cls(
+            tokens_N,
+            work(tokens_N),
+            size_N(data, counts),
+            counted_N(data, counts),
+            pairs_per_step=config.batch.pairs,
+            token_budget=token_budget,
+            world_size=world_size,
+            seed=config.run.seed,
+            epochs=config.run.epochs,
+            shuffle=config.data.shuffle,
+            max_steps=config.run.max_steps,
+        )
 
     def steps_from(self, position: int) -> Iterator[Step]:
         """The steps that remain when `position` steps are done."""
