@@ -1,4 +1,1 @@
-"""Rows of preference data in, packed micro batches out.
-
-sources -> preferences -> templates -> tokens -> plan -> batch -> loader.
-"""
+"""Turns rows of preference data into packed micro batches: reading -> formats -> tokens -> batches. See README.md."""

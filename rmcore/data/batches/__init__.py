@@ -1,1 +1,1 @@
-"""Tokenised comparisons in, packed micro batches out: the step plan, the batch, the loader."""
+"""Turns tokenised comparisons into packed micro batches: the step plan, the batch, the loader."""

@@ -1,8 +1,7 @@
-"""Comparisons in, one packed micro batch out.
+"""Packs comparisons into one micro batch: a row of tokens without padding, in which each prompt appears once.
 
-Enters: `TokenizedComparisons` and the numbers of the comparisons that this rank computes together.
-Leaves: a `RaggedBatch`: one row of T tokens without padding, and an `AttentionLayout` that says who sees whom.
-
+Input: `TokenizedComparisons`, and the numbers of the comparisons that this rank computes together.
+Output: a `RaggedBatch`: the row of T tokens, an `AttentionLayout` (which tokens see which), and the labels.
 Example: prompt [5 6 7], answers [8 9] and [4]. Shared, the row is [5 6 7 | 8 9 | 4] with positions [0 1 2 | 3 4 | 3],
 segments (0, 5, 0, 0) and (5, 6, 0, 3), last tokens [4, 5]. Packed without sharing it is [5 6 7 8 9 | 5 6 7 4].
 """
@@ -22,18 +21,18 @@ from rmcore.ops.gather_prefix import GatherPlan, gather_plan
 
 
 class Comparisons(Protocol):
-    """Anything that gives tokenised comparisons by number."""
+    """Anything that returns tokenised comparisons by number."""
 
     def comparison(self, number: int) -> TokenizedComparison: ...
 
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Who sees whom in a packed row.
+    """Which tokens of a packed row see which.
 
     `segments_S4` (int32, CPU): (query_start, query_end, prefix_start, prefix_end), half open. The queries of a segment
-    see all its prefix rows and, causally, its own rows. The segments of one comparison stand together, and their query
-    ranges tile the row. The lengths stay on the host: attention never waits for the device to learn them.
+    see all its prefix rows and, causally, its own rows. The segments of one comparison follow each other, and their
+    query ranges tile the row. The lengths stay on the host, so attention never waits for the device to read them.
     """
 
     segments_S4: Tensor
@@ -59,7 +58,7 @@ class AttentionLayout:
         return replace(self, gather=self.gather.mapped(change), device_segments_S4=change(self.device_segments_S4))
 
     def segments_on(self, device: torch.device) -> Tensor:
-        """The segments where the device can read them: those that came with the batch, or the host's for the CPU."""
+        """The segments in the memory of `device`. Raises ValueError if the batch was not made for that device."""
         if device.type == "cpu":
             return self.segments_S4
         if self.device_segments_S4 is None:
@@ -69,7 +68,7 @@ class AttentionLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What the data say of A answers, as tensors: one or two for each entry of LABEL_FIELDS, which states the names.
+    """The labels of A answers as tensors: one or two for each entry of LABEL_FIELDS, which states their names.
 
     `winner_P`, `loser_P`, `tie_a_Q` and `tie_b_Q` (int64) are answers, 0 <= . < A. The numbers are fp32. `score_A` is
     NaN where the data have no score. `lists` counts the comparisons.
@@ -139,7 +138,7 @@ class RaggedBatch(Judged):
 def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: bool = True) -> RaggedBatch:
     """Packs the comparisons `numbers` of `data` into one row, with their prefixes shared or (share=False) repeated.
 
-    With no comparisons the batch is one token that no answer and no pair reads: its loss is 0 and its gradients are
+    Without comparisons the batch is one token that no answer and no pair reads. Its loss is 0 and its gradients are
     zeros, so a rank that has nothing to do in this micro batch still takes part in every collective.
     """
     ids: list[np.ndarray] = []
@@ -153,8 +152,8 @@ def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: b
         prefix_start, prefix_length = row, len(item.prefix)
         for k, tail in enumerate(item.tails):
             logical += prefix_length + len(tail)
-            own = k > 0 and share  # this answer's segment holds its tail alone and sees the prefix of the first
-            if own and len(tail) == 0:  # the answer is a prefix of the others: its last token lies in the shared part
+            own = k > 0 and share  # the segment of this answer is only its tail, and sees the prefix of the first
+            if own and len(tail) == 0:  # the answer is a prefix of the others: its last token is in the shared part
                 last.append(prefix_start + prefix_length - 1)
                 continue
             start = row

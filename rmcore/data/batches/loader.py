@@ -1,10 +1,11 @@
-"""The plan's steps in, micro batches on the device out, built ahead by one thread.
+"""Builds the micro batches of a plan's steps ahead of the model, in one thread, and moves them to the device.
 
-Enters: comparisons, the steps of a plan, this rank. Leaves: for each step its micro batches, in order.
+Input: comparisons, the steps of a plan, this rank.
+Output: for each step its micro batches, in order, each with the flag "is the last of its step".
 Example: a step whose rank 1 has two micro batches gives `[(batch, False), (batch, True)]` on rank 1.
 
-Building a micro batch is numpy copying (about a millisecond), so one thread hides it behind the model's step. On a
-GPU the batch is pinned, and copied without waiting.
+To build a micro batch takes about a millisecond of numpy copying, so one thread hides it behind the model's step. For a
+GPU the thread pins the batch, and the copy to the device does not wait.
 """
 
 import queue
@@ -21,12 +22,11 @@ AHEAD = 4  # micro batches built before they are needed
 
 
 class Loader:
-    """Iterates (step, its micro batches on this rank).
+    """Iterates over (step, its micro batches on this rank).
 
-    Args:
-        share: False packs without sharing the prompt (an architecture that cannot share).
-    Errors of the building thread are raised where the batch is asked for. `close()` ends the thread; a loader that is
-    used to its end, or in a `with`, closes itself.
+    `share=False` packs without sharing the prompt, for architectures that cannot share. An error of the building thread
+    is raised when the batch is read. `close()` ends the thread; a loader that is read to its end, or used in a `with`,
+    closes itself.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Loader:
     def close(self) -> None:
         self._stop.set()
         while self._thread.is_alive():
-            try:  # make room, so that a put that waits returns and sees the stop
+            try:  # make room, so that a waiting put returns and sees the stop
                 self._queue.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.01)
@@ -88,4 +88,4 @@ class Loader:
 
 
 class _Stopped(Exception):
-    """The loader was closed while its thread was building."""
+    """Ends the building thread after the loader was closed."""

@@ -1,13 +1,13 @@
-"""The plan: which comparisons each rank computes, in which micro batch, at each step. A pure function, no state.
+"""Plans which comparisons each rank computes, in which micro batch, at each step. A pure function without state.
 
-Enters: the token and pair counts of N comparisons (numpy), pairs a step, a token budget, the world size, a seed.
-Leaves: `Plan.step(index)` -> `Step`, for any step of the run, in any order: resuming is knowing one integer.
-
-What a step trains on depends on (seed, step) alone; how it is cut into ranks and micro batches depends on the world
-size and the budget. Every rank gets the same number of micro batches (some may be empty), so collectives stay aligned.
-
-Example: 10 comparisons of one pair, 4 pairs a step, 1 epoch -> steps of 4, 4 and 2 pairs. On 2 ranks with a budget of
+Input: the token and pair counts of N comparisons, pairs per step, a token budget, the world size, a seed.
+Output: `Plan.step(index)` -> `Step`, for any step of the run, in any order. To resume, one integer is enough.
+Example: 10 comparisons of one pair, 4 pairs per step, 1 epoch -> steps of 4, 4 and 2 pairs. On 2 ranks with a budget of
 300 tokens, a step of lengths [200, 150, 120, 90] becomes rank 0: [[200, 90]], rank 1: [[150, 120]].
+
+What a step trains on depends only on (seed, step). How the step is cut into ranks and micro batches depends on the
+world size and the budget. Every rank gets the same number of micro batches (some may be empty), so collectives stay
+aligned.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 class Step:
     """One optimizer update: `ranks[rank][micro_batch]` is an int64 array of comparison numbers.
 
-    `index` counts from 0 over the run; `episode` is the number of pairs seen once this step is done;
-    `global_weight` is the sum of the weights of all its pairs, over all ranks: what the summed loss is divided by.
+    `index` counts from 0 over the run. `episode` is the number of pairs seen when this step is done. `global_weight` is
+    the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it.
     """
 
     index: int
@@ -37,16 +37,17 @@ class Step:
     ranks: tuple[tuple[np.ndarray, ...], ...]
 
 
-HELD_AT_MOST = 2**26  # comparisons of which an epoch's order is an array; to make a longer one takes half a minute
+HELD_AT_MOST = 2**26  # comparisons; a longer order is not held as an array, which would take half a minute to shuffle
+ATTENTION_SHARE = 1e-4  # b in `work`, per token
 ROUNDS = 6  # of a Feistel network; four make a strong pseudo-random permutation (Luby and Rackoff 1988)
 
 
 class KeyedOrder:
-    """A shuffled order of 0 .. count-1 that is computed where it is read: nothing is held, at any count.
+    """A shuffled order of 0 .. count-1 that is computed when it is read and takes no memory, for a billion pairs.
 
     A balanced Feistel network over the least even number of bits that holds `count`, with splitmix64's finaliser as its
-    round function; a result beyond `count` goes through it again (cycle walking: Black and Rogaway, CT-RSA 2002), which
-    keeps it one to one. Example: 16,384 of 10^9 places are read in a millisecond.
+    round function. A result beyond `count` goes through the network again (cycle walking: Black and Rogaway, CT-RSA
+    2002), which keeps the order one to one. Example: 16,384 of 10^9 places are read in a millisecond.
     """
 
     def __init__(self, count: int, seed: int, epoch: int) -> None:
@@ -61,8 +62,9 @@ class KeyedOrder:
         """The comparisons at `places`, int64."""
         low = np.uint64(2 ** int(self._half) - 1)
         out = np.arange(*places.indices(self._count)).astype(np.uint64)
-        beyond = np.arange(len(out))
+        beyond = np.arange(len(out))  # entries of `out` that are not yet a number below count: at first all of them
         while len(beyond):
+            # One pass through the network: each round mixes the right half with its key and adds it to the left half.
             left, right = out[beyond] >> self._half, out[beyond] & low
             for key in self._keys:
                 mixed = right + key
@@ -77,16 +79,16 @@ class KeyedOrder:
 class Plan:
     """All steps of a run.
 
-    Memory: the four arrays given, and of the two epochs used last the order (8 bytes a comparison), where each step
-    starts and how many pairs come before it. Of more than HELD_AT_MOST comparisons of one pair each, the shuffled order
-    is computed step by step and takes no memory.
+    Memory: the four arrays given, and for the two epochs used last the order (8 bytes per comparison), the start of
+    each step and the number of pairs before it. For more than HELD_AT_MOST comparisons of one pair each, the shuffled
+    order is computed step by step and takes no memory.
 
     Args:
         tokens_N: computed tokens of each comparison (its prefix once and every tail).
-        cost_N: relative work of each comparison, the figure that ranks are balanced on.
+        cost_N: relative work of each comparison; ranks are balanced on it.
         pairs_N: pairs in each comparison.
         weight_N: sum of the pair weights of each comparison.
-        pairs_per_step: global batch; a comparison with many pairs is never cut, it counts for the step it starts in.
+        pairs_per_step: global batch. A comparison is never cut; it belongs to the step of its first pair.
         token_budget: most tokens in a micro batch.
     Raises:
         ValueError: no comparisons, or a comparison longer than the budget.
@@ -125,9 +127,9 @@ class Plan:
     def of(
         cls, config: Config, data: TokenizedComparisons, tokens_N: np.ndarray, *, token_budget: int, world_size: int
     ) -> "Plan":
-        """The steps of the run that `config` describes; `tokens_N` from `computed_tokens`.
+        """The steps of the run that `config` describes. `tokens_N`: from `computed_tokens`.
 
-        Raises UserError when the longest comparison exceeds the budget.
+        Raises UserError if the longest comparison exceeds the budget.
         """
         if (longest := int(tokens_N.max())) > token_budget:
             raise UserError(
@@ -150,11 +152,11 @@ class Plan:
         )
 
     def steps_from(self, position: int) -> Iterator[Step]:
-        """The steps that remain when `position` steps are done."""
+        """The remaining steps after `position` steps are done."""
         return (self.step(index) for index in range(position, self.steps))
 
     def step(self, index: int) -> Step:
-        """The step with this index (0 based); IndexError beyond the last."""
+        """The step with this index, counted from 0. Raises IndexError beyond the last."""
         if not 0 <= index < self.steps:
             raise IndexError(f"step {index} of a plan of {self.steps}")
         epoch = int(np.searchsorted(self._first_step_of_epoch, index, side="right")) - 1
@@ -171,7 +173,7 @@ class Plan:
         )
 
     def order(self, epoch: int) -> np.ndarray:
-        """The comparisons in the order in which `epoch` visits them, int64 [N]: the same at any world size."""
+        """int64 [N]: the comparisons in the order in which `epoch` visits them, the same at any world size."""
         if not self.shuffle:
             return np.arange(len(self.tokens_N))
         if self._keyed:
@@ -179,31 +181,31 @@ class Plan:
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.tokens_N))
 
     def _first_steps(self, epochs: int, max_steps: int | None) -> list[int]:
-        """Index of the first step of each epoch, and the total; epochs that max_steps never reaches are left out."""
+        """Index of the first step of each epoch, and the total; without the epochs that max_steps does not reach."""
         firsts = [0]
         for epoch in range(epochs):
             firsts.append(firsts[-1] + len(self._epoch(epoch)[1]) - 1)
             if max_steps is not None and firsts[-1] >= max_steps:
                 break
-            if self._uniform:
+            if self._uniform:  # all epochs have the same number of steps: no need to lay them out
                 firsts += [firsts[1] * e for e in range(2, epochs + 1)]
                 break
         return firsts
 
     def first(self) -> int:
-        """The comparison that the run visits first."""
+        """The number of the comparison that the run visits first."""
         return int(self._epoch(0)[0][:1][0])
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray | KeyedOrder, np.ndarray, np.ndarray]:
-        """Order of the epoch, where in it each step starts (with the end appended), and the pairs before that."""
+        """The order of the epoch, the place where each step starts (with the end appended), the pairs before it."""
         if self._keyed:
             count = len(self.tokens_N)
             start_S = np.append(np.arange(0, count, self.pairs_per_step), count)
             return KeyedOrder(count, self.seed, epoch), start_S, start_S
         order_N = self.order(epoch)
         after_N = np.cumsum(self.pairs_N[order_N])
-        # A step ends where the number of pairs passes a multiple of pairs_per_step; a comparison is in the step of its
-        # first pair, so the one that passes it ends the step.
+        # Step s has the comparisons whose first pair is one of the pairs s * pairs_per_step ... (s + 1) *
+        # pairs_per_step - 1 of the epoch. The comparison that passes the boundary is the last one of its step.
         step_N = np.concatenate([[0], after_N[:-1]]) // self.pairs_per_step
         start_S = np.concatenate([[0], np.flatnonzero(np.diff(step_N)) + 1, [len(order_N)]])
         return order_N, start_S, np.concatenate([[0], after_N[start_S[1:] - 1]])
@@ -212,19 +214,21 @@ class Plan:
 def cut(
     chosen: np.ndarray, tokens: np.ndarray, cost: np.ndarray, token_budget: int, world_size: int
 ) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Cuts one step into [rank][micro batch]: the fewest micro batches found, ranks balanced on cost.
+    """Cuts one step into [rank][micro batch], with the fewest micro batches found and ranks balanced on cost.
 
     Largest first: each comparison goes to the micro batch with the least cost so far that still has room (Graham 1969,
-    the LPT rule: the busiest rank has at most 4/3 of the least possible load). One micro batch more is tried when
-    something does not fit. Ties go to the lower rank, so the result is a function of its arguments alone.
+    the LPT rule: the busiest rank has at most 4/3 of the least possible load). If something does not fit, one more
+    micro batch per rank is tried. Ties go to the lower rank, so the result depends only on the arguments.
     """
     order = np.argsort(-cost, kind="stable")
-    # No fewer can do: all tokens have to fit, and two comparisons of more than half a budget never share a micro batch.
+
+    # At least so many bins: all tokens have to fit, and two comparisons of more than half a budget never share a bin.
     bins_needed = max(1, -(-int(tokens.sum()) // token_budget), int((2 * tokens > token_budget).sum()))
     micro_batches = -(-bins_needed // world_size)
     while (bins := _fill(order, tokens, cost, token_budget, world_size * micro_batches)) is None:
         micro_batches += 1
-    # Bins in order of cost, dealt to the ranks back and forth, so that the ranks' sums are close too.
+
+    # Deal the bins to the ranks in order of cost, back and forth, so that the sums of the ranks are close too.
     contents, loads = bins
     ranks: list[list[np.ndarray]] = [[] for _ in range(world_size)]
     for place, b in enumerate(sorted(range(len(loads)), key=lambda b: -loads[b])):
@@ -237,19 +241,19 @@ def cut(
 def _fill(
     order: np.ndarray, tokens: np.ndarray, cost: np.ndarray, token_budget: int, bin_count: int
 ) -> tuple[list[list[int]], list[float]] | None:
-    """Largest first into `bin_count` bins of `token_budget` tokens: what is in each, and its cost; None when something
-    finds no room. Python's numbers and a heap: ten million comparisons are planned in these few lines.
+    """Fills `bin_count` bins of `token_budget` tokens, the largest comparison first: (content, cost) of the bins, or
+    None if something finds no room. Python numbers and a heap, because numpy calls on single numbers are slower.
     """
     if bin_count == 1:
         return ([order.tolist()], [float(cost.sum())]) if tokens.sum() <= token_budget else None
     room = [token_budget] * bin_count
     bins: list[list[int]] = [[] for _ in range(bin_count)]
-    least = [(0.0, b) for b in range(bin_count)]  # the least cost first, then the lower number
+    least = [(0.0, b) for b in range(bin_count)]  # a heap of (cost, bin): the least cost first, then the lower bin
     for i, size, price in zip(order.tolist(), tokens[order].tolist(), cost[order].tolist(), strict=True):
         load, target = least[0]
-        if room[target] >= size:
+        if room[target] >= size:  # the common case
             heapreplace(least, (load + price, target))
-        else:
+        else:  # take out the bins without room until one has it, then put them back
             full = []
             while least and room[least[0][1]] < size:
                 full.append(heappop(least))
@@ -265,10 +269,10 @@ def _fill(
     return bins, loads
 
 
-def work(tokens_N: np.ndarray, attention_share: float = 1e-4) -> np.ndarray:
+def work(tokens_N: np.ndarray) -> np.ndarray:
     """Relative cost of comparisons of L tokens: L + b L^2.
 
-    b is what attention adds: for a decoder of width D, 6 D L a token (causal) beside 12 D^2 for everything else, so
-    b = 1 / (2 D); 1e-4 stands for widths of some thousands. It steers the balance of ranks, never a result.
+    The second term is attention. In a decoder of width D, causal attention costs 6 D L per token and everything else
+    12 D^2, so b = 1 / (2 D). ATTENTION_SHARE fits widths of some thousands; it only changes how ranks are balanced.
     """
-    return tokens_N * (1.0 + attention_share * tokens_N)
+    return tokens_N * (1.0 + ATTENTION_SHARE * tokens_N)

@@ -1,1 +1,1 @@
-"""Rows of any known layout in, `Comparison`s out: a prompt, its answers, and which of them are preferred."""
+"""Turns rows of any known layout into `Comparison`s: a prompt, its answers, and which of them are preferred."""

@@ -1,1 +1,1 @@
-"""What the prepared data look like: counts, lengths, the first example, a picture."""
+"""Describes the prepared data: counts, statistics of lengths, the first example, a plot."""

@@ -1,1 +1,1 @@
-"""Hub data sets, files and the embedded task in, rows out, each with the place that it came from."""
+"""Reads hub data sets, files and the embedded task, and yields rows, each with the place that it came from."""

@@ -1,1 +1,1 @@
-"""Comparisons in, token ids out: rendered by a template, tokenised, limited in length, cached as flat arrays."""
+"""Turns comparisons into token ids: renders, tokenises and limits them, and caches them as flat arrays on disk."""

@@ -1,10 +1,21 @@
-"""Token ids of comparisons -> flat arrays with each prompt once: length policy, identical answers, common prefix.
+"""Lays token ids of comparisons out as flat arrays, in which the tokens that all texts begin with appear once.
 
-In: `EncodedRow`s (ids of the rendered prompt and of each full text). Out: `TokenizedComparisons`, and how many rows
-were dropped for which reason. Example: texts [5 6 7 8 9] and [5 6 7 4] leave tokens [5 6 7 | 8 9 | 4],
-prefix_length [3], tail_length [2, 1]. One answer a prefix of the other ([5 6] and [5 6 7]): prefix 2, tails [0, 1].
+Input: `EncodedRow`s (ids of the rendered prompt and of each full text).
+Output: `TokenizedComparisons`. Example: the texts [5 6 7 8 9] and [5 6 7 4] of one comparison, and the texts [5 6] and
+[5 6 7] of another, in which one answer is a prefix of the other:
 
-Legend: N comparisons, A answers in all, P pairs in all.
+    number             0                   1
+    tokens             5 6 7 | 8 9 | 4     5 6 | (nothing) | 7
+                       prefix, tails       prefix, tails
+    token_offset       0                   6                     9      tokens of comparison n: [offset[n], offset[n+1])
+    prefix_length      3                   2
+    answer_offset      0                   2                     4      answers of comparison n, the same way
+    tail_length        2  1                0  1
+    pair_offset        0                   1                     2      pairs of comparison n, the same way
+    winner, loser      0, 1                1, 0                         answers, counted within their comparison
+
+The other labels of pairs are laid out as `winner` is, labels of ties as `tie_a` (by `tie_offset`), and labels of
+answers as `tail_length`; see rmcore.data.labels.
 """
 
 from __future__ import annotations
@@ -45,7 +56,7 @@ OFFSET_OF = {
 
 @dataclass
 class EncodedRow:
-    """One comparison as ids: int32 arrays of the rendered prompt and of each full text (prompt and answer, EOS)."""
+    """One comparison as ids: int32 arrays of the rendered prompt and of each full text (prompt, answer, EOS)."""
 
     prompt: np.ndarray
     answers: list[np.ndarray]
@@ -54,10 +65,10 @@ class EncodedRow:
     weight: Sequence[float]
     source_index: int = 0
     prompt_hash: int = 0
-    rows: int = 1  # of the data, that became this comparison
+    rows: int = 1  # how many rows of the data became this comparison
     ties: Sequence[tuple[int, int]] = ()
     tie_weight: Sequence[float] = ()
-    scores: Sequence[float] = ()  # one an answer, or none
+    scores: Sequence[float] = ()  # of each answer, or none
 
 
 @dataclass(frozen=True)
@@ -84,13 +95,10 @@ class TokenizedComparison:
 class TokenizedComparisons:
     """N tokenised comparisons as flat arrays (memory-mapped when they come from the cache).
 
-    For comparison i, `tokens[token_offset[i]:token_offset[i + 1]]` holds the shared prefix and then the tail of each
-    answer in turn; its answers are `tail_length[answer_offset[i]:answer_offset[i + 1]]`, its pairs stand at
-    `pair_offset[i]:pair_offset[i + 1]`. `winner` and `loser` count within the comparison, as do `tie_a` and `tie_b` of
-    the pairs that tie, at `tie_offset[i]:tie_offset[i + 1]`. `score`: of each answer, NaN where none is read.
-    `prompt_length`: tokens of the rendered prompt, after truncation. `source_index` points into `sources`.
-    `fingerprint` is a hash of the content. `report`: rows, kept (rows), dropped {reason: rows}, pairs, warnings,
-    formats (see rmcore.data.pipeline).
+    The picture at the top of this file shows the layout; ARRAYS has the dtypes. `score` is NaN for answers without a
+    score. `prompt_length`: tokens of the rendered prompt, after truncation. `source_index` points into `sources`.
+    `prompt_hash` identifies the prompt. `fingerprint`: hash of the content, "" in memory. `report`: the counts of the
+    preparation (rmcore.data.tokens.build.Work.report).
     """
 
     tokens: np.ndarray
@@ -129,7 +137,7 @@ class TokenizedComparisons:
         return len(self.prefix_length)
 
     def comparison(self, number: int) -> TokenizedComparison:
-        """Comparison `number` as views into the arrays; IndexError outside 0 <= number < N."""
+        """Comparison `number` as views into the arrays. Raises IndexError unless 0 <= number < N."""
         if not 0 <= number < len(self):
             raise IndexError(f"comparison {number} of {len(self)}")
         start, end = self.token_offset[number], self.token_offset[number + 1]
@@ -180,14 +188,14 @@ class TokenizedComparisons:
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two texts begin with in common."""
+    """The number of tokens in which two texts agree at their beginning."""
     shorter = min(len(a), len(b))
     differs = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(differs[0]) if len(differs) else shorter
 
 
 def lay_out(rows: Sequence[EncodedRow]) -> dict[str, np.ndarray]:
-    """Rows -> the arrays of ARRAYS, with each text's shared prefix once; the offsets as lengths [N], not yet summed."""
+    """Rows -> the arrays of ARRAYS. The offsets are still lengths [N]: whoever joins chunks sums them."""
     # All texts end to end in one array: where each begins, and which is the first text of each comparison.
     answers = [answer for row in rows for answer in row.answers]
     answers_N = np.array([len(row.answers) for row in rows], dtype=np.int64)
@@ -234,5 +242,5 @@ def _values(row: EncodedRow, label: LabelField) -> Sequence[Any]:
 
 
 def computed_tokens(data: TokenizedComparisons, share: bool) -> np.ndarray:
-    """Tokens that each comparison fills in a packed row, int64 [N]: its prefix once (share) or before every tail."""
+    """int64 [N]: tokens of each comparison in a packed row, with its prefix once (`share`) or before every tail."""
     return data.tokens_N if share else data.logical_tokens_N

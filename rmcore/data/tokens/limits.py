@@ -1,6 +1,10 @@
-"""Limits in tokens: rows that are dropped or cut, and answers that are the same."""
+"""Drops or cuts comparisons that are too long, and drops pairs of identical answers.
 
-from __future__ import annotations
+Input: `EncodedRow`s and `LengthLimits`.
+Output: the rows that are kept, and how many rows were dropped for which reason.
+Example: with max_tokens 8, a prompt of 5 tokens and texts of 7 and 9: dropped as "text too long"; with truncate_left,
+the oldest prompt token goes, and the texts have 6 and 8 tokens.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +20,9 @@ from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, com
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """Inclusive limits in tokens; `truncate_left` cuts the oldest prompt tokens where `drop` would drop the row.
+    """Inclusive limits in tokens. `truncate_left` cuts the oldest prompt tokens of a row instead of dropping it.
 
-    `keep_first` tokens at the head are never cut (1 where the tokenizer puts BOS there by itself).
+    The first `keep_first` tokens are never cut (1 if the tokenizer itself puts BOS in front).
     """
 
     max_tokens: int
@@ -28,14 +32,14 @@ class LengthLimits:
 
 
 def in_memory(rows: Sequence[EncodedRow], limits: LengthLimits, sources: Sequence[str] = ("",)) -> TokenizedComparisons:
-    """Rows -> TokenizedComparisons without a cache, for a few rows (probes, scoring). Counts stand in `report`."""
+    """Rows -> TokenizedComparisons without a cache, for a few rows. `report` has the counts rows, kept, dropped."""
     kept, dropped = apply_limits(rows, limits)
     given, left = (sum(row.rows for row in some) for some in (rows, kept))
     return TokenizedComparisons.of(kept, sources, {"rows": given, "kept": left, "dropped": dict(dropped)})
 
 
 def apply_limits(rows: Sequence[EncodedRow], limits: LengthLimits) -> tuple[list[EncodedRow], Counter[str]]:
-    """-> (rows that are kept; dropped rows by reason). The two add up to all rows. Changes the rows that it cuts."""
+    """-> (rows that are kept, number of dropped rows by reason). Rows that are cut are changed in place."""
     kept: list[EncodedRow] = []
     dropped: Counter[str] = Counter()
     for row in rows:
@@ -53,17 +57,18 @@ def apply_limits(rows: Sequence[EncodedRow], limits: LengthLimits) -> tuple[list
 
 def _length_reason(row: EncodedRow, limits: LengthLimits) -> str | None:
     if not all(map(len, row.answers)):
-        return EMPTY  # no last token whose score could be read
+        return EMPTY  # there is no last token whose score could be read
     if limits.max_prompt_tokens is not None and len(row.prompt) > limits.max_prompt_tokens:
         return PROMPT_TOO_LONG
     return TEXT_TOO_LONG if max(map(len, row.answers)) > limits.max_tokens else None
 
 
 def _truncate_left(row: EncodedRow, limits: LengthLimits) -> str | None:
-    """Cuts the same number of the oldest prompt tokens from the prompt and from every text; a reason if it cannot."""
+    """Cuts the same number of the oldest prompt tokens from the prompt and from every text. Returns a reason to drop
+    the row if that is not possible."""
     prompt_limit = len(row.prompt) if limits.max_prompt_tokens is None else limits.max_prompt_tokens
     cut = max(len(row.prompt) - prompt_limit, max(map(len, row.answers)) - limits.max_tokens)
-    # What all texts have in common with the prompt is the prompt's; where a token spans prompt and answer it is not.
+    # Only tokens that every text shares with the prompt may go. A token that spans prompt and answer stays.
     own = min(common_prefix(row.prompt, answer) for answer in row.answers)
     if limits.keep_first + cut > own:
         return ANSWER_TOO_LONG
