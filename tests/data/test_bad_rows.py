@@ -53,7 +53,7 @@ FAULTS: dict[str, tuple[bytes, list[str], list[str]]] = {
     "19 wrong columns": (json.dumps({"good": "a", "bad": "b"}).encode(), [],
                          ["need chosen and rejected; found good, bad", "set data.train.columns="]),
     "19 mapped to nothing": (with_line(1, LINES[0]), ["data.train.columns={chosen: best}"],
-                             ["data.train.columns: chosen is to be 'best'", "has prompt, chosen, rejected"]),
+                             ["data.train.columns: chosen is mapped to 'best'", "has prompt, chosen, rejected"]),
     "20 empty file": (b"", [], ["rows.jsonl", "the file is empty"]),
     "20 empty split": (with_line(1, LINES[0]), ["data.train.split=train[9:9]"], ["train[9:9]", "has no rows"]),
     "20 no such split": (with_line(1, LINES[0]), ["data.train.split=test"], ["data.train.split", "'test'"]),

@@ -1,14 +1,14 @@
-"""Rows of any known preference format -> Comparison (a prompt, its answers, which one is preferred).
+"""Turns rows of any known format into `Comparison`s: a prompt, its answers, which of them are preferred.
 
-Enters: a source's rows (dicts) and the RowFormat found in the first of them. Leaves: one Comparison a row.
+Input: the rows of a source (dicts), and the RowFormat that its first rows have.
+Output: one Comparison per row.
 Example: {"prompt": "2+2?", "chosen": "4", "rejected": "5"} -> prompt [user "2+2?"],
 answers ([assistant "4"], [assistant "5"]), pairs ((0, 1),); with wants_text: prompt "2+2?", answers ("4", "5").
-Answers of ranks 1, 3, 2 -> pairs (0, 1), (0, 2), (2, 1) of weight 1/3 each.
+Answers with the ranks 1, 3, 2 -> pairs (0, 1), (0, 2), (2, 1) of weight 1/3 each.
 
-Formats: text or chat turns, with the prompt given (explicit) or standing at the head of all answers (implicit); HH's
-transcripts (rmcore.data.formats.transcripts); the layouts of rmcore.data.formats.row_format. A row that departs from
-its source's
-format is an error, never a guess.
+Formats: text or chat turns; the prompt in a column of its own (explicit) or at the beginning of all answers (implicit);
+HH's transcripts (rmcore.data.formats.transcripts); the layouts of rmcore.data.formats.row_format. A row that deviates
+from the format of its source is an error, never a guess.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from rmcore.data.labels import Judgement
 
 __all__ = ["FIELDS", "Comparison", "RowFormat", "Turns", "comparison_from_row", "detect_format", "has_empty_answer"]
 
-# Two whole texts that share fewer characters than this agree by chance ("I think "), not because they have one prompt.
+# Two whole texts that share fewer characters than this agree by chance ("I think "), not because of a common prompt.
 _SHORTEST_SHARED_PROMPT = 32
 
 
@@ -53,10 +53,10 @@ def comparison_from_row(
 ) -> Comparison:
     """One row -> Comparison.
 
-    `wants_text` (Template.wants_text): texts byte for byte instead of turns. `source`: the label of rows without one of
-    their own. `where` ("FILE:LINE") opens every error. An empty answer is legal (a degenerate answer: only EOS).
-    A row of the layout `single` gives one answer, its score and no pairs (rmcore.data.formats.selection makes them).
-    Raises UserError on a missing, null or wrong-typed field, and on rows that cannot be had as text (or as turns).
+    `wants_text` (Template.wants_text): texts byte for byte instead of turns. `source`: the label of a row without one.
+    `where` ("FILE:LINE") begins every error. An empty answer is legal (it becomes only EOS). A row of the layout
+    `single` gives one answer, its score and no pairs (rmcore.data.formats.selection makes the pairs).
+    Raises UserError for a missing, null or wrong-typed field, and for rows that cannot be read as text (or as turns).
     """
     names = format.names
     unread = row.get(names["prompt"]) if format.prompt is None and "prompt" in names else None
@@ -84,20 +84,20 @@ def comparison_from_row(
 
 
 def has_empty_answer(comparison: Comparison) -> bool:
-    """True when an answer holds no text but white space: legal, and worth counting."""
+    """True if an answer has no text but white space, which is legal and counted."""
     texts = (a if isinstance(a, str) else "".join(turn["content"] for turn in a) for a in comparison.answers)
     return any(not text.strip() for text in texts)
 
 
 def _label(own: Any, fallback: str) -> str:
-    """A row's own source, else that of all rows; Nectar names several sources of one row in a list."""
+    """The row's own source if it has one. Nectar has lists of several sources."""
     if isinstance(own, list):
         own = "+".join(map(str, own))
     return fallback if own is None or own == "" else fields.printable(str(own))
 
 
 def _judged_answers(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[tuple[Any, str]], Judgement]:
-    """-> (value, name for errors) of each answer; what the row says of them."""
+    """-> (value, name for errors) of each answer, and what the row says of them."""
     names = format.names
     if format.layout == "many":
         return judge_list(row, format, where)
@@ -113,10 +113,10 @@ def _judged_answers(row: Mapping[str, Any], format: RowFormat, where: str) -> tu
 def _as_text(
     row: Mapping[str, Any], format: RowFormat, raw: Sequence[tuple[Any, str]], where: str
 ) -> tuple[str, list[str]]:
-    """-> prompt and answers, such that prompt + answer is the row's text as it stands."""
+    """-> prompt and answers, such that prompt + answer is the unchanged text of the row."""
     if format.answers == "turns" or format.prompt == "turns" or (format.prompt is None and format.messages):
         raise UserError(
-            f"{where}: data.template=none takes texts as they stand, but the rows hold chat turns; "
+            f"{where}: data.template=none needs texts, but the rows hold chat turns; "
             "set data.template to a chat template (simple_chat, tokenizer, ...)"
         )
     texts = [_text_of(value, name, where) for value, name in raw]
@@ -128,7 +128,7 @@ def _as_text(
 def _as_turns(
     row: Mapping[str, Any], format: RowFormat, raw: Sequence[tuple[Any, str]], where: str
 ) -> tuple[Turns, list[Turns]]:
-    """-> the prompt's turns, and the turns of each answer that follow it (at least one each)."""
+    """-> the turns of the prompt, and for each answer the turns that follow it (at least one)."""
     if format.answers == "turns":
         return _turn_answers(row, format, [fields.turns_of(value, name, where) for value, name in raw], where)
     texts = [_text_of(value, name, where) for value, name in raw]

@@ -1,11 +1,12 @@
-"""Single fields of a row, checked: text, chat turns, numbers, lists; each departure is an error that names the place.
+"""Reads and checks single fields of a row: text, chat turns, numbers, lists.
 
-In: a row (a dict), the name of a column and the row's place. Out: the value in the one form that the rest works with.
+Input: a row (a dict), the name of a column, and the place of the row.
+Output: the value, in the one form that all other code works with. A wrong value raises a UserError with the place.
 Example: turns({"chosen": [{"from": "human", "value": "Hi"}]}, "chosen", "f.jsonl:7") -> [{"role": "user",
 "content": "Hi"}]; with None in the column it raises UserError("f.jsonl:7: chosen is null").
 
-Chat turns come as {"role", "content"} or, ShareGPT's way, {"from", "value"}; one turn may stand without its list, and
-a list of records may be stored as a record of lists (as older `datasets` wrote it).
+Chat turns are {"role", "content"} or, as in ShareGPT, {"from", "value"}. A single turn may come without a list, and a
+list of records may be stored as a record of lists (as older versions of `datasets` wrote it).
 """
 
 import contextlib
@@ -26,7 +27,7 @@ SHAREGPT_ROLES = {
 
 
 def value(row: Mapping[str, Any], name: str, where: str) -> Any:
-    """What the column holds; it must be there and not null."""
+    """The value of a column that must be present and not null."""
     if row.get(name) is None:
         raise UserError(f"{where}: {name} is " + ("null" if name in row else f"missing; found {listed(list(row))}"))
     return row[name]
@@ -60,7 +61,7 @@ def turns_of(found: Any, name: str, where: str) -> Turns:
         if role == "from":
             if speaker not in SHAREGPT_ROLES:
                 known = ", ".join(SHAREGPT_ROLES)
-                raise UserError(f"{where}: {name}[{number}]: nobody is called {short(speaker)}; known: {known}")
+                raise UserError(f"{where}: {name}[{number}]: unknown speaker {short(speaker)}; known: {known}")
             speaker = SHAREGPT_ROLES[speaker]
         made.append({"role": speaker, "content": turn[content]})
     return made
@@ -78,7 +79,7 @@ def records(found: Any) -> Any:
 
 
 def number(row: Mapping[str, Any], name: str, where: str) -> float:
-    """A finite number; a CSV file holds numbers as text."""
+    """A finite number, or text that is one (in a CSV file every cell is text)."""
     return number_of(value(row, name, where), name, where)
 
 
@@ -99,24 +100,25 @@ def probability(row: Mapping[str, Any], name: str, where: str) -> float:
 
 
 def kind_of(found: Any) -> str | None:
-    """`text`, `turns` (of chat), or None for what is neither; `found` is not null."""
+    """`text`, `turns` (of chat), or None for neither. `found` is not null."""
     if isinstance(found, str):
         return "text"
     return "turns" if isinstance(found, list | Mapping) else None
 
 
-def listed(names: Sequence[Any], most: int = 12) -> str:
-    shown = ", ".join(printable(str(name), 40) for name in names[:most])
-    return f"{shown}, ... ({len(names)} columns)" if len(names) > most else shown or "no columns"
+def listed(names: Sequence[Any]) -> str:
+    """Names of columns for an error, at most 12 of them."""
+    shown = ", ".join(printable(str(name), 40) for name in names[:12])
+    return f"{shown}, ... ({len(names)} columns)" if len(names) > 12 else shown or "no columns"
 
 
-def short(found: Any, most: int = 80) -> str:
-    """A value as an error shows it: control characters escaped, long ones cut; lone surrogates do not stop printing."""
+def short(found: Any) -> str:
+    """A value for an error: control characters and lone surrogates escaped, at most 80 characters."""
     shown = repr(found).encode("utf-8", "backslashreplace").decode("utf-8")
-    return shown if len(shown) <= most else f"{shown[: most - 4]} ..."
+    return shown if len(shown) <= 80 else f"{shown[:76]} ..."
 
 
 def printable(found: str, most: int = 80) -> str:
-    """A name out of the data, for tables and errors: no control characters, no lone surrogates, not too long."""
+    """A name from the data, for tables and errors: no control characters, no lone surrogates, not too long."""
     shown = "".join(c if c.isprintable() else " " for c in found[: most + 1]).strip()
     return shown if len(found) <= most else f"{shown[: most - 4]} ..."

@@ -1,15 +1,17 @@
-"""What a row says about its answers -> pairs (winner, loser) with margins and weights.
+"""Reads what a row says of its answers: ranks, scores, a winner, a probability or votes.
 
-In: a row and its RowFormat. Out: a Judgement. Examples: scores 5, 3, 3 -> pairs (0, 1), (0, 2), weight 1/3 each (there
-are three pairs; a tie is none). Probability 0.7 that the first of two is better -> (0, 1) of weight 0.7 and (1, 0) of
-weight 0.3, whose summed losses are the cross entropy with a soft label. Votes [1, 1, 2] -> probability 2/3.
+Input: a row and its RowFormat.
+Output: a Judgement: pairs (winner, loser) with margins and weights, and ties.
+Examples: the scores 5, 3, 3 give the pairs (0, 1) and (0, 2) of weight 1/3 each (the third pair ties). A probability of
+0.7 that the first of two is better gives (0, 1) of weight 0.7 and (1, 0) of weight 0.3; the sum of their losses is the
+cross entropy with a soft label. The votes [1, 1, 2] are the probability 2/3.
 
-All pairs of K answers weigh 1 / C(K, 2) each, so that a comparison counts once however many answers it has
+Each pair of K answers has the weight 1 / C(K, 2), so that a comparison counts once, however many answers it has
 (InstructGPT, arXiv 2203.02155, section 3.5).
 
-Pairs that tie are left out, unless the objective reads them (RowFormat.ties): they then stand in a list of their own.
-With ties, scores 5, 3, 3 -> pairs as above and the tie (1, 2) of weight 1/3; votes [1, 1, tie] -> (0, 1) of weight 2/3
-and a tie of weight 1/3.
+Pairs that tie are dropped unless the objective reads them (RowFormat.ties); then they form a list of their own. With
+ties, the scores 5, 3, 3 also give the tie (1, 2) of weight 1/3, and the votes [1, 1, tie] give (0, 1) of weight 2/3 and
+a tie of weight 1/3.
 """
 
 import itertools
@@ -31,9 +33,9 @@ NOTHING, TIE = Judgement(), Judgement(ties=((0, 1),), tie_weight=(1.0,))
 
 
 def all_pairs(values: Sequence[float], *, margins: bool, ties: bool = False) -> Judgement:
-    """Every pair of answers whose values differ; the greater one wins. `margins`: by how much, as the pair's margin.
+    """Every pair of answers whose values differ; the greater value wins.
 
-    `ties`: the pairs whose values are equal, too.
+    `margins`: the difference is the margin of the pair, else 0. `ties`: pairs of equal values become ties.
     """
     every = [*itertools.combinations(range(len(values)), 2)]
     pairs = [(i, j) if values[i] > values[j] else (j, i) for i, j in every if values[i] != values[j]]
@@ -50,9 +52,9 @@ def all_pairs(values: Sequence[float], *, margins: bool, ties: bool = False) -> 
 
 
 def soft(first: float, second: float, margin: float) -> Judgement:
-    """Each of two answers is better with its probability: both directions, weighted; never one of weight 0.
+    """Both directions of a pair, weighted by the probabilities that the first or the second answer is better.
 
-    What the two probabilities leave of 1 is the weight of a tie.
+    A direction of weight 0 is left out. If the two add up to less than 1, the rest is the weight of a tie.
     """
     both = [((0, 1), margin, first), ((1, 0), -margin, second)]
     kept = [entry for entry in both if entry[2] > 0.0]
@@ -62,7 +64,7 @@ def soft(first: float, second: float, margin: float) -> Judgement:
 
 
 def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgement:
-    """The judgement of a row with two answers. Raises UserError for what cannot be read as one."""
+    """The judgement of a row with two answers. Raises UserError for a field that cannot be read."""
     names, by = format.names, format.judged_by
     pair = format.layout == "pair"
     sides = ("chosen", "rejected") if pair else ("a", "b")
@@ -89,7 +91,7 @@ def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgemen
 
 
 def scores_of_two(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
-    """The scores of a row's two answers, chosen or a first."""
+    """The scores of a row's two answers, first those of chosen or answer_a."""
     first, second = ("chosen", "rejected") if format.layout == "pair" else ("a", "b")
     return tuple(fields.number(row, format.names[f"score_{side}"], where) for side in (first, second))  # type: ignore[return-value]
 
@@ -116,7 +118,7 @@ def judge_list(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[l
         by = format.names[format.judged_by]
         listed = fields.value(row, by, where)
         if not isinstance(listed, list) or len(listed) != len(raw):
-            raise UserError(f"{where}: {by} must be a list of {len(raw)} numbers, one an answer, not {short(listed)}")
+            raise UserError(f"{where}: {by} must be a list of {len(raw)} numbers, one per answer, not {short(listed)}")
         values = [fields.number_of(one, f"{by}[{i}]", where) for i, one in enumerate(listed)]
     if format.judged_by == "ranks":  # 1 is the best
         values = [-value for value in values]
@@ -125,19 +127,19 @@ def judge_list(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[l
 
 
 def side(found: Any, spellings: Sequence[frozenset[str]], name: str, where: str) -> int | None:
-    """0 or 1: which of two answers a judge named; None for neither of them."""
-    said = str(found).strip().lower()
+    """Which of two answers a judge chose: 0, 1, or None for a tie."""
+    verdict = str(found).strip().lower()
     for number, names in enumerate(spellings):
-        if said in names:
+        if verdict in names:
             return number
-    if said in TIES or said.startswith("tie") or (said == "0" and "1" in spellings[0]):
+    if verdict in TIES or verdict.startswith("tie") or (verdict == "0" and "1" in spellings[0]):
         return None
     known = " or ".join("/".join(sorted(names)) for names in spellings)
-    raise UserError(f"{where}: {name} must name an answer ({known}) or a tie, not {short(found)}")
+    raise UserError(f"{where}: {name} must be an answer ({known}) or a tie, not {short(found)}")
 
 
 def _spellings(format: RowFormat) -> tuple[frozenset[str], frozenset[str]]:
-    """How the two answers are called: by their columns, and by what tells the columns apart ("a", "1", ...)."""
+    """The names of the two answers in verdicts: their columns, and the last letter of the columns ("a", "1", ...)."""
     if format.layout == "pair":
         return frozenset({"chosen", "1"}), frozenset({"rejected", "2"})
     columns = [format.names[name].lower() for name in ("answer_a", "answer_b")]
@@ -151,8 +153,8 @@ def _spellings(format: RowFormat) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _shares_of_votes(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
-    """Shares of the votes for the first answer and for the second; where no ties are read, a vote for neither counts
-    half for each."""
+    """Shares of the votes for the first answer and for the second. If the objective reads no ties, a vote for neither
+    counts half for each."""
     name = format.names["votes"]
     votes = fields.value(row, name, where)
     if not isinstance(votes, list) or not votes:

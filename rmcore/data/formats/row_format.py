@@ -1,6 +1,7 @@
-"""Which of the known layouts the rows of a source have: detected once from its first rows, printed, then held to.
+"""Detects the layout of a source from its first rows. A later row that deviates is an error.
 
-In: the first rows of a source and the user's `columns`. Out: a RowFormat.
+Input: the first rows of a source, and the user's `columns`.
+Output: a RowFormat, which is printed.
 Example: Nectar's rows {"prompt": "\\n\\nHuman: ...", "answers": [{"answer": "...", "rank": 1.0}, ...]} give
 "7 answers with ranks (answers[].answer, answers[].rank), explicit prompt, text; Human/Assistant transcripts".
 
@@ -22,7 +23,7 @@ from rmcore.data.formats.transcripts import is_transcript
 
 Layout = Literal["pair", "two", "many", "single"]
 
-# Our names, as `columns` may map them, and the names in published data that are understood without being mapped.
+# Our names, which `columns` may map, and names in published data that are understood without a mapping.
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("instruction", "history", "question", "query"),
     "chosen": (), "rejected": (), "messages": (),
@@ -56,24 +57,24 @@ READ = {
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the rows of one source are to be read; str(format) is the printable description."""
+    """How to read the rows of one source. str(format) is the description to print."""
 
     names: dict[str, str]  # our field -> their column, for the fields that the rows have
     prompt: Literal["text", "turns"] | None  # None: implicit
     answers: Literal["text", "turns"]
-    messages: bool  # the prompt's turns stand beside its text
-    transcript: bool  # the first row's text is an HH transcript
-    margin: Literal["margin", "scores"] | None
+    messages: bool  # a column `messages` has the prompt as turns, next to its text
+    transcript: bool  # the first rows are HH transcripts
+    margin: Literal["margin", "scores"] | None  # what margins are read from
     layout: Layout = "pair"
-    judged_by: str = ""  # the field of our names that says which answer is better; empty: chosen and rejected do
-    item_text: str = ""  # many: where in an answer's record its text stands; empty: answers are no records
-    item_value: str = ""  # many: where in an answer's record its rank or score stands; empty: in a list of its own
-    ties: bool = False  # pairs that tie are read (rmcore.data.formats.requirements)
-    scores: bool = False  # the answers' scores are read
+    judged_by: str = ""  # the field (our name) that says which answer is better; "": chosen and rejected
+    item_text: str = ""  # layout many: the key of the text in an answer's record; "": answers are not records
+    item_value: str = ""  # layout many: the key of the rank or score in that record; "": a list in a column of its own
+    ties: bool = False  # the objective reads ties (set by rmcore.data.formats.requirements)
+    scores: bool = False  # the objective reads the scores of the answers (likewise)
 
     @property
     def gathers(self) -> bool:
-        """Rows are parts of comparisons: those of one prompt belong together."""
+        """True if a row is a part of a comparison, and rows of one prompt have to be merged."""
         return self.layout == "single"
 
     def __str__(self) -> str:
@@ -121,8 +122,8 @@ def detect_format(
 ) -> RowFormat:
     """First rows of a source (some 20) -> RowFormat.
 
-    `columns`: our name -> theirs. `origin` and `key` open the errors. `need_margin` (loss.margin = data): read margins,
-    otherwise they are left alone. Raises UserError on columns that do not make a format.
+    `columns`: our name -> theirs. `origin` and `key` are for error messages. `need_margin` (loss.margin = data): read
+    margins. Raises UserError for columns that do not make a format.
     """
     found = list(dict.fromkeys(name for row in rows for name in row))
     for ours, theirs in columns.items():
@@ -130,9 +131,9 @@ def detect_format(
             guess = difflib.get_close_matches(ours, FIELDS, n=1)
             hint = f" (did you mean {guess[0]}?)" if guess else ""
             raise UserError(f"{key}.columns: unknown name {ours!r}{hint}; known: {', '.join(FIELDS)}")
-        inside = ours in ITEM_VALUE  # may name a key of the answers' records
+        inside = ours in ITEM_VALUE  # may be a key of the answers' records
         if theirs not in found and not inside:
-            raise UserError(f"{key}.columns: {ours} is to be {theirs!r}, but {origin} has {listed(found)}")
+            raise UserError(f"{key}.columns: {ours} is mapped to {theirs!r}, but {origin} has {listed(found)}")
     layout = find_layout(found, columns)
     if layout is None:
         raise UserError(_no_layout(found, columns, origin, key))
@@ -149,7 +150,7 @@ def detect_format(
         names=names,
         prompt=kinds.get("prompt"),
         answers=answers,
-        # Beside turns, `messages` is something else (ultrafeedback_binarized: the whole chosen conversation).
+        # Next to turns, `messages` is something else (ultrafeedback_binarized: the whole chosen conversation).
         messages=answers == "text" and kinds.get("messages") == "turns",
         transcript=answers == "text" and any(is_transcript(row.get(head)) for row in rows),
         margin=_margin_kind(names, layout, origin, key) if need_margin else None,
@@ -159,7 +160,7 @@ def detect_format(
 
 
 def find_layout(found: Sequence[str], columns: Mapping[str, str]) -> Layout | None:
-    """The first layout whose answers are there; what the user maps counts before what the names suggest."""
+    """The first layout whose columns are present. Layouts with columns that the user maps come first."""
 
     def complete(layout: Layout, known: Mapping[str, str]) -> bool:
         return all(ours in known for ours in LAYOUTS[layout])
@@ -173,8 +174,11 @@ def find_layout(found: Sequence[str], columns: Mapping[str, str]) -> Layout | No
 
 
 def names_of(found: Sequence[str], columns: Mapping[str, str], layout: Layout) -> dict[str, str]:
-    """Our name -> their column, for what the layout reads. Pairs are read by their own names alone, and a prompt given
-    in the answers is no mistake there, so only `source` has other names for them, and ShareGPT's `conversations`."""
+    """Our name -> their column, for the fields that the layout reads.
+
+    A pair is read only by its own names: there a missing prompt is legal (implicit), so that another column that looks
+    like a prompt must not become one. Only `source` and ShareGPT's `conversations` have other names.
+    """
     names: dict[str, str] = {}
     for ours in READ[layout]:
         aliases = ALIASES[ours] if layout != "pair" or ours == "source" else ()
@@ -182,19 +186,19 @@ def names_of(found: Sequence[str], columns: Mapping[str, str], layout: Layout) -
             aliases = ("conversations",)
         candidates = [columns[ours]] if ours in columns else [ours, *aliases]
         if ours.endswith("_b") and f"{ours[:-1]}a" in names and ours not in columns:
-            first = names[f"{ours[:-1]}a"]  # the alias in the same place as the first one's
+            first = names[f"{ours[:-1]}a"]  # take the alias at the same place of the list as the one of the first
             place = (f"{ours[:-1]}a", *ALIASES[f"{ours[:-1]}a"])
             candidates = [(ours, *ALIASES[ours])[place.index(first)]] if first in place else candidates
         theirs = next((name for name in candidates if name in found), None)
         if theirs is not None:
             names[ours] = theirs
     if layout == "pair" and "votes" not in columns:
-        names.pop("votes", None)  # published votes speak of the order before chosen and rejected were told apart
+        names.pop("votes", None)  # published votes refer to the order before chosen and rejected were decided
     return names
 
 
 def needed_columns(found: Sequence[str], columns: Mapping[str, str]) -> list[str]:
-    """The columns that a comparison reads; all of them where no layout is complete, for the error to list."""
+    """The columns that a comparison reads. All columns if no layout is complete, so that the error can list them."""
     layout = find_layout(found, columns)
     return [*found] if layout is None else [*dict.fromkeys(names_of(found, columns, layout).values())]
 
@@ -203,7 +207,7 @@ def _many(
     rows: Sequence[Mapping[str, Any]], names: dict[str, str], columns: Mapping[str, str], origin: str, key: str,
     need_margin: bool,
 ) -> RowFormat:  # fmt: skip
-    """Lists of answers: texts, conversations, or records that hold one and perhaps its rank or score."""
+    """The format of lists of answers: texts, conversations, or records with one of them and maybe a rank or score."""
     name = names["answers"]
     lists = [records(row[name]) for row in rows if row.get(name) is not None]
     answers = next((found for found in lists if isinstance(found, list) and found), None)
@@ -270,7 +274,7 @@ def _margin_kind(names: Mapping[str, str], layout: Layout, origin: str, key: str
 
 
 def _kind(rows: Sequence[Mapping[str, Any]], name: str, origin: str) -> Literal["text", "turns"] | None:
-    """What the first rows hold in a column (None: only null); a later row that differs is an error of that row."""
+    """The kind of a column in the first rows, None if it is always null. A later row that differs is an error."""
     first = next((row[name] for row in rows if row.get(name) is not None), None)
     if first is None:
         return None

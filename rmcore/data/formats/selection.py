@@ -1,10 +1,10 @@
-"""Which rows are used, and which of them become one comparison: repeated and contradicted rows, groups by prompt.
+"""Selects the rows to use: finds repeated and contradicted rows, holds out prompts, merges rows of one prompt.
 
-In: the comparisons of all rows, one after the other (their hashes are kept, 8 bytes each, never the rows). Out: row
-numbers in reading order, and comparisons merged from rows of one prompt.
-Example: rows (q, a > b), (r, c > d), (q, b > e) grouped by prompt are read in the order 0, 2, 1 and give the
-comparisons q: [a, b, e] with pairs (0, 1), (1, 2), and r: [c, d] with (0, 1). Each pair keeps the weight it has alone,
-so gradients are the same as without gathering; only the prompt is computed less often.
+Input: the comparisons of all rows, one after the other. Only hashes of them are kept, 8 bytes each, never the rows.
+Output: the row numbers in reading order, and comparisons merged from rows of one prompt.
+Example: the rows (q, a > b), (r, c > d), (q, b > e) grouped by prompt are read in the order 0, 2, 1. They give the
+comparisons q: [a, b, e] with pairs (0, 1), (1, 2), and r: [c, d] with (0, 1). Each pair keeps the weight that it has
+without merging, so gradients are the same; only the prompt is computed less often.
 """
 
 from array import array
@@ -22,21 +22,18 @@ from rmcore.data.formats.comparison import Comparison
 from rmcore.data.formats.judgements import all_pairs
 from rmcore.data.labels import LABEL_FIELDS
 
-MOST_ANSWERS = 16  # of a gathered comparison: it is never cut, so it must stay short enough for a micro batch
+MOST_ANSWERS = 16  # of a merged comparison: it is never cut, so it must stay short enough for a micro batch
 
 
 @dataclass
 class RowHashes:
-    """64-bit hashes of every row: its prompt; its source and prompt; its answers in any order; these and the judgement.
-
-    `prompt` is seeded, so that what is held out by prompt depends on the run's seed.
-    """
+    """64-bit hashes of every row. `prompt` is seeded, so that the held-out prompts depend on the seed of the run."""
 
     seed: int = 0
     prompt: array = field(default_factory=lambda: array("Q"))
-    group: array = field(default_factory=lambda: array("Q"))
-    answers: array = field(default_factory=lambda: array("Q"))
-    judged: array = field(default_factory=lambda: array("Q"))
+    group: array = field(default_factory=lambda: array("Q"))  # of source and prompt
+    answers: array = field(default_factory=lambda: array("Q"))  # of the prompt, and the answers in any order
+    judged: array = field(default_factory=lambda: array("Q"))  # of prompt, answers and judgement
 
     def add(self, comparison: Comparison, source_number: int) -> None:
         key = hash_text(comparison.prompt_key, self.seed)
@@ -45,13 +42,14 @@ class RowHashes:
         self.add_judged(comparison)
 
     def add_judged(self, comparison: Comparison) -> None:
-        """Only what tells repeated and contradicted rows."""
+        """Adds only `answers` and `judged`, which are enough to find repeated and contradicted rows."""
         key = hash_text(comparison.prompt_key, 0)
         each = [hash_text(_content(answer), key) for answer in comparison.answers]
-        told = zip(comparison.pairs, comparison.weight, strict=True)
-        pairs = sorted((each[winner], each[loser], weight) for (winner, loser), weight in told)
-        equal = zip(comparison.ties, comparison.tie_weight, strict=True)
-        ties = sorted((*sorted((each[a], each[b])), weight) for (a, b), weight in equal)
+        # Pairs and ties by the hashes of their answers, sorted: their order in the row does not matter.
+        weighted_pairs = zip(comparison.pairs, comparison.weight, strict=True)
+        pairs = sorted((each[winner], each[loser], weight) for (winner, loser), weight in weighted_pairs)
+        weighted_ties = zip(comparison.ties, comparison.tie_weight, strict=True)
+        ties = sorted((*sorted((each[a], each[b])), weight) for (a, b), weight in weighted_ties)
         same = xxhash.xxh3_64_intdigest(repr((key, sorted(each))).encode())
         self.answers.append(same)
         self.judged.append(xxhash.xxh3_64_intdigest(repr((same, pairs, ties, comparison.scores)).encode()))
@@ -59,12 +57,11 @@ class RowHashes:
 
 @dataclass(frozen=True)
 class Selection:
-    """`order`: the numbers of the rows to read; `group` [rows read]: rows that follow each other with the same group
-    are to be gathered; None for either: all rows as they stand, each for itself."""
+    """The rows to read. The default is all rows in their order, each a comparison of its own."""
 
-    order: np.ndarray | None = None
-    group: np.ndarray | None = None
-    dropped: tuple[tuple[str, int], ...] = ()
+    order: np.ndarray | None = None  # numbers of the rows to read
+    group: np.ndarray | None = None  # for each row to read: neighbours with the same group are merged
+    dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows)
     repeated: int = 0
     contradicted: int = 0
 
@@ -72,14 +69,15 @@ class Selection:
 def select(
     hashes: RowHashes, wanted: np.ndarray | None, stored: np.ndarray | None, *, drop: Iterable[str], gather: bool
 ) -> Selection:
-    """The rows to read, of those in `wanted` (bool [rows]; None: all).
+    """Selects among the rows in `wanted` (bool [rows]; None: all).
 
-    `stored` (int64 [rows], None: each row once) names equal numbers for copies of one row, which are no repetitions.
-    `drop`: REPEATED, CONTRADICTED or both.
+    `stored` (int64 [rows]; None: each row once) has equal numbers for copies of one stored row; copies do not count as
+    repeated. `drop`: REPEATED, CONTRADICTED or both. `gather`: rows of one prompt follow each other, to be merged.
     """
+    # Count both kinds of duplicates among the wanted rows, and drop what is to be dropped.
     rows = np.arange(len(hashes.prompt)) if wanted is None else np.flatnonzero(wanted)
     answers, judged = (np.frombuffer(column, dtype=np.uint64)[rows] for column in (hashes.answers, hashes.judged))
-    found = told_apart(answers, judged, None if stored is None else stored[rows])
+    found = duplicates(answers, judged, None if stored is None else stored[rows])
     dropped = []
     gone = np.zeros(len(rows), dtype=bool)
     for reason in drop:
@@ -87,6 +85,8 @@ def select(
         dropped.append((reason, int(more.sum())))
         gone |= more
     rows = rows[~gone]
+
+    # Rows of one group move to the place of the group's first row; the sort is stable, so their order stays.
     group = None
     if gather:
         group = np.frombuffer(hashes.group, dtype=np.uint64)[rows]
@@ -100,10 +100,10 @@ def select(
 
 
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [rows]: the rows of those prompts that come first in the order of their hashes, as near to `fraction` of the
-    rows as whole prompts allow, and at least one prompt on each side. `hashes` (uint64 [rows]): of the prompts, seeded.
+    """bool [rows]: the rows to hold out. `hashes` (uint64 [rows]): of the prompts, seeded.
 
-    Raises UserError when all rows have one prompt.
+    Prompts are held out in the order of their hashes, as many as bring the rows closest to `fraction`, and at least one
+    prompt stays on each side. Raises UserError if all rows have the same prompt.
     """
     prompts, which, rows = np.unique(hashes, return_inverse=True, return_counts=True)
     if len(prompts) < 2:
@@ -112,17 +112,23 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return which < min(held, len(prompts) - 1)
 
 
-def told_apart(answers: np.ndarray, judged: np.ndarray, stored: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """bool [rows] for REPEATED (not the first of its kind) and CONTRADICTED, from the hashes of RowHashes."""
-    if stored is not None:  # judged on the stored rows; copies share their fate
+def duplicates(answers: np.ndarray, judged: np.ndarray, stored: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """bool [rows] each for REPEATED (not the first of its kind) and CONTRADICTED. `answers`, `judged`: of RowHashes."""
+    if stored is not None:
+        # Find duplicates among the stored rows, each taken once, in their order; copies get the result of their row.
         _, first, which = np.unique(stored, return_index=True, return_inverse=True)
-        by_first = np.argsort(first)  # repetition is counted in the order of the rows
+        by_first = np.argsort(first)
         rank = np.empty_like(by_first)
         rank[by_first] = np.arange(len(by_first))
-        once = told_apart(answers[first[by_first]], judged[first[by_first]])
+        once = duplicates(answers[first[by_first]], judged[first[by_first]])
         return {reason: mask[rank[which]] for reason, mask in once.items()}
+
+    # Repeated: all rows but the first with the same prompt, answers and judgement.
     repeated = np.ones(len(judged), dtype=bool)
     repeated[np.unique(judged, return_index=True)[1]] = False
+
+    # Contradicted: sort rows by answers, then judgement. If two neighbours have the same answers and another judgement,
+    # all rows with these answers are contradicted. `number` counts the different answers along the sorted rows.
     order = np.lexsort((judged, answers))
     same_answers = answers[order][1:] == answers[order][:-1]
     differs = same_answers & (judged[order][1:] != judged[order][:-1])
@@ -133,16 +139,15 @@ def told_apart(answers: np.ndarray, judged: np.ndarray, stored: np.ndarray | Non
 
 
 class Reads(NamedTuple):
-    """What is read of scored answers besides the order: `margins`: the difference of their scores is a pair's margin;
-    `ties`: pairs of equal scores; `scores`: the scores."""
+    """What the objective reads of scored answers besides their order."""
 
-    margins: bool = False
-    ties: bool = False
-    scores: bool = False
+    margins: bool = False  # the difference of two scores is the margin of the pair
+    ties: bool = False  # pairs of equal scores
+    scores: bool = False  # the scores themselves
 
 
 def gathered(comparisons: Iterable[tuple[Comparison, int]], reads: Reads) -> Iterator[Comparison]:
-    """Merges runs of comparisons with the same group (the int) into comparisons of at most MOST_ANSWERS answers."""
+    """Merges neighbours with the same group (the int) into comparisons of at most MOST_ANSWERS answers."""
     run: list[Comparison] = []
     run_group: int | None = None
     answers: set[str] = set()
@@ -158,7 +163,7 @@ def gathered(comparisons: Iterable[tuple[Comparison, int]], reads: Reads) -> Ite
 
 
 def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
-    """One comparison of rows with one prompt: their different answers, all their pairs; scored answers are paired."""
+    """Merges rows of one prompt: their different answers and all their labels. Scored answers are paired here."""
     first, rows = run[0], sum(one.rows for one in run)
     if first.scores:
         answers = tuple(answer for one in run for answer in one.answers)

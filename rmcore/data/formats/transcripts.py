@@ -1,11 +1,12 @@
-"""Prompts and answers, as text or as chat turns, whatever mix of both a row holds.
+"""Splits texts and conversations into a prompt and its continuations, and turns HH's transcripts into chat turns.
 
-In: the raw prompt and the K raw answers of one row. Out: a prompt and K continuations of it.
-Example: "\\n\\nHuman: Hi\\n\\nAssistant:" with the answers " Hello" and " No" -> turns [user "Hi"] and
+Input: the raw prompt and the raw answers of one row.
+Output: a prompt, and one continuation of it per answer.
+Example: "\\n\\nHuman: Hi\\n\\nAssistant:" with the answers " Hello" and " No" -> the turns [user "Hi"] and
 ([assistant "Hello"], [assistant "No"]).
 
-What HH calls a transcript is text of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." turns, whole or cut into prompt and
-answers. Answers that repeat the prompt at their head are cut where they part.
+A transcript, as in hh-rlhf, is text of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." turns, either whole or cut into
+prompt and answers. Answers that begin with the prompt are cut where they begin to differ.
 """
 
 import re
@@ -29,28 +30,28 @@ def ends_with_cue(prompt: str) -> bool:
 
 
 def transcript_turns(transcript: str) -> Turns:
-    """HH's text -> turns, contents stripped of surrounding white space as the published trl-style sets have them."""
+    """HH's text -> turns. The contents are stripped of white space, as in the published data sets in TRL's format."""
     pieces = _SPEAKER.split(transcript)  # ["", "Human", " hi", "Assistant", " hello", ...]
     return [{"role": _ROLE[s], "content": c.strip()} for s, c in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
 def prompt_turns(prompt: str) -> Turns:
-    """A text prompt is one user turn, unless it is a transcript; the cue at its end opens the answer's turn."""
+    """A text prompt is one user turn, unless it is a transcript. A cue at its end belongs to the turn of the answer."""
     if ends_with_cue(prompt):
         return transcript_turns(prompt)[:-1]
     return transcript_turns(prompt) if is_transcript(prompt) else [{"role": "user", "content": prompt}]
 
 
 def answer_turns(prompt: str, answer: str) -> Turns:
-    """The turns of a text answer to a text prompt (the empty text for a prompt that is given as turns)."""
+    """The turns of a text answer to a text prompt. `prompt` is "" if the prompt is given as turns."""
     if ends_with_cue(prompt):
         return transcript_turns(CUE + answer)
-    # " blue." after "The sky is": one space joins text to text, and is no part of a turn (the published sets drop it).
+    # " blue." after "The sky is": the space joins two texts and is not part of a turn (the published sets drop it).
     return [{"role": "assistant", "content": re.sub(r"^ (?=\S)", "", answer)}]
 
 
 def split_turns(whole: Sequence[Turns]) -> tuple[Turns, list[Turns]]:
-    """The longest common prefix of all conversations is the prompt; each answer keeps at least one turn."""
+    """The prompt is the longest common prefix of all conversations, but each answer keeps at least one turn."""
     longest = min(map(len, whole)) - 1
     first = whole[0]
     shared = next((n for n in range(longest) if any(turns[n] != first[n] for turns in whole[1:])), longest)
@@ -58,7 +59,7 @@ def split_turns(whole: Sequence[Turns]) -> tuple[Turns, list[Turns]]:
 
 
 def split_texts(whole: Sequence[str]) -> tuple[str, list[str]]:
-    """The common beginning of all texts up to their last cue, or (no transcripts) their last white space."""
+    """The prompt is the common beginning of all texts, up to its last cue (transcripts) or its last white space."""
     first = whole[0]
     shared = first[: min(common_length(first, text) for text in whole[1:])]
     if all(map(is_transcript, whole)):
@@ -69,7 +70,7 @@ def split_texts(whole: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def common_length(a: str, b: str) -> int:
-    """Characters in which two texts agree at their beginning, by bisection: each comparison is one of C."""
+    """The number of characters in which two texts agree at their beginning, by bisection (slices compare in C)."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

@@ -17,7 +17,7 @@ import numpy as np
 from rmcore.config import Config
 from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
 from rmcore.data.formats.comparison import Comparison
-from rmcore.data.formats.selection import RowHashes, Selection, hash_text, told_apart
+from rmcore.data.formats.selection import RowHashes, Selection, duplicates, hash_text
 from rmcore.data.labels import LABEL_FIELDS
 from rmcore.data.tokens.cache import CacheWriter
 from rmcore.data.tokens.comparisons import EncodedRow, lay_out
@@ -117,7 +117,7 @@ class Work:
             answers, judged = (
                 np.frombuffer(column, dtype=np.uint64) for column in (self._hashes.answers, self._hashes.judged)
             )
-            found = told_apart(answers, judged, stored)
+            found = duplicates(answers, judged, stored)
             repeated, contradicted = int(found[REPEATED].sum()), int(found[CONTRADICTED].sum())
         warnings = [*self._encoder.warnings(), *([self.refusal] if self.refusal else [])]
         if self._empty:

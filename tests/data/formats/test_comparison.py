@@ -186,7 +186,7 @@ def test_wrong_columns() -> None:
     with pytest.raises(UserError, match=r"data\.train\.columns: unknown name 'choosen' \(did you mean chosen\?\)"):
         read({"good": "a", "rejected": "b"}, columns={"choosen": "good"})
     with pytest.raises(
-        UserError, match=r"data\.train\.columns: chosen is to be 'god', but f\.jsonl has good, rejected"
+        UserError, match=r"data\.train\.columns: chosen is mapped to 'god', but f\.jsonl has good, rejected"
     ):
         read({"good": "a", "rejected": "b"}, columns={"chosen": "god"})
     with pytest.raises(UserError, match=r"chosen must be text or a list of chat turns, not 5"):
@@ -206,7 +206,7 @@ WRONG_ROWS = [
     (TURNS, {"rejected": []}, r"rejected must be a list of chat turns, as in the first rows, not \[\]"),
     (TURNS, {"chosen": [SKY, {"role": "assistant"}]}, r"chosen\[1\] needs a content that is text"),
     (TURNS, {"chosen": [SKY, {"role": "assistant", "content": None}]}, r"chosen\[1\] needs a content that is text"),
-    (TURNS, {"chosen": [{"from": "zeus", "value": "hi"}]}, r"chosen\[0\]: nobody is called 'zeus'; known: human, "),
+    (TURNS, {"chosen": [{"from": "zeus", "value": "hi"}]}, r"chosen\[0\]: unknown speaker 'zeus'; known: human, "),
     (TURNS, {"chosen": [{"from": "human", "text": "hi"}]}, r"chosen\[0\] needs a value that is text: \{'from'"),
     (TURNS, {"chosen": ["hi"]}, r"chosen\[0\] needs a role that is text: 'hi'"),
     (TURNS, {"prompt": "now a prompt"}, r"prompt was null in the first rows, and here is 'now a prompt'"),
@@ -246,7 +246,7 @@ def test_texts_that_have_no_turns_and_turns_that_have_no_text() -> None:
     rows.append({"messages": [SKY], "chosen": "It is blue.", "rejected": "It is green."})  # its prompt has no text
     for row in rows:
         read(row)
-        with pytest.raises(UserError, match=r"^f\.jsonl:1: data\.template=none takes texts as they stand"):
+        with pytest.raises(UserError, match=r"^f\.jsonl:1: data\.template=none needs texts"):
             read(row, text=True)
 
 

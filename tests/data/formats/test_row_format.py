@@ -159,7 +159,7 @@ def test_votes_of_annotators() -> None:
     assert read({**row, "votes": ["chosen", "tie"]}, columns={"votes": "votes"}).weight == (0.75, 0.25)
     for wrong, message in (
         ([], "must be a list of votes"),
-        ([3], r"votes\[0\] must name an answer"),
+        ([3], r"votes\[0\] must be an answer"),
         (2, "must be a list"),
     ):
         with pytest.raises(UserError, match=message):
@@ -184,7 +184,7 @@ def test_winners_are_named_as_the_columns_are(columns: tuple[str, str], winner: 
         answers = tuple([*ASK, *answer] for answer in answers)
     row = {"prompt": "Name a fruit.", **dict(zip(columns, answers, strict=True)), "winner": winner}
     assert read(row).pairs == pairs and read(row).prompt == ASK
-    with pytest.raises(UserError, match=r"^f\.jsonl:1: winner must name an answer \(.*\) or a tie, not 'x'"):
+    with pytest.raises(UserError, match=r"^f\.jsonl:1: winner must be an answer \(.*\) or a tie, not 'x'"):
         read({**row, "winner": "x"})
 
 
