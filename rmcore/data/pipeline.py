@@ -1,24 +1,23 @@
-"""One side of a run's data, train or eval, from its rows to the token cache.
+"""Prepares one part of a run's data, train or eval, from its rows to the token cache.
 
-In: sources, a template, a tokenizer. Out: `TokenizedComparisons`, read from the cache or built into it.
+Input: sources, a template, a tokenizer.
+Output: `TokenizedComparisons`, read from the cache or built into it.
 Example: 1,900 rows of which 12 are too long -> 1,888 comparisons and report {"rows": 1900, "kept": 1888, "dropped":
-{"text too long": 12}, ...}; rows kept and dropped always add up to the rows read.
+{"text too long": 12}, ...}. Rows kept and dropped always add up to the rows read.
 
-Rows stream through in chunks: one thread reads and renders, another tokenises (Rust, on all cores) and writes, so
-memory does not grow with the rows. Only what must be known of all rows at once (hashes, 8 bytes each) is held.
+Rows stream through in chunks: the main thread reads and renders, another thread tokenises (in Rust, on all cores) and
+writes. Memory does not grow with the rows, except for hashes (8 bytes each) if rows are selected or merged.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
+from transformers import PreTrainedTokenizerFast
 
 from rmcore import __version__
 from rmcore.config import Config, UserError
@@ -34,28 +33,25 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.limits import LengthLimits
 from rmcore.data.tokens.templates import Template, TemplateRefused
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 Progress = Callable[[int, int, str], None]  # (rows done, rows in all, what)
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The train or the eval side of a run. `holdout`: which side of eval_fraction, None where nothing is held out.
-    `ends`: tokens besides EOS at which an answer may end."""
+    """The train or the eval part of a run, and all that decides its content."""
 
-    key: str
+    key: str  # data.train or data.eval
     sources: list[Source]
     config: Config
     tokenizer: PreTrainedTokenizerFast
     tokenizer_fingerprint: str
     template: Template
-    ends: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()  # tokens at which an answer may end, besides EOS
     progress: Progress | None = None
-    holdout: str | None = None
+    holdout: str | None = None  # "train" or "eval": this side of data.eval_fraction; None: all rows
 
     def tokenized(self, root: Path) -> TokenizedComparisons:
+        """Reads this part from the cache under `root`, or builds it."""
         return open_or_build(root / "tokens", self.cache_key(), self.build, self.name)
 
     @property
@@ -68,7 +64,7 @@ class Part:
         return LengthLimits(data.max_tokens, data.max_prompt_tokens, data.length_policy == "truncate_left")
 
     def cache_key(self) -> str:
-        """Hash of all that decides the content: the same key, the same bytes."""
+        """Hash of all that decides the content: the same key means the same bytes."""
         data = self.config.data
         decides = {
             "version": [FORMAT_VERSION, __version__],
@@ -84,7 +80,7 @@ class Part:
         return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 
     def build(self, writer: CacheWriter) -> None:
-        """Renders and tokenises all rows, a chunk at a time; the chunk before is tokenised meanwhile."""
+        """Renders and tokenises all rows, chunk by chunk; one chunk is rendered while the last one is tokenised."""
         formats = self.formats()
         selection = self.selection(formats)
         total = sum(map(len, self.sources))
@@ -94,22 +90,23 @@ class Part:
             for chunk in self.chunks(formats, selection, work):
                 if running is not None:
                     running.result()
-                    self.tell(work)
+                    self.report_progress(work)
                 running = thread.submit(work.tokenise, chunk)
             if running is not None:
                 running.result()
-                self.tell(work)
+                self.report_progress(work)
         report = work.report(self.name, self.stored())
         report["formats"] = {s.origin: str(f) for s, f in zip(self.sources, formats, strict=True)}
         if not len(writer):
             raise UserError(f"{self.name}: no row is left to use\n{drop_table(report, self.config)}")
         writer.finish(list(work.names), report)
 
-    def tell(self, work: Work) -> None:
+    def report_progress(self, work: Work) -> None:
         if self.progress is not None:
             self.progress(work.seen, work.total, self.name)
 
     def chunks(self, formats: list[RowFormat], selection: Selection, work: Work) -> Iterator[Chunk]:
+        """Renders the comparisons; counts those that are undecided or that the template refuses."""
         chunk = Chunk()
         for comparison in self.comparisons(formats, selection, work):
             chunk.rows += comparison.rows
@@ -128,7 +125,7 @@ class Part:
         yield chunk
 
     def formats(self) -> list[RowFormat]:
-        """The format of each source, from its first rows, with what the objective reads of them."""
+        """The format of each source, from its first rows, with what the objective reads."""
         found = []
         for source in self.sources:
             place = {"origin": source.origin, "key": source.key}
@@ -138,20 +135,21 @@ class Part:
 
     @property
     def reads(self) -> Reads:
+        """What the objective reads of the rows besides the order of the answers."""
         loss = self.config.loss
         return Reads(loss.margin == "data", loss.traits.ties, loss.traits.scores)
 
     def comparisons(self, formats: list[RowFormat], selection: Selection, work: Work) -> Iterator[Comparison]:
-        """The comparisons of the selected rows, gathered where the selection says so."""
+        """The comparisons of the selected rows; rows of one group are merged."""
         read = (comparison for comparison, _ in self.rows(formats, selection.order))
-        if selection.order is None:  # nothing was counted before
+        if selection.order is None:  # there was no pass over the rows yet that counted duplicates
             read = (work.counted(comparison) for comparison in read)
         if selection.group is None:
             return read
         return gathered(zip(read, selection.group.tolist(), strict=True), self.reads)
 
     def rows(self, formats: list[RowFormat], order: np.ndarray | None) -> Iterator[tuple[Comparison, int]]:
-        """(comparison, number of its source) of each row, of all or of those with the numbers in `order`."""
+        """Yields (comparison, number of its source) of all rows, or of those with the numbers in `order`."""
         first = 0
         for number, (source, format) in enumerate(zip(self.sources, formats, strict=True)):
             if order is None:
@@ -168,8 +166,7 @@ class Part:
                 )
 
     def selection(self, formats: list[RowFormat]) -> Selection:
-        """Which rows are used, in which order. Costs a pass over the rows where something is held out, dropped or
-        gathered, and none elsewhere."""
+        """The rows to use and their order. Takes a pass over all rows, if rows are held out, dropped or merged."""
         data = self.config.data
         gather = data.group_by_prompt or any(format.gathers for format in formats)
         drop = [CONTRADICTED] * data.drop_contradicted + [REPEATED] * data.drop_repeated
@@ -185,7 +182,7 @@ class Part:
         return select(hashes, wanted, self.stored(), drop=drop, gather=gather)
 
     def stored(self) -> np.ndarray | None:
-        """int64 [rows]: equal numbers for copies of one stored row; None where there are no copies."""
+        """int64 [rows]: equal numbers for copies of one stored row. None if there are no copies."""
         if all((np.diff(source.stored) > 0).all() for source in self.sources):
             return None
         first, numbers = 0, []

@@ -1,21 +1,20 @@
-"""From the configuration to tokenised comparisons: sources -> comparisons -> rendered texts -> ids, cached on disk.
+"""Prepares the data of a run: sources -> comparisons -> rendered texts -> token ids, cached on disk.
 
-In: `Config`, the tokenizer, the model's positions. Out: `PreparedData(train, eval)`, memory-mapped. Example: 1,900 rows
-with eval_fraction 0.1 give a train part and an eval part of some 1,710 and 190 rows that have no prompt in common; the
-second start reads both from the cache.
+Input: the `Config`, the tokenizer, the number of positions of the model.
+Output: `PreparedData(train, eval)`, memory-mapped.
+Example: 1,900 rows with eval_fraction 0.1 give a train part of some 1,710 rows and an eval part of some 190, which have
+no prompt in common. The second start reads both from the cache.
 
-Every rank may call `prepare_data` at once: one builds, the others wait for it (rmcore.data.tokens.cache). No
+All ranks may call `prepare_data` at the same time: one builds, the others wait (rmcore.data.tokens.cache). There are no
 collectives.
 """
-
-from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from rmcore.config import Config, UserError
 from rmcore.data.inspection.summary import describe_part
@@ -26,20 +25,16 @@ from rmcore.data.tokens.end_tokens import answer_ends, ending_warning
 from rmcore.data.tokens.templates import Template, load_template
 from rmcore.data.tokens.tokenizer import tokenizer_fingerprint
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 @dataclass(frozen=True)
 class PreparedData:
-    """`eval` is None when the run does not evaluate. `template` is what the texts were rendered with. `notes`: what was
-    done without being asked (a padding token chosen); `warnings`: what may be wrong."""
+    """The tokenised data of a run."""
 
     train: TokenizedComparisons
-    eval: TokenizedComparisons | None
-    template: Template
+    eval: TokenizedComparisons | None  # None if the run does not evaluate
+    template: Template  # with which the texts were rendered
     warnings: list[str]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # choices that were made for the user (a padding token)
 
 
 def prepare_data(
@@ -48,11 +43,11 @@ def prepare_data(
     model_max_length: int | None,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """Reads, renders, tokenises and caches the data of `config.data`; safe to call from every rank at once.
+    """Reads, renders, tokenises and caches the data of `config.data`. All ranks may call it at the same time.
 
-    `tokenizer` is load_tokenizer's; `model_max_length` the positions of the model, None if it has no limit.
+    `tokenizer`: from load_tokenizer. `model_max_length`: the positions of the model, None if it has no limit.
     `progress(done, total, what)` is called now and then by the process that builds.
-    Raises UserError: limits that the model cannot hold, sources that cannot be read, bad rows, no row kept.
+    Raises UserError for limits beyond the model's positions, sources or rows that cannot be read, or if no row is kept.
     """
     limit = config.data.max_tokens
     if model_max_length is not None and limit > model_max_length:
@@ -65,27 +60,33 @@ def prepare_data(
     seed = config.run.seed
     sources = load_sources(config.data.train, seed=seed, limit=config.data.limit, cache_dir=root, key="data.train")
     part = Part(
-        "data.train", sources, config, tokenizer, tokenizer_fingerprint(tokenizer), template, answer_ends(tokenizer),
-        progress,
-    )  # fmt: skip
-    told = ending_warning(template, tokenizer)
+        key="data.train",
+        sources=sources,
+        config=config,
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        template=template,
+        ends=answer_ends(tokenizer),
+        progress=progress,
+    )
+    warnings = ending_warning(template, tokenizer)
     wants_eval = config.run.evals > 0
     if not config.data.eval:
         fraction = config.data.eval_fraction
         train = replace(part, holdout="train").tokenized(root) if fraction else part.tokenized(root)
         evaluation = replace(part, holdout="eval").tokenized(root) if fraction and wants_eval else None
-        return PreparedData(train, evaluation, template, [*told, *_warnings(train, evaluation)])
+        return PreparedData(train, evaluation, template, [*warnings, *_warnings(train, evaluation)])
     train, evaluation = part.tokenized(root), None
     if wants_eval:
         sources = load_sources(config.data.eval, seed=seed, limit=config.data.limit, cache_dir=root, key="data.eval")
         evaluation = replace(part, key="data.eval", sources=sources).tokenized(root)
     return PreparedData(
-        train, evaluation, template, [*told, *_warnings(train, evaluation), *_overlap(train, evaluation)]
+        train, evaluation, template, [*warnings, *_warnings(train, evaluation), *_overlap(train, evaluation)]
     )
 
 
 def cache_directory(config: Config) -> Path:
-    """data.cache, else $RMCORE_CACHE, else ~/.cache/rmcore."""
+    """data.cache if it is set, else $RMCORE_CACHE, else ~/.cache/rmcore."""
     return Path(config.data.cache or os.environ.get("RMCORE_CACHE") or "~/.cache/rmcore").expanduser().resolve()
 
 
@@ -103,7 +104,8 @@ def _overlap(train: TokenizedComparisons, evaluation: TokenizedComparisons | Non
 
 
 def describe(prepared: PreparedData, config: Config) -> str:
-    """The data summary, printed before a run: a paragraph for train and one for eval, then the warnings."""
-    parts = [part for part in (prepared.train, prepared.eval) if part is not None]
-    told = [*(f"note: {note}" for note in prepared.notes), *(f"warning: {warning}" for warning in prepared.warnings)]
-    return "\n".join([*(describe_part(part, config) for part in parts), *told])
+    """The data summary, printed before a run: a paragraph for train and one for eval, then notes and warnings."""
+    lines = [describe_part(part, config) for part in (prepared.train, prepared.eval) if part is not None]
+    lines += [f"note: {note}" for note in prepared.notes]
+    lines += [f"warning: {warning}" for warning in prepared.warnings]
+    return "\n".join(lines)

@@ -140,9 +140,9 @@ def test_25_doubled_and_missing_tokens_are_warned_of(tmp_path, capsys):
     file.write_text("\n".join([row(chosen=" yes<eos>"), row()]))
     words = [*BASE, f"data.train.path={file}", f"data.cache={tmp_path}"]
     assert validate.main(words) == 0
-    assert "doubled EOS in 1 of 4 answers: look at data.template" in capsys.readouterr().out
+    assert "doubled EOS in 1 of 4 answers: check data.template" in capsys.readouterr().out
     assert validate.main([*words, "data.template=assistant_message_only"]) == 0
-    assert "missing EOS in 3 of 4 answers: look at data.template" in capsys.readouterr().out
+    assert "missing EOS in 3 of 4 answers: check data.template" in capsys.readouterr().out
 
 
 OFFLINE = """

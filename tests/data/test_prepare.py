@@ -233,7 +233,7 @@ def test_oddities_in_the_texts_are_told(tmp_path):
     for _ in range(2):  # the second time they come from the cache
         told = "\n".join(prepare(config).warnings)
         assert "doubled EOS in 2 of 12 answers" in told  # " x<eos>", and the empty answer behind the prompt's own
-        assert f"1 rows spells special tokens and becomes them: {EOS} 2 times" in told
+        assert f"1 rows contains special tokens, which it becomes: {EOS} 2 times" in told
         assert "1 rows have an empty answer" in told
 
 

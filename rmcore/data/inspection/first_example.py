@@ -1,36 +1,32 @@
-"""The first training example, token by token, with the two tokens marked whose scores become the rewards.
+"""Prints a training example token by token, and marks the two tokens whose scores become the rewards.
 
-In: one TokenizedComparison. Out, on a terminal: neighbouring tokens in alternating colours, the shared prompt dim, the
-scored tokens on a coloured ground; in a log file the same text with the scored tokens in double brackets, e.g. (zephyr)
+Input: one TokenizedComparison.
+Output, on a terminal: neighbouring tokens in alternating colours, the shared prompt dim, the scored tokens on a
+coloured background. In a log file: the same text with the scored tokens in double brackets. Example (zephyr):
     chosen, 4 tokens: Paris.</s>[[\\n]]
     scored tokens: chosen '\\n' (id 13), rejected '\\n' (id 13)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from rmcore.data.tokens.comparisons import TokenizedComparison
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 STYLES = ("cyan", "yellow")
 SCORED_STYLE = {"chosen": "bold black on green", "rejected": "bold white on red"}
 
 
-def show_first_example(comparison: TokenizedComparison, tokenizer: PreTrainedTokenizerFast, console: Any) -> None:
-    """Prints the first pair of `comparison` on `console` (a rich Console); its first two answers where none is
-    preferred."""
+def show_first_example(comparison: TokenizedComparison, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
+    """Prints the first pair of `comparison`, or its first two answers if none is preferred."""
     answers = {f"answer {k + 1}": k for k in range(len(comparison.tails))[:2]}
     if len(comparison.pairs):
         answers = {name: int(answer) for name, answer in zip(SCORED_STYLE, comparison.pairs[0], strict=True)}
     pieces = {name: token_texts(comparison.text(answer), tokenizer) for name, answer in answers.items()}
     shared = len(comparison.prefix)
-    # An answer without tokens of its own (it is a prefix of the other) is scored on the last shared token.
+    # An answer without tokens of its own is a prefix of the other: it is scored on the last shared token.
     on_shared = [name for name, answer in answers.items() if len(comparison.tails[answer]) == 0]
     _show(
         console,
@@ -49,19 +45,19 @@ def show_first_example(comparison: TokenizedComparison, tokenizer: PreTrainedTok
 
 
 def token_texts(ids: np.ndarray | Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text that each token adds to the text before it; a token that is part of a character shows as U+FFFD."""
+    """The text that each token adds to the text before it. A token that is part of a character becomes U+FFFD."""
     texts: list[str] = []
     before: list[int] = []
     for token in map(int, ids):
-        # Some decoders drop the space in front of a lone token, so it is read behind its predecessor.
+        # Some decoders drop the space in front of a single token, so it is decoded together with its predecessor.
         head, both, alone = (str(tokenizer.decode(some)) for some in (before, [*before, token], [token]))
         texts.append(both[len(head) :] if before and both.startswith(head) else alone)
         before = [token]
     return texts
 
 
-def _show(console: Any, title: str, pieces: list[str], first: int, scored: str | None, shade: str = "") -> None:
-    """One labelled stretch of tokens; `scored` names the answer whose scored token is the last of them."""
+def _show(console: Console, title: str, pieces: list[str], first: int, scored: str | None, shade: str = "") -> None:
+    """Prints tokens after a title. `scored`: the answer whose scored token is the last of them, if any."""
 
     def write(text: str, style: str | None = None) -> None:
         console.print(text, style=style, end="", markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -78,5 +74,5 @@ def _show(console: Any, title: str, pieces: list[str], first: int, scored: str |
 
 
 def _printable(text: str) -> str:
-    """Control characters in the data, terminal escapes among them, are shown and not obeyed."""
+    """Escapes control characters, so that terminal escapes in the data have no effect."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

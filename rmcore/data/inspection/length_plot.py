@@ -1,10 +1,9 @@
-"""A picture of the lengths in the data: prompts, chosen and rejected answers, and how much longer the chosen ones are.
+"""Plots the lengths in the data: prompts, chosen and rejected answers, and their difference.
 
-In: tokenised parts by name. Out: a PNG with a row of two panels a part. Example: plot_lengths({"data.train": train},
-512, Path("runs/hh/lengths.png")); `rmcore inspect` draws it.
+Input: tokenised parts by name.
+Output: a PNG file with two panels per part. `rmcore inspect` draws it.
+Example: plot_lengths({"data.train": train}, 512, Path("runs/hh/lengths.png")).
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 
 
 def plot_lengths(parts: dict[str, TokenizedComparisons], limit: int, path: Path) -> None:
-    """A PNG: for each part the lengths of prompts and answers, and chosen minus rejected. Raises OSError."""
+    """Writes the plot; `limit` is data.max_tokens, for the title. Raises OSError if `path` cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

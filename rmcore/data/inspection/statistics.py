@@ -1,13 +1,12 @@
-"""What the tokenised data look like: lengths, sharing, length bias, sources.
+"""Computes statistics of the tokenised data: lengths, sharing, length bias, sources.
 
-In: `TokenizedComparisons`. Out: a dict of plain numbers (for --json and the tables), lines of text.
-Example: chosen answers of 10 and 6 tokens against rejected ones of 4 and 6 -> {"longer": 0.5, "shorter": 0.0,
-"equal": 0.5}: whoever always prefers the longer answer is right in 75 % of these pairs (an equal length counts half).
+Input: `TokenizedComparisons`.
+Output: a dict of plain numbers (for --json), and lines of text.
+Example: chosen answers of 10 and 6 tokens and rejected ones of 4 and 6 give {"longer": 0.5, "shorter": 0.0,
+"equal": 0.5}: always preferring the longer answer is right in 75 % of these pairs (an equal length counts half).
 
-Lengths of answers are the tokens behind the prompt, what the template writes around an answer among them.
+The length of an answer is `TokenizedComparisons.answer_length_A`.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -17,13 +16,14 @@ from rmcore.config import UserError
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
-PADDED_PAIRS = 8  # the batch that padding is compared with: pairs, in random order
+PADDED_PAIRS = 8  # pairs of a padded batch, for the comparison with padding
+MOST_SOURCES = 20  # sources that `lines` shows
 
 
 def statistics(part: TokenizedComparisons, seed: int = 0) -> dict[str, Any]:
-    """The report of the preparation, and figures of what was kept; every value can be written as JSON.
+    """The report of the preparation and the statistics of the kept rows. Every value can be written as JSON.
 
-    Raises UserError where there is no pair.
+    `seed`: of the order in which padded batches are formed. Raises UserError if there are no pairs.
     """
     chosen_P, rejected_P = of_pairs(part, part.text_length_A)
     chosen_answer_P, rejected_answer_P = of_pairs(part, part.answer_length_A)
@@ -65,50 +65,56 @@ def of_pairs(part: TokenizedComparisons, values_A: np.ndarray) -> tuple[np.ndarr
 
 def tokens(part: TokenizedComparisons, chosen_P: np.ndarray, rejected_P: np.ndarray, seed: int) -> dict[str, Any]:
     """Tokens that an epoch computes: in padded batches, pair by pair without padding, and with each prompt once."""
+    # A padded batch takes 2 rows per pair, each as long as its longest text. The pairs are in random order.
     longest = np.maximum(chosen_P, rejected_P)[np.random.Generator(np.random.PCG64(seed)).permutation(len(chosen_P))]
     starts = np.arange(0, len(longest), PADDED_PAIRS)
     rows = 2 * np.diff(np.append(starts, len(longest)))
     padded = int((np.maximum.reduceat(longest, starts) * rows).sum())
     separate, computed = int((chosen_P + rejected_P).sum()), len(part.tokens)
     return {
-        "padded": padded, "padded_batch": PADDED_PAIRS, "separate": separate, "computed": computed,
-        "saved_by_packing": 1 - separate / padded, "saved_by_sharing": 1 - computed / separate,
-        "saved": 1 - computed / padded, "sharing_ratio": separate / computed,
-    }  # fmt: skip
+        "padded": padded,
+        "padded_batch": PADDED_PAIRS,
+        "separate": separate,
+        "computed": computed,
+        "saved_by_packing": 1 - separate / padded,
+        "saved_by_sharing": 1 - computed / separate,
+        "saved": 1 - computed / padded,
+        "sharing_ratio": separate / computed,
+    }
 
 
 def length_bias(chosen_P: np.ndarray, rejected_P: np.ndarray) -> dict[str, float]:
-    """How often the chosen text is the longer one, the shorter one, or neither."""
+    """The shares of pairs in which the chosen text is longer, shorter, or equally long."""
     longer, shorter = float((chosen_P > rejected_P).mean()), float((chosen_P < rejected_P).mean())
     return {"longer": longer, "shorter": shorter, "equal": float((chosen_P == rejected_P).mean())}
 
 
-def lines(figures: dict[str, Any], most_sources: int = 20) -> list[str]:
-    """The figures as text: lengths, tokens, length bias, sources."""
+def lines(statistics: dict[str, Any]) -> list[str]:
+    """The statistics as text: lengths, tokens, length bias, sources."""
     heads = " ".join(f"{head:>7}" for head in ("5 %", "25 %", "median", "75 %", "95 %", "99 %", "longest"))
-    told = [f"  lengths in tokens   {'mean':>8} {heads}"]
+    text = [f"  lengths in tokens   {'mean':>8} {heads}"]
     for name, label in (("prompt", "prompt"), ("chosen", "chosen answer"), ("rejected", "rejected answer"),
                         ("text", "prompt and answer")):  # fmt: skip
-        row = figures["lengths"][name]
-        told.append(f"    {label:<17} {row['mean']:>8.1f} " + " ".join(f"{row[str(p)]:>7,.0f}" for p in PERCENTILES))
-    use, bias = figures["tokens"], figures["length_bias"]
-    told += [
+        row = statistics["lengths"][name]
+        text.append(f"    {label:<17} {row['mean']:>8.1f} " + " ".join(f"{row[str(p)]:>7,.0f}" for p in PERCENTILES))
+    use, bias = statistics["tokens"], statistics["length_bias"]
+    text += [
         f"  tokens computed     {use['padded']:,} in padded batches of {use['padded_batch']} pairs, "
         f"{use['separate']:,} packed, {use['computed']:,} with each prompt once",
         f"    saved             {use['saved']:.1%}: packing saves {use['saved_by_packing']:.1%} of the padded, sharing "
         f"{use['saved_by_sharing']:.1%} of the packed (sharing ratio {use['sharing_ratio']:.2f})",
         f"  length bias         the chosen answer is longer in {bias['longer']:.1%} of the pairs, shorter in "
         f"{bias['shorter']:.1%}: always preferring the longer one is right in {bias['longer'] + bias['equal'] / 2:.1%}",
-        f"  prompts             {figures['prompts']:,} different ones in {figures['comparisons']:,} comparisons, "
-        f"at most {figures['most_answers']} answers each",
-        f"  repeated rows       {figures['repeated']:,}; contradicted {figures['contradicted']:,}",
+        f"  prompts             {statistics['prompts']:,} different ones in {statistics['comparisons']:,} comparisons, "
+        f"at most {statistics['most_answers']} answers each",
+        f"  repeated rows       {statistics['repeated']:,}; contradicted {statistics['contradicted']:,}",
     ]
-    told.append(f"  sources             {'pairs':>12} {'longer chosen':>14}")
-    for name, row in list(figures["sources"].items())[:most_sources]:
-        told.append(f"    {name[:40]:<17} {row['pairs']:>12,} {row['length_bias']['longer']:>14.1%}")
-    if len(figures["sources"]) > most_sources:
-        told.append(f"    ... and {len(figures['sources']) - most_sources} more")
-    return told
+    text.append(f"  sources             {'pairs':>12} {'longer chosen':>14}")
+    for name, row in list(statistics["sources"].items())[:MOST_SOURCES]:
+        text.append(f"    {name[:40]:<17} {row['pairs']:>12,} {row['length_bias']['longer']:>14.1%}")
+    if len(statistics["sources"]) > MOST_SOURCES:
+        text.append(f"    ... and {len(statistics['sources']) - MOST_SOURCES} more")
+    return text
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:

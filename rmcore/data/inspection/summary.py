@@ -1,6 +1,7 @@
-"""What became of the data, in words: rows kept and dropped by reason, tokens, sharing ratio, lengths.
+"""Summarises the prepared data in a few lines: rows kept and dropped by reason, tokens, sharing ratio, lengths.
 
-In: the report and the arrays of `TokenizedComparisons`. Out: lines to print, e.g.
+Input: the report and the arrays of `TokenizedComparisons`.
+Output: lines to print. Example:
     data.train: 1,701 pairs
          1,710 rows read
          1,701 kept
@@ -27,12 +28,12 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 
 
 def drop_table(report: dict[str, Any], config: Config) -> str:
-    """The rows read and dropped, a line a reason, each with the key that decides it."""
+    """Rows read, kept and dropped: one line per reason, with the config key that decides it."""
     data = config.data
     why = {
         PROMPT_TOO_LONG: f"more than data.max_prompt_tokens={data.max_prompt_tokens} tokens",
         TEXT_TOO_LONG: f"more than data.max_tokens={data.max_tokens} tokens",
-        ANSWER_TOO_LONG: "no prompt tokens are left to cut",
+        ANSWER_TOO_LONG: "the prompt has too few tokens to cut",
         IDENTICAL: "chosen and rejected are the same tokens",
         EMPTY: "prompt and answer are both empty",
         UNDECIDED: "all answers tie, or there is only one",
@@ -45,7 +46,7 @@ def drop_table(report: dict[str, Any], config: Config) -> str:
 
 
 def describe_part(part: TokenizedComparisons, config: Config) -> str:
-    """Rows kept and dropped, formats, sources, tokens, sharing ratio (separate texts / prompt once), lengths."""
+    """Rows, formats, sources, tokens, sharing ratio (tokens of separate texts / with each prompt once), lengths."""
     report, lengths = part.report, part.text_length_A
     computed, logical = len(part.tokens), int(part.logical_tokens_N.sum())
     low, middle, high, longest = np.percentile(lengths, [5, 50, 95, 100])
@@ -59,7 +60,7 @@ def describe_part(part: TokenizedComparisons, config: Config) -> str:
             drop_table(report, config),
             *(f"  format   {origin}: {format}" for origin, format in report["formats"].items()),
             f"  sources  {', '.join(shown)}{more}",
-            *_told_apart(report),
+            *_duplicates(report),
             f"  tokens   {computed:,} with each prompt once, {logical:,} as separate texts: "
             f"sharing ratio {logical / computed:.2f}",
             f"  lengths  of prompt and answer: 5 % {low:.0f}, median {middle:.0f}, 95 % {high:.0f}, "
@@ -69,13 +70,13 @@ def describe_part(part: TokenizedComparisons, config: Config) -> str:
 
 
 def _besides(report: dict[str, Any]) -> str:
-    """What the objective reads besides pairs."""
+    """The counts of what the objective reads besides pairs."""
     counts = {"ties": report.get("ties", 0), "scored answers": report.get("scored_answers", 0)}
     return "".join(f", {count:,} {name}" for name, count in counts.items() if count)
 
 
-def _told_apart(report: dict[str, Any]) -> list[str]:
-    """Repeated and contradicted rows, where there are any."""
+def _duplicates(report: dict[str, Any]) -> list[str]:
+    """Repeated and contradicted rows, if there are any."""
     meanings = {
         REPEATED: "prompt, answers and judgement of an earlier row",
         CONTRADICTED: "another row judges the same answers to the same prompt differently",

@@ -1,12 +1,12 @@
-"""Local files -> rows in one memory-mapped Arrow file, each with the place it came from.
+"""Reads local files into one memory-mapped Arrow file of rows, each with the place that it came from.
 
-Enters: a path (file, directory, glob) and a split name. Leaves: a `datasets.Dataset`, a hash of the files' bytes, and
-the map, whose pages can be given back.
+Input: a path (file, directory, glob) and the name of a split.
+Output: a `datasets.Dataset`, a hash of the files' bytes, and the memory map, whose pages can be given back.
 Example: pairs.jsonl with 3 lines -> 3 rows {"__where__": "pairs.jsonl:1", "__json__": '{"chosen": ...}'}, ...
 
-JSON and CSV rows are kept as JSON text, not as columns: their types may change from row to row (null here, a list
-there), and whoever reads a field reports it by file and line. Parquet and Arrow rows keep their columns. Memory
-stays flat.
+JSON and CSV rows are kept as JSON text, not as columns: types may change from row to row (null here, a list there), and
+the reader of a field reports a wrong type with file and line. Parquet and Arrow rows keep their columns. Memory does
+not grow with the rows (except for a JSON array, see text_rows.py).
 """
 
 import difflib
@@ -36,7 +36,7 @@ _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 
 
 def looks_local(path: str) -> bool:
-    """True for what can only be meant as a path here, so that a typo is not looked up on the hub."""
+    """True if `path` can only be meant as a local path, so that a typo is not looked up on the hub."""
     return (
         os.path.exists(path)
         or path.startswith(("/", ".", "~"))
@@ -47,7 +47,7 @@ def looks_local(path: str) -> bool:
 
 
 def suffix(path: Path) -> str | None:
-    """`.jsonl` for a.jsonl and a.jsonl.gz; None for a kind of file that is not read."""
+    """`.jsonl` for a.jsonl and a.jsonl.gz; None for a kind of file that cannot be read."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -56,9 +56,9 @@ def suffix(path: Path) -> str | None:
 
 
 def find_files(path: str, split: str, key: str) -> list[Path]:
-    """The files of a path that hold a split, sorted. Raises UserError: nothing there, or no such split.
+    """The files of a split at a path, sorted. Raises UserError if there are no files, or none of this split.
 
-    A file is the split `train`, or what its name says (test.jsonl, test-00000-of-00002.parquet, test/part.csv).
+    The split of a file is in its name (test.jsonl, test-00000-of-00002.parquet, test/part.csv), or else `train`.
     """
     expanded = os.path.expanduser(path)
     is_directory = os.path.isdir(expanded)
@@ -84,26 +84,26 @@ def find_files(path: str, split: str, key: str) -> list[Path]:
         raise UserError(
             f"{key}.split: split {split!r} not in {path}, which has only 'train'; set {key}.split=train{other}"
         )
-    # In a directory, test.jsonl must not be trained on unseen; a glob or a file was chosen by the user.
+    # In a directory, test.jsonl must not become training data unnoticed; a glob or a file was chosen by the user.
     if split != "train" or (is_directory and any(_names_split(n, w) for n in names.values() for w in _SPLIT_WORDS)):
         shown = ", ".join(list(names.values())[:8])
         hint = "; a glob reads all its files as train" if split == "train" else ""
-        raise UserError(f"{key}.split: no file in {path} names the split {split!r}; there are {shown}{hint}")
+        raise UserError(f"{key}.split: no file in {path} has the split {split!r} in its name; there are {shown}{hint}")
     return files
 
 
 def read_files(files: list[Path], cache_dir: Path) -> tuple[Dataset, str, mmap.mmap]:
-    """Rows of all files in order, memory-mapped from `cache_dir`, the hash of the files' bytes, and the map.
+    """-> (rows of all files in order, memory-mapped from `cache_dir`; hash of the files' bytes; the map).
 
-    Raises UserError: "FILE:LINE: reason" for the first malformed row, or that there is no row at all.
+    Raises UserError: "FILE:LINE: reason" for the first malformed row, or if there is no row.
     """
     content = hash_files(files)
-    names = xxhash.xxh3_64_hexdigest("\0".join(map(str, files)).encode())  # the rows carry the files' names
+    names = xxhash.xxh3_64_hexdigest("\0".join(map(str, files)).encode())  # the rows contain the files' names
     target = cache_dir / f"rows-v1-{content}-{names}.arrow"
     try:
         if not target.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(f".tmp-{uuid.uuid4().hex}")  # hosts may share the directory
+            partial = target.with_suffix(f".tmp-{uuid.uuid4().hex}")  # several hosts may share the directory
             try:
                 _write(files, partial)
                 os.replace(partial, target)
@@ -113,7 +113,7 @@ def read_files(files: list[Path], cache_dir: Path) -> tuple[Dataset, str, mmap.m
         raise UserError(f"cannot write the cache {target}: {error.strerror or error}; set data.cache") from None
     with open(target, "rb") as stream:
         pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    table = InMemoryTable(pyarrow.ipc.open_stream(pages).read_all())  # in name only: its buffers are the map's pages
+    table = InMemoryTable(pyarrow.ipc.open_stream(pages).read_all())  # despite the name, its buffers are mapped pages
     if len(table) == 0:
         raise UserError(
             f"{files[0] if len(files) == 1 else f'{files[0]} and {len(files) - 1} more'}: no rows: the file is empty"
@@ -122,7 +122,7 @@ def read_files(files: list[Path], cache_dir: Path) -> tuple[Dataset, str, mmap.m
 
 
 def give_back(pages: mmap.mmap) -> None:
-    """Pages that were read count as memory of the process until it needs others; they are on disk, so it lets go."""
+    """Releases the pages that were read, which would count as memory of the process; they can be read again."""
     if hasattr(mmap, "MADV_DONTNEED"):
         pages.madvise(mmap.MADV_DONTNEED)
 
@@ -141,7 +141,7 @@ def hash_files(files: list[Path]) -> str:
 
 
 def _write(files: list[Path], target: Path) -> None:
-    """One Arrow stream of all files' record batches; the first batch fixes the columns."""
+    """Writes one Arrow stream with the record batches of all files; the first batch decides the columns."""
     writer = None
     with pyarrow.OSFile(str(target), "wb") as sink:
         for file in files:
@@ -152,7 +152,7 @@ def _write(files: list[Path], target: Path) -> None:
                 elif not batch.schema.equals(schema):
                     raise UserError(
                         f"{file}: columns {batch.schema.names[:-1]} do not fit those of {files[0]}, "
-                        f"{schema.names[:-1]}, in name or type; make them separate sources"
+                        f"{schema.names[:-1]}, in name or type; list the files as separate sources"
                     )
                 writer.write_batch(batch)
         if writer is None:
@@ -189,7 +189,7 @@ def _table_batches(file: Path, kind: str) -> Iterator[pyarrow.RecordBatch]:
             count += batch.num_rows
             yield batch.append_column(WHERE, where)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: damaged, or no {kind[1:]} file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file}: damaged, or not in the {kind[1:]} format: {str(error).splitlines()[0]}") from None
 
 
 def _parquet_batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
@@ -198,7 +198,7 @@ def _parquet_batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _arrow_batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Both of Arrow's layouts: the file format (starts with its magic) and the stream format that `datasets` writes."""
+    """Reads both layouts of Arrow: the file format (begins with its magic) and the stream format of `datasets`."""
     with pyarrow.memory_map(str(file)) as source:
         is_file_format = source.read(5) == b"ARROW"
         source.seek(0)
@@ -210,7 +210,7 @@ def _arrow_batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _is_data(file: Path, root: str) -> bool:
-    """Not hidden, and none of the JSON files that describe a data set or a model."""
+    """True for files that are not hidden and do not describe a data set or a model."""
     return file.name not in _NOT_ROWS and not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
 
 
@@ -229,6 +229,6 @@ def _nothing_at(path: str, expanded: str) -> str:
         if guess
         else ""
         if siblings
-        else f" ({parent} holds nothing, or is not there)"
+        else f" ({parent} is empty or does not exist)"
     )
     return f"no such file or directory: {path}{hint}"

@@ -1,8 +1,9 @@
-"""SourceConfig -> Source: rows of a hub data set, local files or the synthetic task, taken in the amounts asked for.
+"""Loads the rows of hub data sets, local files or the synthetic task, in the configured amounts.
 
-Enters: the sources of data.train (or data.eval), the run's seed, data.limit. Leaves: one Source a config.
-Example: {path: hh.jsonl, amount: 0.5} of 1,900 rows -> 950 rows in file order, the same ones for the same seed;
-iterating gives ({"prompt": ..., "chosen": ..., "rejected": ...}, "hh.jsonl:12").
+Input: the sources of data.train (or data.eval), the seed of the run, data.limit.
+Output: one Source per source in the config.
+Example: {path: hh.jsonl, amount: 0.5} with 1,900 rows in the file -> 950 rows in file order, the same ones for the same
+seed. Iterating yields ({"prompt": ..., "chosen": ..., "rejected": ...}, "hh.jsonl:12").
 """
 
 import itertools
@@ -31,6 +32,7 @@ from rmcore.data.reading.files import (
     looks_local,
     read_files,
 )
+from rmcore.data.synthetic import SPLIT_ROWS, synthetic_rows
 from rmcore.host.hub_access import offline_if_unreachable
 
 _HEAD = 20  # rows that detect_format looks at
@@ -40,26 +42,26 @@ _READS_MAPPED = 16  # after so many reads the pages that were read are given bac
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one data set, read where they lie: nothing but the numbers of the chosen rows is in memory."""
+    """Rows of one data set. Only the numbers of the chosen rows are in memory; the rows are read from disk."""
 
-    label: str  # short name, for figures by source
+    label: str  # short name, for metrics by source
     origin: str  # what the user wrote, for messages
-    key: str  # where the user wrote it: data.train, or data.train[1] in a list
+    key: str  # the config key where the user wrote it: data.train, or data.train[1] in a list
     fingerprint: str  # of the content, the split, the chosen rows and the column names
     columns: Mapping[str, str]  # our name -> theirs
     _rows: datasets.Dataset = field(repr=False)
     _index: numpy.ndarray = field(repr=False)  # int64, row numbers of _rows
-    _maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)  # the memory of _rows, where it is a file of ours
+    _maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)  # the memory of _rows, if they come from our cache
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """(row, where) of every chosen row; where = "FILE:LINE", "FILE row N" or "ORIGIN row N", counted from 1."""
+        """Yields (row, where) of every chosen row; where = "FILE:LINE", "FILE row N" or "ORIGIN row N", from 1."""
         return self.rows(range(len(self)))
 
     def rows(self, numbers: Sequence[int] | numpy.ndarray) -> Iterator[tuple[dict[str, Any], str]]:
-        """(row, where) of the chosen rows with these numbers, in their order."""
+        """Yields (row, where) of the chosen rows with these numbers, in the order of `numbers`."""
         for start in range(0, len(numbers), _ROWS_A_READ):
             yield from self._read(numbers[start : start + _ROWS_A_READ])
             if start // _ROWS_A_READ % _READS_MAPPED == 0:
@@ -68,7 +70,7 @@ class Source:
 
     @property
     def stored(self) -> numpy.ndarray:
-        """int64 [rows]: which stored row each chosen row is; an amount above 1 takes stored rows several times."""
+        """int64 [rows]: the stored row of each chosen row. An amount above 1 takes stored rows several times."""
         return self._index
 
     def head(self) -> list[dict[str, Any]]:
@@ -86,15 +88,20 @@ class Source:
 
 
 def load_sources(
-    configs: Sequence[SourceConfig], *, seed: int, limit: int | None, cache_dir: Path, key: str = "data.train",
+    configs: Sequence[SourceConfig],
+    *,
+    seed: int,
+    limit: int | None,
+    cache_dir: Path,
+    key: str = "data.train",
     whole: bool = False,
-) -> list[Source]:  # fmt: skip
-    """One Source a config, with `amount`, the split and `limit` applied.
+) -> list[Source]:
+    """One Source per config, with `amount`, the split and `limit` applied.
 
-    amount: a whole number takes that many rows, a fraction that share of them (above 1 it repeats rows); which ones
-    depends on `seed` and the content alone. limit: at most so many rows over all sources, in proportion, the first
-    ones of each. cache_dir: rows of local files are kept there as Arrow. whole: rows with all their columns, not only
-    those that a comparison needs. Raises UserError for what cannot be read.
+    amount: a whole number takes that many rows, a fraction that share of the rows (above 1 it repeats rows). Which rows
+    are taken depends only on `seed` and the content. limit: at most so many rows over all sources, in proportion, the
+    first ones of each. cache_dir: rows of local files are cached there as Arrow. whole: rows with all columns, not
+    only those that a comparison needs. Raises UserError for a source that cannot be read.
     """
     sources: list[Source] = []
     for number, config in enumerate(configs):
@@ -123,15 +130,21 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
     contents = [part.content for part in parts]
     content = contents[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(contents).encode())
     source = Source(
-        _label(config.path), config.path, key, content, config.columns,
-        rows if whole else _needed(rows, config.columns), index, tuple(pages for part in parts for pages in part.maps),
-    )  # fmt: skip
+        label=_label(config.path),
+        origin=config.path,
+        key=key,
+        fingerprint=content,
+        columns=config.columns,
+        _rows=rows if whole else _needed(rows, config.columns),
+        _index=index,
+        _maps=tuple(pages for part in parts for pages in part.maps),
+    )
     return _chosen(source, _taken(index, config, seed, content, key))
 
 
 @dataclass(frozen=True)
 class _Split:
-    """All rows of one split, their hash, and the numbers of those that its slice (`train[:10%]`) asks for."""
+    """All rows of one split, their hash, and the numbers of the rows in its slice (`train[:10%]`)."""
 
     rows: datasets.Dataset
     content: str
@@ -158,13 +171,13 @@ def _split(config: SourceConfig, spec: str, seed: int, cache_dir: Path, key: str
 
 
 def _label(path: str) -> str:
-    """hh for data/hh.jsonl.gz, helpful for helpful/*.parquet, org/name's name for a hub data set."""
+    """`hh` for data/hh.jsonl.gz, `helpful` for helpful/*.parquet, `name` for the hub data set org/name."""
     named = [part for part in Path(path).expanduser().absolute().parts if "*" not in part]
     return re.sub(rf"({'|'.join(map(re.escape, (*SUFFIXES, *COMPRESSIONS)))})+$", "", named[-1])
 
 
 def _needed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
-    """Without the columns that no comparison reads."""
+    """Removes the columns that no comparison reads."""
     if JSON in rows.column_names:
         return rows
     names = needed_columns([name for name in rows.column_names if name != WHERE], columns)
@@ -172,21 +185,20 @@ def _needed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Data
 
 
 def _chosen(source: Source, index: numpy.ndarray) -> Source:
-    """The same source with other rows; its fingerprint speaks of the content and of exactly these rows."""
-    told = json.dumps([source.fingerprint, sorted(source.columns.items())]).encode()
-    digest = xxhash.xxh3_128(told)
+    """The same source with other rows. Its fingerprint depends on the content, the columns and these rows."""
+    digest = xxhash.xxh3_128(json.dumps([source.fingerprint, sorted(source.columns.items())]).encode())
     digest.update(numpy.ascontiguousarray(index, dtype="<i8").tobytes())
     return replace(source, fingerprint=digest.hexdigest(), _index=index)
 
 
 def _taken(index: numpy.ndarray, config: SourceConfig, seed: int, content: str, key: str) -> numpy.ndarray:
-    """`amount` of the rows, in file order; a larger amount holds the rows of a smaller one."""
+    """`amount` of the rows, in file order. A larger amount includes the rows of a smaller one."""
     if config.amount is None:
         return index
     count = config.amount if isinstance(config.amount, int) else max(1, round(config.amount * len(index)))
     if isinstance(config.amount, int) and count > len(index):
         raise UserError(
-            f"{key}.amount: {count} rows asked for, but {config.path} has {len(index)}; "
+            f"{key}.amount={count} is more than the {len(index)} rows of {config.path}; "
             f"a fraction above 1 repeats rows ({count / len(index):.2f})"
         )
     whole, rest = divmod(count, len(index))
@@ -195,8 +207,6 @@ def _taken(index: numpy.ndarray, config: SourceConfig, seed: int, content: str, 
 
 
 def _synthetic(config: SourceConfig, split: str, seed: int) -> tuple[datasets.Dataset, str]:
-    from rmcore.data.synthetic import SPLIT_ROWS, synthetic_rows
-
     count = config.amount if isinstance(config.amount, int) else SPLIT_ROWS.get(split, 1)
     rows = synthetic_rows(count, seed, split)
     return datasets.Dataset.from_list(rows), xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
@@ -210,19 +220,21 @@ def _local(path: str, split: str, cache_dir: Path, key: str) -> tuple[datasets.D
         return rows, content, [pages]
     try:
         loaded = datasets.load_from_disk(str(directory))
-    except Exception as error:  # datasets, pyarrow and json raise their own kinds on a damaged directory
+    except Exception as error:  # datasets, pyarrow and json raise errors of their own for a damaged directory
         raise UserError(f"{key}.path: cannot read the saved data set {path}: {_first_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise UserError(f"{key}.split: split {split!r} not in {path}, which has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
     elif split not in ("train", str(loaded.split)):
-        raise UserError(f"{key}.split: split {split!r} not in {path}, which is saved without splits; leave it away")
+        raise UserError(
+            f"{key}.split: split {split!r} not in {path}, which was saved without splits; leave the key out"
+        )
     return loaded, _content_of(loaded), []
 
 
 def _content_of(rows: datasets.Dataset) -> str:
-    """Hash of the Arrow files behind a data set: the same rows have it on any machine, whenever they were fetched."""
+    """Hash of the Arrow files of a data set: the same for the same rows, on any machine and at any time."""
     files = [Path(file["filename"]) for file in rows.cache_files]
     return hash_files(files) if files else xxhash.xxh3_128_hexdigest(rows._fingerprint.encode())
 
@@ -237,7 +249,7 @@ def _hub(config: SourceConfig, split: str, key: str) -> tuple[datasets.Dataset, 
                 f"{key}.path: {config.path} is neither a file here nor a data set on the hub that you may read "
                 "(if it is private or gated: hf auth login)"
             ) from None
-        except Exception as error:  # a boundary: datasets, fsspec and the hub client raise some twenty kinds
+        except Exception as error:  # datasets, fsspec and the hub client raise some twenty kinds of errors
             if reason is None:
                 raise UserError(f"{key}: cannot load the hub data set {what}: {_first_line(error)}") from None
             if isinstance(error, ValueError) and "split" in str(error):
@@ -250,7 +262,7 @@ def _hub(config: SourceConfig, split: str, key: str) -> tuple[datasets.Dataset, 
     cached = Path(rows.cache_files[0]["filename"]).parent.name if rows.cache_files else ""
     pinned = re.fullmatch(r"[0-9a-f]{40}", config.revision or "")
     if reason is not None and pinned and cached != config.revision:
-        # Offline, datasets serves whatever revision it has.
+        # Offline, `datasets` returns whatever revision is in its cache.
         raise UserError(f"{key}.revision: not in the cache: {what} ({reason}); the cache holds revision {cached}")
     return rows, _content_of(rows)
 

@@ -1,18 +1,18 @@
-"""Rendered comparisons -> token ids in the cache, a chunk at a time, and the counts that become the report.
+"""Tokenises rendered comparisons into the cache, chunk by chunk, and counts rows for the report.
 
-In: chunks of some thousand comparisons with their texts. Out: arrays written by a CacheWriter; `report`, in which
-rows = kept + the sum of dropped. Example: {"rows": 1900, "kept": 1888, "dropped": {"text too long": 12}, "pairs": 1888,
-"repeated": 3, "contradicted": 0, "warnings": ["3 rows repeat an earlier row ..."], ...}.
+Input: chunks of some thousand comparisons with their texts.
+Output: arrays, written by a CacheWriter, and the report, in which rows = kept + the sum of dropped.
+Example: {"rows": 1900, "kept": 1888, "dropped": {"text too long": 12}, "pairs": 1888, "repeated": 3, "contradicted": 0,
+"warnings": ["7 rows have an empty answer"], ...}.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from rmcore.config import Config
 from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
@@ -24,16 +24,13 @@ from rmcore.data.tokens.comparisons import EncodedRow, lay_out
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.limits import LengthLimits, apply_limits
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 CHUNK_ROWS = 1024
-CHUNK_CHARACTERS = 2_000_000  # of rendered text: bounds the memory of one call to the tokenizer, some 200 MB
+CHUNK_CHARACTERS = 2_000_000  # of rendered text; it bounds the memory of one call to the tokenizer to some 200 MB
 
 
 @dataclass
 class Chunk:
-    """Rendered comparisons that go to the tokenizer together, and what was counted on the way to them."""
+    """Rendered comparisons that go to the tokenizer together, and the counts of their rows."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     texts: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
@@ -53,12 +50,18 @@ class Chunk:
 
 
 class Work:
-    """The tokenising side of a build, and its counts."""
+    """Tokenises the chunks of one build, and counts their rows."""
 
     def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerFast, ends: tuple[str, ...], limits: LengthLimits,
-        writer: CacheWriter, selection: Selection, rows: int,
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerFast,
+        ends: tuple[str, ...],
+        limits: LengthLimits,
+        writer: CacheWriter,
+        selection: Selection,
+        rows: int,
+    ) -> None:
         self._config, self._writer, self._selection = config, writer, selection
         self._encoder = TextEncoder(tokenizer, ends)
         self._limits = replace(limits, keep_first=int(self._encoder.bos is not None))
@@ -71,11 +74,12 @@ class Work:
         self.refusal = ""
 
     def counted(self, comparison: Comparison) -> Comparison:
+        """Remembers the hashes of a row, so that the report can count duplicates."""
         self._hashes.add_judged(comparison)
         return comparison
 
     def tokenise(self, chunk: Chunk) -> None:
-        """Ids, limits and the shared prefix of a chunk, to the cache."""
+        """Tokenises a chunk, applies the limits, and writes it to the cache."""
         kept, gone = apply_limits(self._encoded(chunk), self._limits)
         self._writer.write(lay_out(kept))
         self._dropped += gone + chunk.dropped
@@ -110,8 +114,7 @@ class Work:
         return rows
 
     def report(self, name: str, stored: np.ndarray | None) -> dict[str, Any]:
-        """What became of the rows. `stored` tells copies of a row from repetitions
-        (rmcore.data.formats.selection.select)."""
+        """The report. `stored` distinguishes copies of a row from repeated rows (rmcore.data.formats.selection)."""
         repeated, contradicted = self._selection.repeated, self._selection.contradicted
         if self._selection.order is None:
             answers, judged = (
@@ -123,16 +126,23 @@ class Work:
         if self._empty:
             warnings.append(f"{self._empty:,} rows have an empty answer")
         return {
-            "key": name, "rows": self.seen, "kept": self._kept, "comparisons": len(self._writer),
-            "dropped": dict(self._dropped.most_common()), "pairs": self._pairs,
-            "ties": self._ties, "scored_answers": self._scored,
-            "repeated": repeated, "contradicted": contradicted, "warnings": warnings,
+            "key": name,
+            "rows": self.seen,
+            "kept": self._kept,
+            "comparisons": len(self._writer),
+            "dropped": dict(self._dropped.most_common()),
+            "pairs": self._pairs,
+            "ties": self._ties,
+            "scored_answers": self._scored,
+            "repeated": repeated,
+            "contradicted": contradicted,
+            "warnings": warnings,
             "bos_added": self._encoder.bos is not None,
-        }  # fmt: skip
+        }
 
 
 def _contents(comparison: Comparison) -> Iterator[str]:
-    """The data's own texts, without what the template writes."""
+    """The texts of the data, without those of the template."""
     for part in (comparison.prompt, *comparison.answers):
         if isinstance(part, str):
             yield part

@@ -1,15 +1,14 @@
-"""The token cache: a directory of .npy files and meta.json, built by one process, read by all through memory maps.
+"""Caches tokens on disk: one process builds a directory of .npy files and meta.json, all read it by memory maps.
 
-In: a key (a hash of all that decides the content) and a function that writes the arrays. Out: TokenizedComparisons.
+Input: a key (a hash of all that decides the content), and a function that writes the arrays.
+Output: TokenizedComparisons.
 Example: <root>/3f0c/{tokens.npy, ..., meta.json} and 3f0c.lock; while process 71 on host a builds, 3f0c.building-a-71.
 
-Any number of processes may ask at once: the first takes the file lock and builds into a directory of its own, which is
-renamed when it is complete and on disk; the others wait on the lock. A killed builder leaves only that directory, which
-is never read and is swept by the next builder. Opening an entry reads it through once and compares hashes (xxh3, some
-GB a second), so that a flipped bit or a disk that lost a block is found before it is trained on.
+Any number of processes may open an entry at the same time. The first one takes the file lock and builds into a
+directory of its own, which it renames when everything is on disk; the others wait for the lock. A killed builder leaves
+only that directory. It is never read, and the next builder deletes it. To open an entry, a process reads it once and
+compares hashes (xxh3, some GB per second), so that a flipped bit or a lost block is found before training.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -30,18 +29,17 @@ from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, TokenizedCompariso
 
 FORMAT_VERSION = 3
 _BLOCK = 1 << 22  # bytes hashed at a time
-WAIT_SECONDS = 30.0  # between two lines that say who is waited for
+WAIT_SECONDS = 30.0  # between two log lines that say which process holds the lock
 
 _log = logging.getLogger(__name__)
 
 
 class DamagedCache(Exception):
-    """A cache directory that is not what its builder wrote."""
+    """A cache directory differs from what its builder wrote."""
 
 
 class CacheWriter:
-    """Appends chunks (rmcore.data.tokens.comparisons.lay_out) to one .npy file an array; memory does not grow with
-    the rows."""
+    """Appends chunks (rmcore.data.tokens.comparisons.lay_out) to .npy files, one per array. Memory does not grow."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -60,6 +58,7 @@ class CacheWriter:
         return self._length["prefix_length"]
 
     def write(self, chunk: dict[str, np.ndarray]) -> None:
+        """Appends one chunk; its offsets are lengths, which are summed here."""
         for name, values in chunk.items():
             if name in OFFSET_OF and len(values):
                 values = self._offset[name] + np.cumsum(values)
@@ -71,7 +70,7 @@ class CacheWriter:
             file.close()
 
     def finish(self, sources: list[str], report: dict[str, Any]) -> None:
-        """Writes the final headers and meta.json, and brings everything to the disk."""
+        """Writes the final headers and meta.json, and syncs everything to the disk."""
         for name, file in self._files.items():
             file.seek(0)
             self._write_header(name)
@@ -102,13 +101,13 @@ class CacheWriter:
         self._length[name] += len(values)
 
     def _write_header(self, name: str) -> None:
-        # numpy pads the header so that the first axis can grow: rewritten with the final length it has the same size
+        # numpy pads the header so that the first axis can grow: with the final length it has the same size.
         header = {"descr": np.dtype(ARRAYS[name]).str, "fortran_order": False, "shape": (self._length[name],)}
         np.lib.format.write_array_header_1_0(self._files[name], header)
 
 
 def read(directory: Path) -> TokenizedComparisons:
-    """Opens a cache directory by memory maps. Raises FileNotFoundError: there is none; DamagedCache: it is broken."""
+    """Opens a cache directory by memory maps. Raises FileNotFoundError if it does not exist, or DamagedCache."""
     if not directory.is_dir():
         raise FileNotFoundError(directory)
     try:
@@ -134,12 +133,12 @@ def _open_array(directory: Path, name: str, meta: dict[str, Any]) -> np.ndarray:
     if array.dtype != ARRAYS[name] or array.shape != (meta["length"][name],):
         raise DamagedCache(f"{path.name} holds {array.dtype} {array.shape}")
     if _hash_from(path, size - array.nbytes) != meta["hash"][name]:
-        raise DamagedCache(f"{path.name} does not hold what was written: its hash differs")
-    return np.asarray(array)  # a plain view of the map: slicing np.memmap is several times slower
+        raise DamagedCache(f"{path.name} is not what was written: its hash differs")
+    return np.asarray(array)  # a plain view of the map, because slicing np.memmap is several times slower
 
 
 def _hash_from(path: Path, start: int) -> str:
-    """xxh3 of a file's bytes behind its header; read, not mapped: mapped pages would count as memory of the process."""
+    """xxh3 of a file's bytes after its header. Read, not mapped: mapped pages would count as memory of the process."""
     digest, block = xxhash.xxh3_128(), bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -149,16 +148,16 @@ def _hash_from(path: Path, start: int) -> str:
 
 
 def open_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], what: str) -> TokenizedComparisons:
-    """The cache entry `key` under `root`, built by `build(writer)` (which ends with writer.finish) if it is not there.
+    """Opens the cache entry `key` under `root`, or has `build(writer)` build it, which ends with writer.finish.
 
-    `what` names the data in messages. Raises UserError when the directory cannot be written; what `build` raises
-    passes through and leaves nothing behind.
+    `what`: the data, for messages. Raises UserError if the directory cannot be written. An error of `build` passes
+    through, and nothing is left behind.
     """
     final = root / key
     try:
         return read(final)
     except (FileNotFoundError, DamagedCache):
-        pass  # looked at again under the lock: another process may be mending it
+        pass  # read again under the lock: another process may be repairing it
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f"{key}.lock", timeout=WAIT_SECONDS)
@@ -172,14 +171,14 @@ def open_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], wh
 
 
 def _read_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], what: str) -> TokenizedComparisons:
-    """Under the lock."""
+    """Reads or builds the entry; called with the lock held."""
     final = root / key
     try:
         return read(final)
     except FileNotFoundError:
         pass
     except DamagedCache as damage:
-        _log.warning("the token cache %s is damaged (%s): %s is prepared anew", final, damage, what)
+        _log.warning("the token cache %s is damaged (%s): preparing %s again", final, damage, what)
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
     temporary = root / f"{key}.building-{owner['host']}-{owner['pid']}"
     try:
@@ -205,7 +204,7 @@ def _read_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], w
 
 
 def _wait_for(lock: FileLock, owner_path: Path, what: str) -> None:
-    """Takes the lock, however long it takes, and says now and then who has it."""
+    """Takes the lock, however long it takes, and logs now and then which process has it."""
     start = time.monotonic()
     while True:
         try:

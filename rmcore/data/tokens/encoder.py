@@ -1,43 +1,40 @@
-"""Rendered texts -> token ids, each prompt once, and what is odd about special tokens on the way.
+"""Tokenises rendered texts, each common beginning once, and counts oddities of special tokens.
 
-In: texts. Out: int32 arrays, to the token those of the tokenizer called on each whole text.
-Example: Llama's tokenizer puts <s> in front by itself, so " hi" and "<s> hi" both become [1, 7251]: one BOS, never two.
+Input: texts.
+Output: int32 arrays, exactly the ids that the tokenizer gives for each whole text.
+Example: Llama's tokenizer itself puts <s> in front, so " hi" and "<s> hi" both become [1, 7251]: one BOS, never two.
 
-The texts of one comparison begin alike. Where the tokenizer is byte-level BPE, its words never cross a space between a
-printable ASCII character and an ASCII letter, so the common beginning up to such a space is encoded once and joined
-with each rest: the same ids for about half the work. Other tokenizers get whole texts.
+The texts of one comparison begin alike. The words of byte-level BPE never cross a space between a printable ASCII
+character and an ASCII letter. So the common beginning, up to such a space, is encoded once and joined with each rest:
+the same ids for about half the work. Other tokenizers get whole texts.
 """
-
-from __future__ import annotations
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from rmcore.data.formats.transcripts import common_length
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-# The words of Llama 3, Qwen 2 and their kin; like GPT-2's (which `ByteLevel` has built in), none of the alternatives
-# goes on behind a printable character into a space, and a space before a letter always opens a word.
+# The words of Llama 3, Qwen 2 and related models. As in GPT-2's pattern (which `ByteLevel` has built in), no
+# alternative continues from a printable character into a space, and a space before a letter always begins a word.
 _CONTRACTIONS, _REST = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORD_PATTERNS = {rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{_REST}" for digits in ("", "{1,3}")}
-_TRIES = 64  # spaces looked at, from the end of the common beginning, before whole texts are encoded
+_TRIES = 64  # spaces tried, from the end of the common beginning, before whole texts are encoded
 
 
 class TextEncoder:
-    """Rendered texts -> ids, in batches; counts what is odd about special tokens on the way.
+    """Rendered texts -> ids, in batches; counts oddities of special tokens.
 
-    The tokenizer adds no special tokens, with one exception: where it puts BOS in front of a text by itself, a text
-    gets exactly one, also when the template has written it. EOS is the template's business.
-    `ends`: tokens at which an answer may end (EOS; for a chat model also the end of an assistant's turn).
+    No special tokens are added, with one exception: if the tokenizer itself puts BOS in front of a text, each text gets
+    exactly one BOS, also if the template has written it. The template writes EOS.
+    `ends`: tokens at which an answer may end, besides EOS (for a chat model the end of an assistant's turn).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, ends: Iterable[str] = ()) -> None:
@@ -47,7 +44,7 @@ class TextEncoder:
         bos = tokenizer.bos_token_id
         self.bos: int | None = bos if bos is not None and full[:1] == [bos] != bare[:1] else None
         self._bos_id, self._eos = bos, (str(tokenizer.eos_token), *ends)
-        # the longest name first: one special token may begin with another
+        # The longest name first, because one special token may begin with another.
         names = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
             tokenizer.all_special_tokens
         )
@@ -57,11 +54,11 @@ class TextEncoder:
         self.spelled: Counter[str] = Counter()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text, in one call; the Rust side uses all cores unless TOKENIZERS_PARALLELISM says no."""
+        """int32 ids of each text. The Rust side uses all cores unless TOKENIZERS_PARALLELISM forbids it."""
         return [self._with_bos(ids) for ids in self._encode(texts)]
 
     def encode_comparisons(self, comparisons: Sequence[tuple[str, Sequence[str]]]) -> list[list[np.ndarray]]:
-        """For each (prompt text, full text of each answer) the ids of all of them, the prompt's first."""
+        """For each (prompt text, full text of each answer) the ids of all of them, first those of the prompt."""
         pieces: list[str] = []
         for prompt, answers in comparisons:
             cut = common_cut(prompt, answers) if self.joins else 0
@@ -74,7 +71,7 @@ class TextEncoder:
         return made
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        different = dict.fromkeys(texts, 0)  # rows with the same prompt often stand together
+        different = dict.fromkeys(texts, 0)  # neighbouring rows often have the same prompt
         encodings = self._backend.encode_batch_fast(list(different), add_special_tokens=False)
         lists = [encoding.ids for encoding in encodings]
         lengths = list(map(len, lists))
@@ -89,7 +86,7 @@ class TextEncoder:
         return np.concatenate([np.array([self.bos], dtype=np.int32), ids])
 
     def count_answer(self, text: str, ids: np.ndarray) -> None:
-        """Counts doubled BOS, and missing or doubled EOS (white space after EOS is a template's), of one full text."""
+        """Counts doubled BOS, and missing or doubled EOS, of one full text. White space may follow EOS."""
         self.counts["answers"] += 1
         if len(ids) > 1 and ids[0] == ids[1] == self._bos_id:
             self.counts["doubled BOS"] += 1
@@ -101,45 +98,43 @@ class TextEncoder:
             self.counts["doubled EOS"] += 1
 
     def count_content(self, contents: Iterable[str]) -> None:
-        """Counts the special tokens that one comparison's own text spells; each becomes that token."""
+        """Counts special tokens in the data's own text of one comparison; the tokenizer turns each into that token."""
         found = [name for text in contents for name in self._special.findall(text)]
         if found:
             self.counts["rows that spell a special token"] += 1
             self.spelled.update(found)
 
     def warnings(self) -> list[str]:
-        """One sentence for each kind of oddity found."""
+        """One sentence per kind of oddity."""
         lines = []
         for kind in ("doubled BOS", "missing EOS", "doubled EOS"):
             if self.counts[kind]:
                 lines.append(
-                    f"{kind} in {self.counts[kind]:,} of {self.counts['answers']:,} answers: look at data.template"
+                    f"{kind} in {self.counts[kind]:,} of {self.counts['answers']:,} answers: check data.template"
                 )
         if self.spelled:
             names = ", ".join(f"{name} {count:,} times" for name, count in self.spelled.most_common(5))
             rows = self.counts["rows that spell a special token"]
-            lines.append(f"the text of {rows:,} rows spells special tokens and becomes them: {names}")
+            lines.append(f"the text of {rows:,} rows contains special tokens, which it becomes: {names}")
         return lines
 
 
 def plain_backend_json(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The tokenizer.json of the Rust tokenizer, without padding and truncation, whatever it was last used for."""
+    """The tokenizer.json of the Rust tokenizer, without the padding and truncation that earlier calls may have set."""
     stored: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return stored | {"padding": None, "truncation": None}
 
 
 def plain_backend(stored: dict[str, Any]) -> Tokenizer:
     """A Rust tokenizer of its own that neither pads nor truncates, from `plain_backend_json`."""
-    from tokenizers import Tokenizer
-
     return Tokenizer.from_str(json.dumps(stored, ensure_ascii=False))
 
 
 def words_end_at_spaces(backend: dict[str, Any]) -> bool:
-    """Whether ids of a text are those of its two parts, cut as `common_cut` cuts. `backend`: a tokenizer.json.
+    """True if the ids of a text are those of its two parts, cut as `common_cut` cuts. `backend`: a tokenizer.json.
 
-    True for BPE over GPT-2's, Llama 3's or Qwen's words with no normalizer but NFC, if no added token reaches over a
-    space or swallows the space beside it. Everything else is False: it may be so, but nothing shows it.
+    True for BPE over the words of GPT-2, Llama 3 or Qwen, with no normalizer except NFC, if no added token contains a
+    space or swallows the space next to it. False for everything else, where it is not known.
     """
     normalizer, words, model = backend["normalizer"], backend["pre_tokenizer"], backend["model"]
     if model["type"] != "BPE" or model.get("dropout") or (normalizer is not None and normalizer["type"] != "NFC"):
@@ -162,8 +157,8 @@ def words_end_at_spaces(backend: dict[str, Any]) -> bool:
 
 
 def common_cut(prompt: str, answers: Sequence[str]) -> int:
-    """The last place up to which all texts agree and from which each goes on with a space and an ASCII letter, behind
-    a printable ASCII character; the prompt may also end there. 0 where there is none."""
+    """The last place up to which all texts agree and after which each continues with a space and an ASCII letter. A
+    printable ASCII character precedes it. The prompt may also end there. 0 if there is no such place."""
     first = answers[0]
     limit = common_length(prompt, first)
     for other in answers[1:]:

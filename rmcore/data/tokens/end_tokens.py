@@ -1,39 +1,36 @@
-"""Where a model was trained to end an answer, and whether the template ends there too.
+"""Finds the token at which a model was trained to end an answer, and checks that the template ends there too.
 
-In: a tokenizer and a Template. Out: the tokens at which an answer may end; a warning where the template has none.
-Example: a chat tokenizer whose own template closes an assistant's turn with <|im_end|>, used with data.template=tulu
-and <|endoftext|> as EOS, gives "data.template=tulu ends answers with <|endoftext|>, but ... with <|im_end|>".
+Input: a tokenizer and a Template.
+Output: the tokens at which an answer may end; a warning if the template ends answers with another token.
+Example: the tokenizer's own chat template closes an assistant's turn with <|im_end|>, EOS is <|endoftext|>. With
+data.template=tulu: "data.template=tulu ends answers with <|endoftext|>, but ... with <|im_end|>".
 """
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerFast
 
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.tokens.templates import Template, TemplateRefused
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _PROBE = "Fine thanks"
 _TURNS = [{"role": "user", "content": "How are you"}, {"role": "assistant", "content": _PROBE}]
 
 
 def answer_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """The special token that the tokenizer's own chat template writes first behind an assistant's turn, if any."""
+    """The first special token that the tokenizer's own chat template writes after an assistant's turn, if any."""
     if not tokenizer.chat_template:
         return ()
     try:
         text = str(tokenizer.apply_chat_template(_TURNS, tokenize=False))
-    except Exception:  # a template is a program; one that refuses this conversation tells nothing here
+    except Exception:  # a template is a program; if it refuses this conversation, nothing is known
         return ()
     end = _first_special(text.rpartition(_PROBE)[2], tokenizer)
     return () if end is None else (end,)
 
 
 def ending_warning(template: Template, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """A sentence where a template ends answers otherwise than the chat template of the tokenizer; else nothing."""
+    """One sentence if `template` ends answers differently from the tokenizer's own chat template, else nothing."""
     expected = answer_ends(tokenizer)
     if not expected or template.name == "tokenizer":
         return []
@@ -49,7 +46,7 @@ def ending_warning(template: Template, tokenizer: PreTrainedTokenizerFast) -> li
     written = f"ends answers with {end}" if end else "ends answers without a special token"
     return [
         f"data.template={template.name} {written}, but the chat template of this model's tokenizer ends them with "
-        f"{expected[0]}, where the model learnt to end: data.template=tokenizer scores that token"
+        f"{expected[0]}, where the model learned to end: data.template=tokenizer scores that token"
     ]
 
 

@@ -1,12 +1,13 @@
-"""Comparison -> rendered text: six named chat templates, the tokenizer's own, a Jinja file, or none.
+"""Renders comparisons as text, with one of six named chat templates, the tokenizer's own, a Jinja file, or none.
 
-Enters: a Comparison and a tokenizer's special tokens. Leaves: the prompt's text and one full text an answer.
-Example, simple_chat: prompt [user "2+2?"], answers ([assistant "4"], [assistant "5"])
--> ("User: 2+2?", ("User: 2+2?\n\nAssistant: 4<eos>", "User: 2+2?\n\nAssistant: 5<eos>")).
+Input: a Comparison, and the special tokens of a tokenizer.
+Output: the text of the prompt, and one full text per answer.
+Example: simple_chat renders the prompt [user "2+2?"] with the answers ([assistant "4"], [assistant "5"]) as
+("User: 2+2?", ("User: 2+2?\n\nAssistant: 4<eos>", "User: 2+2?\n\nAssistant: 5<eos>")).
 
-Every template is Jinja source, rendered here in Jinja's sandbox and exported as the tokenizer's chat template:
-one definition. The prompt's text need not be a prefix of the full text: it serves the length filter
-and the samples table only.
+Every template has one definition, its Jinja source: it is rendered here, and exported as the tokenizer's chat template.
+The text of the prompt does not have to be a prefix of the full texts; only the length limits and the samples table use
+it.
 """
 
 import difflib
@@ -50,7 +51,7 @@ NAMED_TEMPLATES = {
         "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}"
         "{% endif %}{% endfor %}"
     ),
-    # The newline after the last EOS belongs to it: the scored token is that newline.
+    # A newline follows the last EOS, so the scored token is that newline.
     "zephyr": (
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
         "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{% endfor %}"
@@ -65,35 +66,36 @@ NAMED_TEMPLATES = {
 
 
 class TemplateRefused(UserError):
-    """A template raised on one conversation (roles that do not alternate, say); the row may be dropped and counted."""
+    """A template refused one conversation (roles that do not alternate, for example); its row may be dropped."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A way to write comparisons as text. `wants_text`: it takes comparisons of plain texts, not of turns."""
+    """A way to write comparisons as text."""
 
     name: str
-    chat_template: str | None  # Jinja source for the exported tokenizer; None: texts as they stand
-    special_tokens: dict[str, str]  # as the template may use them: {"eos_token": "</s>", ...}
+    chat_template: str | None  # Jinja source for the exported tokenizer; None: texts are taken unchanged
+    special_tokens: dict[str, str]  # variables of the template: {"eos_token": "</s>", ...}
     _render_turns: Callable[[Turns, bool], str] | None = field(default=None, repr=False, compare=False)
 
     @property
     def wants_text(self) -> bool:
+        """True if it takes comparisons of plain texts, False if it takes chat turns."""
         return self.chat_template is None
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the same comparison would be written differently; part of the token cache's key."""
+        """A hash that changes if the same comparison would be rendered differently; part of the token cache's key."""
         parts = [str(self.chat_template), *(f"{name}={token}" for name, token in sorted(self.special_tokens.items()))]
         return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
     def render(self, comparison: Comparison) -> tuple[str, tuple[str, ...]]:
-        """-> (prompt text, one full text an answer).
+        """-> (text of the prompt, one full text per answer).
 
-        The prompt text is the first answer's conversation without its last turn, with the generation prompt on.
-        EOS is written here where the template has one: the tokenizer must add no special tokens of its own twice.
-        Raises TemplateRefused when the template rejects the conversation, ValueError on turns for `none` or text for
-        the others.
+        The text of the prompt is the conversation of the first answer without its last turn, and then the generation
+        prompt. The template writes EOS, so the tokenizer must not add it again.
+        Raises TemplateRefused if the template refuses the conversation, and ValueError for turns with `none`, or texts
+        with the others.
         """
         prompt = comparison.prompt
         if self._render_turns is None:
@@ -110,9 +112,9 @@ class Template:
 
 
 def load_template(name: str, tokenizer: Any) -> Template:
-    """`data.template` -> Template. Of `tokenizer` (transformers), only special tokens and chat template are read.
+    """`data.template` -> Template. Only the special tokens and the chat template of `tokenizer` are read.
 
-    Raises UserError: unknown name, no chat template, no EOS token where one is written, file missing or malformed.
+    Raises UserError for an unknown name, a missing chat template or EOS token, and a missing or malformed file.
     """
     special_tokens = {
         key: str(token) for key, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)
@@ -159,7 +161,7 @@ def _tokenizer_template(tokenizer: Any, special_tokens: dict[str, str]) -> Templ
     """The tokenizer's own chat template, through transformers' apply_chat_template."""
     if not tokenizer.chat_template:
         raise UserError(
-            "data.template: tokenizer was asked for, but the tokenizer has no chat template; "
+            "data.template=tokenizer: the tokenizer has no chat template; "
             f"set data.template to one of {', '.join(NAMED_TEMPLATES)}, none, or the path of a .jinja file"
         )
     try:
@@ -183,7 +185,7 @@ def _tokenizer_template(tokenizer: Any, special_tokens: dict[str, str]) -> Templ
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's tokens in transformers; for the text it is its body."""
+    """`{% generation %}` marks the assistant's tokens in transformers; it renders as its body."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
@@ -198,8 +200,8 @@ def _raise_exception(message: str) -> NoReturn:
 
 @functools.cache
 def _environment(sandboxed: bool) -> jinja2.Environment:
-    """The sandbox that transformers renders chat templates in: same options, same helpers. The named templates are
-    part of this file, so they render outside of it, which takes half the time."""
+    """A copy of the sandbox in which transformers renders chat templates. The named templates are part of this file, so
+    they render outside of the sandbox, which takes half the time."""
     kind = jinja2.sandbox.ImmutableSandboxedEnvironment if sandboxed else jinja2.Environment
     environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
@@ -209,12 +211,12 @@ def _environment(sandboxed: bool) -> jinja2.Environment:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Jinja's own filter escapes HTML; chat templates want plain JSON."""
+    """Replaces Jinja's own filter, which escapes HTML; chat templates need plain JSON."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _compile(source: str, origin: str, *, sandboxed: bool) -> jinja2.Template:
-    """Compiles under the file's name, so that a traceback into the template carries its line."""
+    """Compiles under the name of the file, so that a traceback into the template has its line."""
     environment = _environment(sandboxed)
     try:
         code = environment.compile(source, filename=origin)
@@ -229,7 +231,7 @@ def _render_jinja(
     variables = {**special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
         return template.render(variables, tools=None, documents=None)
-    except Exception as error:  # a template can raise anything: it is the user's program
+    except Exception as error:  # a template is a program of the user and can raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
         where = f"{origin}:{lines[-1]}" if lines else origin
         raise TemplateRefused(f"data.template: {where}: {type(error).__name__}: {error}") from None

@@ -1,11 +1,10 @@
-"""The tokenizer: loading it, its padding token, and what identifies it.
+"""Loads the tokenizer, gives it a padding token of its own, and identifies it by a hash.
 
-In: `config.model`. Out: a fast tokenizer whose padding token differs from EOS.
+Input: `config.model`.
+Output: a fast tokenizer whose padding token differs from EOS.
 Example: a Llama-2 directory, which has no padding token, gives its tokenizer with <unk> as the padding token and the
 note "padding token <unk> (id 0): the unknown token, which no text becomes".
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -13,22 +12,19 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rmcore.config import Config, UserError
+from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.encoder import TextEncoder, plain_backend_json
 from rmcore.host.hub_access import offline_if_unreachable
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+__all__ = ["PaddingReport", "TextEncoder", "embedding_rows", "fix_padding", "load_tokenizer", "tokenizer_fingerprint"]
 
-__all__ = [
-    "PaddingReport", "TextEncoder", "embedding_rows", "fix_padding", "load_tokenizer", "tokenizer_fingerprint",
-]  # fmt: skip
-
-# Tokens that vocabularies hold for padding, in order of preference; then tokens that are reserved for the user.
+# Tokens that vocabularies have for padding, in order of preference; then the names of tokens reserved for the user.
 PADDING_NAMES = (
     "<|padding|>",
     "<pad>",
@@ -45,10 +41,10 @@ RESERVED = re.compile(
 
 @dataclass(frozen=True)
 class PaddingReport:
-    """What was done about the padding token.
+    """How the padding token was chosen.
 
-    `action`: kept (it was right), reserved, unknown (the token for unknown text, in a vocabulary that knows every
-    byte) or added.
+    `action`: kept (it was right), reserved, unknown (the token for unknown text, in a vocabulary that has every byte)
+    or added.
     """
 
     token: str
@@ -66,25 +62,20 @@ class PaddingReport:
 
 
 def load_tokenizer(config: Config, say: Callable[[str], object] | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of `config.model`, its padding token set by `fix_padding`; `say(line)` tells of a change to it.
+    """The tokenizer of `config.model`, with the padding token of `fix_padding`; `say(line)` reports a changed one.
 
-    `model.name: synthetic` gives the embedded byte-level one. Raises UserError: files missing or broken, no fast
-    tokenizer, no EOS token.
+    `model.name: synthetic` is the embedded byte tokenizer. Raises UserError for missing or broken files, a tokenizer
+    that is not fast, or one without an EOS token.
     """
     name = config.model.name
-    if name == "synthetic":
-        from rmcore.data.synthetic import byte_tokenizer
-
-        tokenizer = byte_tokenizer()
-    else:
-        tokenizer = _from_files(config)
+    tokenizer = byte_tokenizer() if name == "synthetic" else _from_files(config)
     if not tokenizer.is_fast:
         raise UserError(
             f"model.name={name}: rmcore needs a fast tokenizer (a tokenizer.json), not {type(tokenizer).__name__}"
         )
     if tokenizer.eos_token is None:
         raise UserError(
-            f"model.name={name}: its tokenizer has no EOS token; name one as eos_token in its tokenizer_config.json"
+            f"model.name={name}: its tokenizer has no EOS token; set eos_token in its tokenizer_config.json"
         )
     report = fix_padding(tokenizer)
     if say is not None and report.action != "kept":
@@ -93,8 +84,6 @@ def load_tokenizer(config: Config, say: Callable[[str], object] | None = None) -
 
 
 def _from_files(config: Config) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
     name = config.model.name
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(f"model.name={name}: there is no such directory (looked in {os.getcwd()})")
@@ -106,7 +95,7 @@ def _from_files(config: Config) -> PreTrainedTokenizerFast:
                 revision=config.model.revision,
                 trust_remote_code=config.model.trust_remote_code,
             )
-    except Exception as error:  # broken files raise anything: OSError, JSONDecodeError, tokenizers' bare Exception
+    except Exception as error:  # broken files raise OSError, JSONDecodeError, or a bare Exception of tokenizers
         if not local and unreachable is not None:
             raise UserError(
                 f"model.name={name}: not in the cache: its tokenizer ({unreachable}). Where there is a connection, "
@@ -121,11 +110,11 @@ def _from_files(config: Config) -> PreTrainedTokenizerFast:
 
 
 def fix_padding(tokenizer: PreTrainedTokenizerFast) -> PaddingReport:
-    """Makes the padding token differ from EOS, changing `tokenizer`; calling it again changes nothing.
+    """Changes `tokenizer` so that its padding token differs from EOS. A second call changes nothing.
 
-    In this order: the tokenizer's own, a token named for padding, a reserved token, the unknown token if the vocabulary
-    falls back to bytes (then no text becomes it), and at last `<pad>`, added. An added token needs an embedding row:
-    see `embedding_rows`.
+    The first that exists: the tokenizer's own padding token, a token with a name for padding, a reserved token, the
+    unknown token if the vocabulary falls back to bytes (then no text becomes it). Otherwise `<pad>` is added, which
+    needs an embedding row: see `embedding_rows`.
     """
     pad, eos = tokenizer.pad_token, tokenizer.eos_token
     if pad is not None and pad != eos and tokenizer.pad_token_id != tokenizer.eos_token_id:
@@ -142,7 +131,7 @@ def _choose_padding(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
     for token in PADDING_NAMES:
         if token in special or (token in vocabulary and token not in used):
             return token, "reserved"
-    # Template markers may be special too (<|user|>), so a token counts as reserved by its name alone; lowest id first.
+    # Markers of templates may be special too (<|user|>), so only the name decides what is reserved; lowest id first.
     reserved = [t for t in special if RESERVED.fullmatch(t) and t not in (tokenizer.chat_template or "")]
     if reserved:
         return min(reserved, key=vocabulary.__getitem__), "reserved"
@@ -154,11 +143,11 @@ def _choose_padding(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
 
 
 def embedding_rows(tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
-    """Rows the embedding must have: its `rows` while len(tokenizer) fits, else the next multiple of 8."""
+    """Rows that the embedding needs: its `rows` if all tokens fit, else len(tokenizer) rounded up to 8."""
     return rows if len(tokenizer) <= rows else -(-len(tokenizer) // 8) * 8
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hash of everything that decides which ids a text becomes."""
+    """Hash of everything that decides the ids of a text."""
     special = json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True)
     return xxhash.xxh3_128_hexdigest((json.dumps(plain_backend_json(tokenizer)) + special).encode())
