@@ -1,4 +1,4 @@
-"""Every fault that data can have: one clear message that names the place, exit code 2, nothing accepted in silence.
+"""Every error in the data gives one clear message with the place, and exit code 2; nothing is accepted silently.
 
 The numbers are rows of the fault matrix. The fuzz changes one thing in good rows, or in a YAML file, in ways drawn by
 hypothesis: RMCORE_FUZZ sets how many cases a property gets (10,000 in the slow run).
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[bytes, list[str], list[str]]] = {
 
 
 def refused(arguments: list[str]) -> str:
-    """stderr of `rmcore validate`, which must refuse with one message and no traceback."""
+    """stderr of `rmcore validate`, which must fail with one message and no traceback."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -169,7 +169,7 @@ def test_27_a_hub_that_cannot_be_reached_is_told_soon(tmp_path):
 
 
 def test_30_a_run_that_is_killed_while_it_prepares_harms_no_other(tmp_path):
-    """One of two processes is killed at its first chunk; the other takes the lock over and finishes."""
+    """One of two processes is killed at its first chunk; the other takes the lock and finishes."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({**GOOD, "prompt": f"What is {i} + {i}?"}) + "\n" for i in range(3000)))
     code = textwrap.dedent("""
@@ -258,7 +258,7 @@ def changed_rows(draw):
 
 
 def check_comparison(found: Comparison, wants_text: bool) -> None:
-    """What is accepted is whole: everything of the right type, pairs within the answers, finite numbers."""
+    """An accepted row is complete: the right types, pairs within the answers, finite numbers."""
     kinds = (str,) if wants_text else (list,)
     if not found.pairs:
         return  # dropped and counted
@@ -277,7 +277,7 @@ def check_comparison(found: Comparison, wants_text: bool) -> None:
 @fuzz
 @given(changed_rows(), st.sampled_from(TEMPLATES), st.booleans())
 def test_a_strange_row_is_read_whole_or_refused(rows, template, whole_source):
-    """A strange row behind good ones, or a source of strange rows alone: an error with the place, or a comparison."""
+    """A strange row after good ones, or a source of strange rows only: an error with the place, or a comparison."""
     good, bad = rows
     try:
         format = detect_format([bad] if whole_source else [good], {}, origin="f.jsonl", need_margin="margin" in good)
@@ -365,7 +365,7 @@ def test_a_strange_yaml_file_is_a_config_or_refused(tmp_path_factory, text, wher
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_ten_thousand_cases(tmp_path):
-    """All fuzz properties again with 10,000 cases each, in a process of its own."""
+    """All fuzz tests again with 10,000 cases each, in a process of their own."""
     told = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "strange", __file__], cwd=ROOT,
         env={**os.environ, "RMCORE_FUZZ": "10000"}, capture_output=True, text=True,

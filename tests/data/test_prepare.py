@@ -1,4 +1,4 @@
-"""Preparing data as a run does: a row-by-row oracle on real pairs, hold-out by prompt, cache keys, real ranks."""
+"""Prepares data as a run does: a row-by-row oracle on real pairs, hold-out by prompt, cache keys, real ranks."""
 
 import gzip
 import json

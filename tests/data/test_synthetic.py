@@ -1,4 +1,4 @@
-"""The embedded task: its answers give nothing away, its splits share no prompt, its tokenizer loses no byte."""
+"""The embedded task: answers are at chance without the prompt, splits share no prompt, the tokenizer loses no byte."""
 
 from collections import Counter
 
@@ -40,7 +40,7 @@ def test_no_prompt_is_in_both_splits_at_any_seed(rows):
 
 
 def facts(prompt):
-    """What the prompt says, read with another program than the one that wrote it."""
+    """The right answer, read from the prompt by another program than the one that wrote it."""
     words = prompt.replace(".", "").replace("?", "").split()
     if " came before " in prompt:
         return words[0] if words[-1] == "first" else words[3]

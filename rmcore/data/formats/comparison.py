@@ -12,13 +12,13 @@ from the format of its source is an error, never a guess.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rmcore.config import UserError
 from rmcore.data.formats import fields
 from rmcore.data.formats.fields import Turns, short
-from rmcore.data.formats.judgements import judge_list, judge_two, scores_of_two
+from rmcore.data.formats.judgements import judge
 from rmcore.data.formats.row_format import FIELDS, RowFormat, detect_format
 from rmcore.data.formats.transcripts import (
     answer_turns,
@@ -62,7 +62,7 @@ def comparison_from_row(
     unread = row.get(names["prompt"]) if format.prompt is None and "prompt" in names else None
     if unread is not None:
         raise UserError(f"{where}: {names['prompt']} was null in the first rows, and here is {short(unread)}")
-    raw, judgement = _judged_answers(row, format, where)
+    raw, judgement = judge(row, format, where)
     if not raw:  # no answer at all: nothing can be preferred
         return Comparison("", (), source, "")
     prompt: Turns | str
@@ -94,20 +94,6 @@ def _label(own: Any, fallback: str) -> str:
     if isinstance(own, list):
         own = "+".join(map(str, own))
     return fallback if own is None or own == "" else fields.printable(str(own))
-
-
-def _judged_answers(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[tuple[Any, str]], Judgement]:
-    """-> (value, name for errors) of each answer, and what the row says of them."""
-    names = format.names
-    if format.layout == "many":
-        return judge_list(row, format, where)
-    if format.layout == "single":
-        judgement = Judgement(scores=(fields.number(row, names["score"], where),))
-        return [(fields.value(row, names["answer"], where), names["answer"])], judgement
-    sides = ("chosen", "rejected") if format.layout == "pair" else ("answer_a", "answer_b")
-    raw = [(fields.value(row, names.get(side, side), where), names[side]) for side in sides]
-    judgement = judge_two(row, format, where)
-    return raw, replace(judgement, scores=scores_of_two(row, format, where)) if format.scores else judgement
 
 
 def _as_text(

@@ -22,8 +22,7 @@ from typing import Any
 from rmcore.config import UserError
 from rmcore.data.formats import fields
 from rmcore.data.formats.fields import short
-from rmcore.data.formats.requirements import has_scores
-from rmcore.data.formats.row_format import RowFormat
+from rmcore.data.formats.row_format import LAYOUTS, SCORES, RowFormat
 from rmcore.data.labels import Judgement
 
 TIES = ("tie", "ties", "both", "bothbad", "neither", "none", "draw", "equal")
@@ -63,20 +62,35 @@ def soft(first: float, second: float, margin: float) -> Judgement:
     return replace(tie, pairs=pairs, margin=margins, weight=weights, tie_weight=(1.0 - first - second,) * len(tie.ties))
 
 
+def judge(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[tuple[Any, str]], Judgement]:
+    """-> (value, name for errors) of each answer of a row, and what the row says of them.
+
+    Raises UserError for a field that cannot be read.
+    """
+    names = format.names
+    if format.layout == "many":
+        return judge_list(row, format, where)
+    if format.layout == "single":
+        judgement = Judgement(scores=(fields.number(row, names["score"], where),))
+        return [(fields.value(row, names["answer"], where), names["answer"])], judgement
+    raw = [(fields.value(row, names.get(side, side), where), names[side]) for side in LAYOUTS[format.layout]]
+    judgement = judge_two(row, format, where)
+    return raw, replace(judgement, scores=scores_of_two(row, format, where)) if format.scores else judgement
+
+
 def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgement:
-    """The judgement of a row with two answers. Raises UserError for a field that cannot be read."""
+    """The judgement of a row with two answers, without their scores."""
     names, by = format.names, format.judged_by
     pair = format.layout == "pair"
-    sides = ("chosen", "rejected") if pair else ("a", "b")
     if by == "score_a":
         values = [fields.number(row, names[name], where) for name in ("score_a", "score_b")]
         judgement = all_pairs(values, margins=format.margin == "scores", ties=format.ties)
         if format.margin != "margin" or not judgement.pairs:
             return judgement
         return replace(judgement, margin=(fields.number(row, names["margin"], where),))
-    if pair and format.ties and has_scores(format) and len(set(scores_of_two(row, format, where))) == 1:
+    if pair and format.ties and format.has_scores and len(set(scores_of_two(row, format, where))) == 1:
         return TIE
-    margin = _margin(row, format, sides, where)
+    margin = _margin(row, format, where)
     if by == "probability":
         probability = fields.probability(row, names[by], where)
         return TIE if format.ties and probability == 0.5 else soft(probability, 1.0 - probability, margin)
@@ -92,8 +106,8 @@ def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgemen
 
 def scores_of_two(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
     """The scores of a row's two answers, first those of chosen or answer_a."""
-    first, second = ("chosen", "rejected") if format.layout == "pair" else ("a", "b")
-    return tuple(fields.number(row, format.names[f"score_{side}"], where) for side in (first, second))  # type: ignore[return-value]
+    first, second = SCORES[format.layout]
+    return fields.number(row, format.names[first], where), fields.number(row, format.names[second], where)
 
 
 def judge_list(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[tuple[Any, str]], Judgement]:
@@ -166,9 +180,9 @@ def _shares_of_votes(row: Mapping[str, Any], format: RowFormat, where: str) -> t
     return first, (named.count(1) + half) / len(named) if format.ties else 1.0 - first
 
 
-def _margin(row: Mapping[str, Any], format: RowFormat, sides: tuple[str, str], where: str) -> float:
-    names = format.names
+def _margin(row: Mapping[str, Any], format: RowFormat, where: str) -> float:
+    """By how much the first of two answers is better, 0.0 if margins are not read."""
     if format.margin == "scores":
-        first, second = (fields.number(row, names[f"score_{side}"], where) for side in sides)
+        first, second = scores_of_two(row, format, where)
         return first - second
-    return fields.number(row, names["margin"], where) if format.margin == "margin" else 0.0
+    return fields.number(row, format.names["margin"], where) if format.margin == "margin" else 0.0

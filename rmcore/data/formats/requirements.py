@@ -29,7 +29,7 @@ def fitted(format: RowFormat, loss: LossConfig, *, origin: str, key: str) -> Row
             f"{origin}: loss.name={loss.name} needs rankings, but these rows hold {format.judged_by} (soft labels); "
             "choose loss.name=bradley_terry, which takes them"
         )
-    scored = traits.scores and has_scores(format)
+    scored = traits.scores and format.has_scores
     if traits.scores and not scored and key != "data.eval":
         found = "ranks, which say only the order" if format.judged_by == "ranks" else str(format)
         raise UserError(
@@ -38,11 +38,3 @@ def fitted(format: RowFormat, loss: LossConfig, *, origin: str, key: str) -> Row
             "name: theirs), or another loss.name"
         )
     return replace(format, ties=traits.ties, scores=scored)
-
-
-def has_scores(format: RowFormat) -> bool:
-    """True if every answer of these rows has a score: a number that means more than a rank."""
-    sides = {"pair": {"score_chosen", "score_rejected"}, "two": {"score_a", "score_b"}, "single": {"score"}}
-    if format.layout == "many":
-        return format.judged_by == "scores"
-    return sides[format.layout] <= format.names.keys()

@@ -41,10 +41,16 @@ FIELDS = tuple(ALIASES)
 # Inside the records of a list of answers.
 ITEM_TEXT = ("answer", "response", "completion", "text", "content", "messages")
 ITEM_VALUE = {"ranks": ("rank",), "scores": ("score", "overall_score", "rating", "reward")}
+# The fields that a layout must have, in the order in which layouts are tried. The first one holds an answer.
 LAYOUTS: dict[Layout, tuple[str, ...]] = {
     "pair": ("chosen", "rejected"), "many": ("answers",), "two": ("answer_a", "answer_b"),
     "single": ("answer", "score"),
 }  # fmt: skip
+# The fields with a score of each answer. In a list of answers, the scores are in the list or in its records.
+SCORES: dict[Layout, tuple[str, ...]] = {
+    "pair": ("score_chosen", "score_rejected"), "two": ("score_a", "score_b"), "single": ("score",),
+}  # fmt: skip
+# All fields that a layout reads.
 READ = {
     "pair": ("prompt", "chosen", "rejected", "messages", "margin", "score_chosen", "score_rejected", "probability",
              "votes", "source"),
@@ -76,6 +82,11 @@ class RowFormat:
     def gathers(self) -> bool:
         """True if a row is a part of a comparison, and rows of one prompt have to be merged."""
         return self.layout == "single"
+
+    @property
+    def has_scores(self) -> bool:
+        """True if every answer of these rows has a score: a number that means more than a rank."""
+        return self.judged_by == "scores" if self.layout == "many" else {*SCORES[self.layout]} <= self.names.keys()
 
     def __str__(self) -> str:
         conversational = "conversational" if self.answers == "turns" else "text"
@@ -140,7 +151,7 @@ def detect_format(
     names = names_of(found, columns, layout)
     if layout == "many":
         return _many(rows, names, columns, origin, key, need_margin)
-    main, _ = LAYOUTS[layout]
+    main = LAYOUTS[layout][0]
     kinds = {ours: _kind(rows, names[ours], origin) for ours in ("prompt", main, "messages") if ours in names}
     answers = kinds[main]
     if answers is None:
@@ -204,9 +215,13 @@ def needed_columns(found: Sequence[str], columns: Mapping[str, str]) -> list[str
 
 
 def _many(
-    rows: Sequence[Mapping[str, Any]], names: dict[str, str], columns: Mapping[str, str], origin: str, key: str,
+    rows: Sequence[Mapping[str, Any]],
+    names: dict[str, str],
+    columns: Mapping[str, str],
+    origin: str,
+    key: str,
     need_margin: bool,
-) -> RowFormat:  # fmt: skip
+) -> RowFormat:
     """The format of lists of answers: texts, conversations, or records with one of them and maybe a rank or score."""
     name = names["answers"]
     lists = [records(row[name]) for row in rows if row.get(name) is not None]
@@ -238,15 +253,27 @@ def _many(
     prompt = _kind(rows, names["prompt"], origin) if "prompt" in names else None
     head = [row.get(names["prompt"]) for row in rows] if prompt else [first]
     return RowFormat(
-        names, prompt, kind, False, kind == "text" and any(map(is_transcript, head)),  # type: ignore[arg-type]
-        "scores" if need_margin else None, "many", judged_by, item_text, item_value,
-    )  # fmt: skip
+        names=names,
+        prompt=prompt,
+        answers=kind,  # type: ignore[arg-type]
+        messages=False,
+        transcript=kind == "text" and any(map(is_transcript, head)),
+        margin="scores" if need_margin else None,
+        layout="many",
+        judged_by=judged_by,
+        item_text=item_text,
+        item_value=item_value,
+    )
 
 
 def _judge(
-    rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], layout: Layout, columns: Mapping[str, str],
-    origin: str, key: str,
-) -> str:  # fmt: skip
+    rows: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    layout: Layout,
+    columns: Mapping[str, str],
+    origin: str,
+    key: str,
+) -> str:
     """The field that says which answer is better."""
     if layout == "single":
         return "score"
@@ -264,8 +291,8 @@ def _judge(
 
 
 def _margin_kind(names: Mapping[str, str], layout: Layout, origin: str, key: str) -> Literal["margin", "scores"]:
-    scores = {"pair": {"score_chosen", "score_rejected"}, "two": {"score_a", "score_b"}, "single": {"score"}}[layout]
-    if "margin" in names or scores <= names.keys():
+    scores = SCORES[layout]
+    if "margin" in names or {*scores} <= names.keys():
         return "margin" if "margin" in names else "scores"
     raise UserError(
         f"{origin}: loss.margin=data needs a margin column, or {' and '.join(sorted(scores))}; "

@@ -94,9 +94,7 @@ def select(
         order = np.argsort(first[which], kind="stable")
         rows, group = rows[order], group[order]
     counts = {reason: int(mask.sum()) for reason, mask in found.items()}
-    return Selection(
-        rows, group, tuple((r, n) for r, n in dropped if n), counts[REPEATED], counts[CONTRADICTED]
-    )  # fmt: skip
+    return Selection(rows, group, tuple((r, n) for r, n in dropped if n), counts[REPEATED], counts[CONTRADICTED])
 
 
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
@@ -167,11 +165,15 @@ def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
     first, rows = run[0], sum(one.rows for one in run)
     if first.scores:
         answers = tuple(answer for one in run for answer in one.answers)
-        scores = tuple(score for one in run for score in one.scores)
-        judgement = all_pairs(scores, margins=reads.margins, ties=reads.ties)
-        return replace(
-            first, **vars(replace(judgement, scores=scores if reads.scores else ())), answers=answers, rows=rows
-        )
+        of_answers: dict[str, Any] = {
+            label.name: tuple(value for one in run for value in getattr(one, label.name))
+            for label in LABEL_FIELDS
+            if label.of == "answers"
+        }
+        labels = {**vars(all_pairs(of_answers["scores"], margins=reads.margins, ties=reads.ties)), **of_answers}
+        if not reads.scores:
+            labels["scores"] = ()
+        return replace(first, answers=answers, rows=rows, **labels)
     if len(run) == 1:
         return first
     # Answers that several rows share are kept once, at their first place; pairs and ties are renumbered to it.
@@ -181,8 +183,10 @@ def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
     for one in run:
         is_new = []
         for answer in one.answers:
-            is_new.append(place.setdefault(_content(answer), len(different)) == len(different))
-            different += [answer] * is_new[-1]
+            is_new.append(_content(answer) not in place)
+            if is_new[-1]:
+                place[_content(answer)] = len(different)
+                different.append(answer)
         own = [place[_content(answer)] for answer in one.answers]
         for label in LABEL_FIELDS:
             values = getattr(one, label.name)
@@ -191,7 +195,7 @@ def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
             elif label.of == "answers":
                 values = compress(values, is_new)
             joined[label.name] += values
-    labels: dict[str, Any] = {name: tuple(values) for name, values in joined.items()}
+    labels = {name: tuple(values) for name, values in joined.items()}
     return replace(first, answers=tuple(different), rows=rows, **labels)
 
 

@@ -93,8 +93,8 @@ def lines(statistics: dict[str, Any]) -> list[str]:
     """The statistics as text: lengths, tokens, length bias, sources."""
     heads = " ".join(f"{head:>7}" for head in ("5 %", "25 %", "median", "75 %", "95 %", "99 %", "longest"))
     text = [f"  lengths in tokens   {'mean':>8} {heads}"]
-    for name, label in (("prompt", "prompt"), ("chosen", "chosen answer"), ("rejected", "rejected answer"),
-                        ("text", "prompt and answer")):  # fmt: skip
+    labels = {"prompt": "prompt", "chosen": "chosen answer", "rejected": "rejected answer", "text": "prompt and answer"}
+    for name, label in labels.items():
         row = statistics["lengths"][name]
         text.append(f"    {label:<17} {row['mean']:>8.1f} " + " ".join(f"{row[str(p)]:>7,.0f}" for p in PERCENTILES))
     use, bias = statistics["tokens"], statistics["length_bias"]

@@ -1,4 +1,4 @@
-"""The plan: what a step trains on depends on (seed, step) alone; every comparison once; equal micro-batch counts."""
+"""The plan: a step depends only on (seed, step); every comparison comes once; ranks have equally many micro batches."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def make(tokens, pairs=None, **settings):
 
 
 def pairs_of(steps):
-    """Pairs of each step, of steps that follow each other from the first one."""
+    """The number of pairs of each step, for consecutive steps from the first one."""
     return np.diff([0, *(step.episode for step in steps)]).tolist()
 
 
@@ -61,7 +61,7 @@ def test_a_step_trains_on_the_same_comparisons_at_any_world_size_and_budget(toke
 
 
 def plain_steps(plan):
-    """The oracle: (pairs, episode, weight, [rank][micro batch]) of every step by loops over lists, nothing clever."""
+    """The oracle: (pairs, episode, weight, [rank][micro batch]) of every step, by plain loops over lists."""
     episode = 0
     for epoch in range(plan.epochs):
         by_step: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Every row format is read to the same comparison; every departure from it is an error with place, field and value."""
+"""Every row format gives the same comparison; every deviation is an error with place, field and value."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What objectives read of rows: ties in every way that data say them, scores to the batch, and what is refused."""
+"""What objectives read besides pairs: every kind of tie, scores up to the batch, and which rows raise an error."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Lists of ranked or scored answers, two judged answers, soft labels, votes, ShareGPT turns: rows as published."""
+"""Rows as published: lists of ranked or scored answers, two judged answers, soft labels, votes, ShareGPT turns."""
 
 import math
 from typing import Any

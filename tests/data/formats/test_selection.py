@@ -1,4 +1,4 @@
-"""Rows of one prompt become one comparison; repeated and contradicted rows are found, whatever stands between them."""
+"""Rows of one prompt are merged; repeated and contradicted rows are found, also if other rows lie between them."""
 
 import gzip
 import json
@@ -180,7 +180,7 @@ def test_published_lists_of_answers_go_in_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_seven_answers_train_as_their_21_pairs_apart(family, capsys):
-    """Rewards and gradients of the packed group equal those of its pairs one by one, with the same weights."""
+    """Rewards and gradients of the packed group equal those of its pairs in separate batches, with equal weights."""
     pairs = [(a, b) for a in range(7) for b in range(a + 1, 7)]
     group = item(20, 3, 5, 4, 8, 6, 2, 7, seed=11, pairs=pairs)
     group.weight[:] = 1 / 21

@@ -1,4 +1,4 @@
-"""Rows arrive whole from every kind of source; every fault of a file is one message with its place."""
+"""Every kind of source is read without loss, and every error in a file raises one message with its place."""
 
 import gzip
 import json
@@ -411,7 +411,7 @@ def test_the_cache_is_written_once_and_memory_mapped(tmp_path: Path, load) -> No
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_reading_rows_keeps_no_memory(tmp_path: Path, load) -> None:
-    """60 MB of rows, read in order and then out of order: of the mapped file at most some reads stay in memory."""
+    """60 MB of rows are read in order, then out of order: only a few reads of the mapped file stay in memory."""
 
     def mapped() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -447,7 +447,7 @@ def test_the_embedded_task(load) -> None:
 
 @pytest.fixture
 def offline_hub(tmp_path: Path, monkeypatch) -> Path:
-    """No hub (a port of this machine that nobody listens on), and a cache that holds org/tiny at revision aaa..."""
+    """No hub (a local port on which nobody listens), and a cache with org/tiny at revision aaa..."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""A comparison's texts encoded with their common beginning once have the ids of each whole text."""
+"""Encoding the common beginning of a comparison's texts only once gives the ids of each whole text."""
 
 import gzip
 import json

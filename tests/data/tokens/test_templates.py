@@ -1,4 +1,4 @@
-"""Each template against hand-written text, against transformers' own renderer, and on every real pair."""
+"""Compares each template with hand-written text and with transformers' own renderer, on every real pair."""
 
 import gzip
 import json
@@ -73,7 +73,7 @@ def test_named_template_writes_the_text_of_the_reference(name: str, system: bool
 
 
 def by_hand(name: str, turns: Turns, is_prompt: bool = False) -> str:
-    """The templates once more, in plain Python."""
+    """The templates again, in plain Python."""
     texts, eos = [turn["content"] for turn in turns], "" if is_prompt else "</s>"
     if name == "simple_concat_with_space":
         return " ".join(texts) + eos

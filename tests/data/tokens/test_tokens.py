@@ -1,4 +1,4 @@
-"""Length policy, prefixes and special tokens against per-row Python; the cache against races, kills and damage."""
+"""Compares limits, prefixes and special tokens with plain Python; tests the cache with races, kills and damage."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def rows(draw):
 
 
 def expected(row, limits):
-    """The specification, a row at a time on Python lists: (reason, None) or (None, (prompt length, pairs))."""
+    """The specification on Python lists, row by row: (reason, None) or (None, (prompt length, pairs))."""
     prompt, texts = row.prompt.tolist(), [answer.tolist() for answer in row.answers]
     if any(not text for text in texts):
         return EMPTY, None
