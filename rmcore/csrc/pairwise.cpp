@@ -4,14 +4,14 @@
 //
 // Rewards are dot products in fp32 (fp64 for fp64 input), one answer a thread; pairs are few and are added in their
 // order, columns of d weight sum over the answers in their order: no result depends on the number of threads.
+#include "kernels.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -138,11 +138,12 @@ void score_pairs(const at::Tensor& rewards, const at::Tensor& winner, const at::
   *loss.mutable_data_ptr<T>() = static_cast<T>(sum);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden, const at::Tensor& score_weight,
-                                                       const at::Tensor& last_token_index, const at::Tensor& winner,
-                                                       const at::Tensor& loser, const at::Tensor& margin,
-                                                       const at::Tensor& weight, double label_smoothing,
-                                                       double centering) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_forward(
+    const at::Tensor& hidden, const at::Tensor& score_weight, const at::Tensor& last_token_index,
+    const at::Tensor& winner, const at::Tensor& loser, const at::Tensor& margin, const at::Tensor& weight,
+    double label_smoothing, double centering) {
   TORCH_CHECK_VALUE(hidden.dim() == 2 && hidden.device().is_cpu(),
                     "pairwise_loss: hidden must be [T, D] on the CPU, got ", hidden.sizes());
   const at::ScalarType dtype = accumulate_dtype(hidden);
@@ -157,9 +158,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden,
                     losers.numel(), " losers");
   const at::Tensor margins = row_of(margin, dtype, winners.numel(), "margin");
   const at::Tensor weights = row_of(weight, dtype, winners.numel(), "weight");
-  const at::Tensor rewards = at::empty({answers}, hidden.options().dtype(dtype));
-  const at::Tensor reward_grad = at::empty_like(rewards);
-  const at::Tensor loss = at::empty({}, rewards.options());
+  const at::Tensor rewards = hidden.new_empty({answers}, hidden.options().dtype(dtype));
+  const at::Tensor reward_grad = rewards.new_empty({answers});
+  const at::Tensor loss = rewards.new_empty(at::IntArrayRef());
   by_precision(hidden.scalar_type(), [&](auto wide, auto kind) {
     using T = decltype(wide);
     using Src = decltype(kind);
@@ -175,6 +176,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden,
   });
   return {loss, rewards, reward_grad};
 }
+
+namespace {
 
 // d weight [D] = sum over answers of grad[a] * scored[a, D]
 template <typename T, typename Src>
@@ -220,9 +223,11 @@ void hidden_gradient(const at::Tensor& grad_reward, const at::Tensor& head, cons
                    });
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_reward, const at::Tensor& scored,
-                                            const at::Tensor& score_weight, const at::Tensor& last_token_index,
-                                            int64_t tokens) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> pairwise_backward(const at::Tensor& grad_reward, const at::Tensor& scored,
+                                                     const at::Tensor& score_weight,
+                                                     const at::Tensor& last_token_index, int64_t tokens) {
   TORCH_CHECK_VALUE(scored.dim() == 2 && scored.device().is_cpu() && tokens >= 0,
                     "pairwise_loss: scored must be [A, D] on the CPU");
   const at::ScalarType dtype = accumulate_dtype(scored);
@@ -232,8 +237,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_reward, const
   const at::Tensor index = last_token_index.contiguous();
   check_index(index, tokens, "last_token_index");
   TORCH_CHECK_VALUE(index.numel() == scored.size(0), "pairwise_loss: one scored row an index expected");
-  const at::Tensor grad_hidden = at::empty({tokens, scored.size(1)}, scored.options());
-  const at::Tensor grad_weight = at::empty({scored.size(1)}, scored.options().dtype(dtype));
+  const at::Tensor grad_hidden = scored.new_empty({tokens, scored.size(1)});
+  const at::Tensor grad_weight = scored.new_empty({scored.size(1)}, scored.options().dtype(dtype));
   by_precision(scored.scalar_type(), [&](auto wide, auto kind) {
     using T = decltype(wide);
     using Src = decltype(kind);
@@ -243,10 +248,4 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_reward, const
   return {grad_hidden, grad_weight.to(score_weight.scalar_type())};
 }
 
-}  // namespace
 }  // namespace rmcore
-
-TORCH_LIBRARY_IMPL(rmcore, CPU, m) {
-  m.impl("pairwise_forward", TORCH_FN(rmcore::forward));
-  m.impl("pairwise_backward", TORCH_FN(rmcore::backward));
-}

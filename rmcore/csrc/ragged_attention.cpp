@@ -8,12 +8,10 @@
 // Tasks are taken largest first from a shared counter. A task walks its queries in strips of 6 rows; a strip's
 // keys are the columns of [prefix, own rows], cut at the diagonal. Example: P = 200, a tail of 40: the strip of rows 12
 // .. 17 of the tail computes 200 + 18 columns, and sets the last 5, 4 .. 0 of its rows to zero.
+#include "kernels.h"
 #include "ragged_attention_bf16.h"
 #include "segments.h"
 #include "tiles.h"
-
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <vector>
@@ -192,12 +190,14 @@ at::ScalarType accumulate_dtype(const at::Tensor& q, const at::Tensor& k, const 
   return wide ? at::kDouble : at::kFloat;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                           const at::Tensor& segments, double scale, int64_t window) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                     const at::Tensor& segments, double scale, int64_t window) {
   check_shapes(q, k, v, window);
   const std::vector<Group> groups = read_groups(segments, q.size(0));
-  at::Tensor out = at::empty(q.sizes(), v.options());
-  at::Tensor log_sum = at::empty({q.size(0), q.size(1)}, q.options().dtype(accumulate_dtype(q, k, v)));
+  at::Tensor out = v.new_empty(q.sizes());
+  at::Tensor log_sum = q.new_empty({q.size(0), q.size(1)}, q.options().dtype(accumulate_dtype(q, k, v)));
   if (forward_bf16(unit_stride(q), unit_stride(k), unit_stride(v), groups, scale, window, out, log_sum))
     return {out, log_sum};
   const auto run = [&](auto kind) {
@@ -210,10 +210,11 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   return {out, log_sum};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& q,
-                                                        const at::Tensor& k, const at::Tensor& v,
-                                                        const at::Tensor& log_sum, const at::Tensor& segments,
-                                                        double scale, int64_t window) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tensor& grad_out, const at::Tensor& q,
+                                                                  const at::Tensor& k, const at::Tensor& v,
+                                                                  const at::Tensor& log_sum,
+                                                                  const at::Tensor& segments, double scale,
+                                                                  int64_t window) {
   check_shapes(q, k, v, window);
   TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes() && grad_out.device().is_cpu(),
                     "ragged_attention: grad_out must be on the CPU and like q, got ", grad_out.sizes());
@@ -221,9 +222,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                         log_sum.scalar_type() == accumulate_dtype(q, k, v),
                     "ragged_attention: log_sum must be what the forward returned");
   const std::vector<Group> groups = read_groups(segments, q.size(0));
-  at::Tensor grad_q = at::empty(q.sizes(), q.options());
-  at::Tensor grad_k = at::empty(k.sizes(), k.options());
-  at::Tensor grad_v = at::empty(v.sizes(), v.options());
+  at::Tensor grad_q = q.new_empty(q.sizes());
+  at::Tensor grad_k = k.new_empty(k.sizes());
+  at::Tensor grad_v = v.new_empty(v.sizes());
   const at::Tensor grad = unit_stride(grad_out);
   if (backward_bf16(grad, unit_stride(q), unit_stride(k), unit_stride(v), log_sum, groups, scale, window, grad_q,
                     grad_k, grad_v))
@@ -239,10 +240,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   return {grad_q, grad_k, grad_v};
 }
 
-}  // namespace
 }  // namespace rmcore
-
-TORCH_LIBRARY_IMPL(rmcore, CPU, m) {
-  m.impl("ragged_attention", TORCH_FN(rmcore::forward));
-  m.impl("ragged_attention_backward", TORCH_FN(rmcore::backward));
-}

@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from rmcore.config import Config
 from rmcore.model.attention import compile_layers
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.lazy_model import Outline
+from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
@@ -67,7 +67,7 @@ def shard(
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, outline: Outline, device: torch.device, prefix: str = "") -> Weights:
+def materialise(model: nn.Module, outline: LazyModel, device: torch.device, prefix: str = "") -> Weights:
     """Give a sharded model on meta the rows that this rank holds, and return them.
 
     Args:
@@ -97,7 +97,7 @@ def take_over(model: nn.Module, weights: Weights) -> None:
 
 
 def sharded_for_test(
-    model: RewardModel, outline: Outline, mesh: DeviceMesh, world: World, *, offload: bool = False
+    model: RewardModel, outline: LazyModel, mesh: DeviceMesh, world: World, *, offload: bool = False
 ) -> Weights:
     """Shard a model for the self-test: fp32 arithmetic, its single texts through FSDP's hooks. Returns its rows."""
     shard(model, mesh, offload=offload)

@@ -18,7 +18,7 @@ from rmcore.checkpoint.resume import Start
 from rmcore.config.schema import Config
 from rmcore.host.memory import return_freed_memory
 from rmcore.model.backbone import load_model
-from rmcore.model.lazy_model import Outline, Whole, outline
+from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
 from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import RewardModel
@@ -38,7 +38,7 @@ class Loaded:
     model_class: type[PreTrainedModel]
     hf_config: PretrainedConfig
     line: str = ""
-    parts: Outline | None = None
+    parts: LazyModel | None = None
     mesh: DeviceMesh | None = None
     weights: dict[str, nn.Parameter] | None = None
     adapted: tuple[Adapted, ...] = ()  # the layers that LoRA trains in place of their weights
@@ -53,13 +53,13 @@ def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start
         "seed": config.run.seed, "vocabulary": len(tokenizer), "pad_token_id": cast(int, tokenizer.pad_token_id)
     }  # fmt: skip
 
-    def opened() -> Outline | PreTrainedModel:
+    def opened() -> LazyModel | PreTrainedModel:
         if is_sharded(config):
             try:
                 if config.model.lora.rank is not None:
-                    raise Whole("LoRA puts layers of its own into the model")
-                return outline(config.model, **arguments)
-            except Whole as reason:
+                    raise NeedsWholeModel("LoRA puts layers of its own into the model")
+                return open_lazy_model(config.model, **arguments)
+            except NeedsWholeModel as reason:
                 lines.append(f"the weights are read whole on every rank: {reason}")
         return load_model(config.model, **arguments)
 
@@ -83,7 +83,7 @@ def _adapted(config: Config, backbone: PreTrainedModel, world: World, start: Sta
     return adapted, base
 
 
-def _split(parts: Outline, config: Config, world: World, pad_token_id: int) -> Loaded:
+def _split(parts: LazyModel, config: Config, world: World, pad_token_id: int) -> Loaded:
     from rmcore.parallel.fsdp import sharded_for_test
 
     mesh = device_mesh(world, by_host=config.parallel.strategy == "hsdp")

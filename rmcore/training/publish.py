@@ -19,7 +19,7 @@ from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, ch
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
 from rmcore.host.memory import available_memory
-from rmcore.model.lazy_model import exported
+from rmcore.model.lazy_model import open_exported
 from rmcore.model.lora import merged
 from rmcore.parallel.strategy import Strategy, is_sharded
 from rmcore.parallel.world import RankError, World, broadcast_json, device_mesh, first_error
@@ -115,7 +115,7 @@ def exported_shards(directory: Path, config: Config, world: World) -> PreTrained
     from rmcore.parallel.fsdp import materialise, shard
 
     try:
-        parts = exported(directory)
+        parts = open_exported(directory)
     except UserError as error:
         raise ExportError(str(error)) from error
     model = parts.build()

@@ -131,7 +131,7 @@ def test_a_rank_without_work_has_zero_gradients() -> None:
 @pytest.mark.parametrize("targets, named", [(["q_proj", "quary"], "quary"), ([], "an empty list"), (["norm"], "norm")])
 def test_targets_that_name_nothing(targets: list[str], named: str) -> None:
     with pytest.raises(
-        UserError, match=f"model.lora.targets: {named} is no linear layer of LlamaModel.*q_proj"
+        UserError, match=f"model.lora.targets: {named} is not a linear layer of LlamaModel.*q_proj"
     ) as told:
         add_lora(tiny_model("llama").base_model, LoraConfig(rank=2, targets=targets), 0)
     assert "\n" not in str(told.value)

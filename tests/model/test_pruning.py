@@ -1,4 +1,4 @@
-"""The last layer on scored tokens alone = the padded oracle: rewards and every gradient, whatever runs around it."""
+"""The last layer on scored tokens only = the padded oracle: rewards and every gradient, whatever runs around it."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_the_self_test_prunes_where_that_is_exact(family, pruned):
     model = reward_model(tiny_model(family), PADDED)
     path, line = choose_path(model, odd_items(), [0, 6])
     assert (path, model.pruned) == (SHARED, pruned)
-    assert ("last layer on scored tokens alone" in line) == pruned
+    assert ("last layer on scored tokens only" in line) == pruned
     assert ("not shared, last layer on scored tokens: RuntimeError" in line) != pruned
 
 

@@ -3,10 +3,9 @@
 //
 // Enters: the op's arguments. Leaves: its results; in the backward, d hidden and d weight from
 // d loss * (d loss / d rewards) + d rewards. Both ops go through the dispatcher, so that the references serve here too.
+#include "kernels.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addcmul.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -60,7 +59,7 @@ struct PairwiseLoss : public torch::autograd::Function<PairwiseLoss> {
     Tensor grad_reward = grad_rewards;
     if (grad_loss.defined()) {
       grad_reward =
-          grad_rewards.defined() ? at::addcmul(grad_rewards, grad_loss, reward_grad) : at::mul(reward_grad, grad_loss);
+          grad_rewards.defined() ? grad_rewards.addcmul(grad_loss, reward_grad) : reward_grad.mul(grad_loss);
     }
     // A second derivative is refused by the op's autograd key, which is in Python: entered only when one is asked for.
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
@@ -84,5 +83,12 @@ std::tuple<Tensor, Tensor, Tensor> with_autograd(const Tensor& hidden, const Ten
 
 }  // namespace
 }  // namespace rmcore
+
+TORCH_LIBRARY_IMPL(rmcore, CPU, m) {
+  m.impl("pairwise_forward", TORCH_FN(rmcore::pairwise_forward));
+  m.impl("pairwise_backward", TORCH_FN(rmcore::pairwise_backward));
+  m.impl("ragged_attention", TORCH_FN(rmcore::attention_forward));
+  m.impl("ragged_attention_backward", TORCH_FN(rmcore::attention_backward));
+}
 
 TORCH_LIBRARY_IMPL(rmcore, AutogradCPU, m) { m.impl("pairwise_forward", TORCH_FN(rmcore::with_autograd)); }
