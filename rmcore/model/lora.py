@@ -99,7 +99,7 @@ def merged(state: Mapping[str, Tensor], adapted: Sequence[Adapted]) -> dict[str,
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of the names and values of all frozen weights, which a checkpoint does not hold: they are the base model's."""
+    """Hash of the names and values of all frozen weights: a checkpoint does not hold them, the base model does."""
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -5,7 +5,7 @@ reward of every answer, and this batch's part of the weight that the training lo
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
-it only a shard. Three paths compute the same numbers (`SHARED`, `PACKED`, `PADDED`); the start-up self-test chooses one.
+it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `PADDED`; the self-test chooses one.
 """
 
 from typing import NamedTuple

@@ -8,8 +8,17 @@ from rmcore.model.backbone import recompute_activations
 from rmcore.model.pruning import scored_attention
 from rmcore.model.reward_model import PACKED, PADDED, SHARED
 from rmcore.model.selftest import choose_path
-from tests.harness.oracle import Items, item, odd_items, padded, reward_model, tiny_model
-from tests.model.test_reward_model import BOUND, EXACT_SHARED, close
+from tests.harness.oracle import (
+    BOUND,
+    EXACT_SHARED,
+    Items,
+    assert_close,
+    item,
+    odd_items,
+    padded,
+    reward_model,
+    tiny_model,
+)
 
 
 def pruned_model(model, path=SHARED):
@@ -37,9 +46,9 @@ def test_pruned_equals_the_padded_oracle(family, path):
     out = pruned_model(model, path)(build_batch(items, range(len(items)), share=path == SHARED))
     out.loss_sum.backward()
 
-    close(out.rewards_A, torch.cat(rewards), BOUND[torch.float64], "rewards")
+    assert_close(out.rewards_A, torch.cat(rewards), BOUND[torch.float64], "rewards")
     for name, gradient in gradients(model).items():
-        close(gradient, expected[name], BOUND[torch.float64], name)
+        assert_close(gradient, expected[name], BOUND[torch.float64], name)
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
@@ -98,7 +107,7 @@ def test_a_forward_that_fails_leaves_no_state_behind():
     handle.remove()
     model.use(SHARED)
     _, rewards = padded(tiny_model("llama"), items)
-    close(model(batch).rewards_A, torch.cat(rewards), BOUND[torch.float32], "rewards")
+    assert_close(model(batch).rewards_A, torch.cat(rewards), BOUND[torch.float32], "rewards")
 
 
 @pytest.mark.parametrize("family, pruned", [("gpt_neox", True), ("qwen3", True), ("gpt2", False)])
@@ -122,4 +131,4 @@ def test_scored_attention_is_the_softmax_over_visible_rows():
         for head in range(4):
             rows = visible[answer].nonzero()[:, 0]
             chance = (0.3 * key[rows, head // 2] @ query[answer, head]).softmax(0)
-            close(ours[answer, head], chance @ value[rows, head // 2], 1e-14, (answer, head))
+            assert_close(ours[answer, head], chance @ value[rows, head // 2], 1e-14, (answer, head))

@@ -10,16 +10,18 @@ from rmcore.model.attention import composed_attention
 from rmcore.model.reward_model import PACKED, PADDED, PATHS, SHARED
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.ops.ragged_attention import ragged_attention
-from tests.harness.oracle import FAMILIES, Items, item, odd_items, padded, reward_model, tiny_model
-
-# fp64: 3 layers of sums of about 100 terms, each rounded at 1.1e-16, through gradients of order 10. fp32: at 6e-8.
-BOUND = {torch.float64: 1e-12, torch.float32: 5e-5}
-EXACT_SHARED = ["gpt_neox", "llama", "mistral", "mistral_window", "qwen2", "qwen3", "gpt2"]
-
-
-def close(ours, theirs, bound, what):
-    scale = max(1.0, theirs.abs().max().item())
-    assert (ours - theirs).abs().max().item() <= bound * scale, what
+from tests.harness.oracle import (
+    BOUND,
+    EXACT_SHARED,
+    FAMILIES,
+    Items,
+    assert_close,
+    item,
+    odd_items,
+    padded,
+    reward_model,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
@@ -36,10 +38,10 @@ def test_packed_and_shared_equals_the_padded_oracle(family, path, dtype):
     out = reward_model(model, path)(build_batch(items, range(len(items)), share=path == SHARED))
     out.loss_sum.backward()
 
-    close(out.rewards_A, torch.cat(rewards), BOUND[dtype], "rewards")
-    close(out.loss_sum, loss, BOUND[dtype], "loss")
+    assert_close(out.rewards_A, torch.cat(rewards), BOUND[dtype], "rewards")
+    assert_close(out.loss_sum, loss, BOUND[dtype], "loss")
     for name, parameter in model.named_parameters():
-        close(parameter.grad, expected[name], BOUND[dtype], name)
+        assert_close(parameter.grad, expected[name], BOUND[dtype], name)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -48,7 +50,7 @@ def test_each_odd_case_alone_equals_the_oracle(family):
     for number, one in enumerate(odd_items()):
         _, rewards = padded(plain, [one])
         out = ours(build_batch(Items([one]), [0]))
-        close(out.rewards_A, rewards[0], BOUND[torch.float64], number)
+        assert_close(out.rewards_A, rewards[0], BOUND[torch.float64], number)
 
 
 def test_an_answer_does_not_see_its_siblings():
@@ -79,7 +81,7 @@ def test_the_self_test_finds_an_exact_path_and_says_which(family):
     assert path == (SHARED if family in EXACT_SHARED else PADDED)
     assert line.startswith(f"attention {path}: ") and "\n" not in line
     out = ours(build_batch(items, range(len(items)), share=path == SHARED))
-    close(out.rewards_A, torch.cat(rewards), BOUND[torch.float32], family)
+    assert_close(out.rewards_A, torch.cat(rewards), BOUND[torch.float32], family)
 
 
 def test_a_path_that_is_not_exact_is_refused_when_asked_for():
@@ -113,4 +115,4 @@ def test_the_composition_and_the_op_agree(window, groups):
     query = torch.randn(rows, 4, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, rows, 4 // groups, 8, generator=generator, dtype=torch.float64)
     ours = composed_attention(query, key, value, layout.segments_S4, 0.3, window)
-    close(ours, ragged_attention(query, key, value, layout.segments_S4, 0.3, window), 1e-12, "attention")
+    assert_close(ours, ragged_attention(query, key, value, layout.segments_S4, 0.3, window), 1e-12, "attention")

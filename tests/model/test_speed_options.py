@@ -15,9 +15,8 @@ from rmcore.model.attention import compile_layers, composed_attention
 from rmcore.model.reward_model import SHARED
 from rmcore.ops.gather_prefix import gather_plan
 from rmcore.parallel.world import running_world
-from tests.harness.oracle import odd_items, reward_model, tiny_model
+from tests.harness.oracle import BOUND, assert_close, odd_items, reward_model, tiny_model
 from tests.harness.paths import ROOT
-from tests.model.test_reward_model import BOUND, close
 
 
 def losses_and_gradients(model, batch):
@@ -41,9 +40,9 @@ def test_compiled_layers_compute_the_same(monkeypatch):
         for numbers in (range(8), range(4)):
             batch = build_batch(odd_items(), numbers)
             (expected, gradients), (out, found) = (losses_and_gradients(model, batch) for model in (plain, ours))
-            close(out.rewards_A, expected.rewards_A, BOUND[torch.float32], "rewards")
+            assert_close(out.rewards_A, expected.rewards_A, BOUND[torch.float32], "rewards")
             for name, gradient in found.items():
-                close(gradient, gradients[name], BOUND[torch.float32], name)
+                assert_close(gradient, gradients[name], BOUND[torch.float32], name)
         assert torch._dynamo.utils.counters["frames"]["ok"] > 0
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
     finally:
@@ -86,7 +85,7 @@ def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups,
     ):
         results.append([out, *torch.autograd.grad((out * upstream).sum(), (query, key, value))])
     for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs, 1e-12, "varlen")
+        assert_close(ours, theirs, 1e-12, "varlen")
 
 
 def test_the_layout_makes_the_plan_of_the_gather():
@@ -114,7 +113,7 @@ def test_freed_memory_is_kept():
 
 RETURNING = """
 import torch
-from rmcore.cost.memory import return_freed_memory
+from rmcore.host.memory import return_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import rmcore.ops as ops
 from rmcore.ops.ragged_attention import ragged_attention
+from tests.harness.segments import Comparisons, comparisons_strategy, segments_of
 
-Comparisons = list[tuple[int, list[int]]]  # (prefix length, tail lengths)
 MIXED: Comparisons = [(37, [20, 13]), (0, [9, 4, 30]), (200, [1, 70]), (5, [0, 3]), (16, [0, 0]), (1, [1])]
 
 
@@ -24,18 +24,6 @@ def mode(request):
     ops.use(request.param)
     yield request.param
     ops.use("fused")
-
-
-def segments_of(comparisons: Comparisons) -> torch.Tensor:
-    rows, start = [], 0
-    for prefix, tails in comparisons:
-        at = start + prefix + tails[0]
-        rows.append((start, at, start, start))
-        for tail in tails[1:]:
-            rows.append((at, at + tail, start, start + prefix))
-            at += tail
-        start = at
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
 
 
 def answers_of(comparisons: Comparisons):
@@ -65,10 +53,10 @@ def unshared(q, k, v, grad_out, comparisons, scale, window, dtype):
     out = torch.zeros(q.shape, dtype=dtype)
     total = torch.zeros((), dtype=torch.float64)
     for rows, seen_before in answers_of(comparisons):
-        q_HNK, k_HNK, v_HNK = (t[rows].transpose(0, 1)[None] for t in leaves)
+        q_HLK, k_HLK, v_HLK = (t[rows].transpose(0, 1)[None] for t in leaves)
         distance = torch.arange(len(rows))[:, None] - torch.arange(len(rows))[None]
         mask = (distance >= 0) & (distance < window) if window else distance >= 0
-        answer = F.scaled_dot_product_attention(q_HNK, k_HNK, v_HNK, attn_mask=mask, scale=scale, enable_gqa=True)
+        answer = F.scaled_dot_product_attention(q_HLK, k_HLK, v_HLK, attn_mask=mask, scale=scale, enable_gqa=True)
         answer = answer[0].transpose(0, 1)[seen_before:]
         rows = rows[seen_before:]
         out[rows] = answer.detach()
@@ -115,11 +103,6 @@ def test_error_against_unshared_attention(mode, shape, window, dtype):
 
 def test_long_prompt(mode):
     assert_no_worse([(1100, [60, 90])], 2, 2, 32, torch.float32, 0)
-
-
-comparisons_strategy = st.lists(
-    st.tuples(st.integers(0, 40), st.lists(st.integers(0, 30), min_size=1, max_size=4)), min_size=1, max_size=4
-)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
