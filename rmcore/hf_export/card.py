@@ -81,7 +81,7 @@ turns = [{"role": "user", "content": "..."}, {"role": "assistant", "content": ".
 ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)"""
 
 WITHOUT_TEMPLATE = """\
-text = "prompt and answer as they stand in the data" + tokenizer.eos_token
+text = "prompt and answer as in the data" + tokenizer.eos_token
 ids = tokenizer(text, return_tensors="pt").input_ids"""
 
 

@@ -1,4 +1,4 @@
-"""What is exported is what was trained: real tiny models of each family, reloaded by plain transformers."""
+"""The exported model is the trained one: tiny models of each family, reloaded by plain transformers."""
 
 import importlib
 import json
@@ -39,10 +39,12 @@ def test_plain_transformers_gives_the_engines_rewards(family: str, tmp_path: Pat
     # fp32: rewards of size 1, three layers.
     assert alone == pytest.approx(list(probe.rewards), abs=1e-5)
     assert together == pytest.approx(list(probe.rewards), abs=1e-5)
-    assert np.std(probe.rewards) > 1e-2, "the rewards differ by more than the tolerance: the comparison says something"
+    assert np.std(probe.rewards) > 1e-2, (
+        "the rewards differ by more than the tolerance, so the comparison is not trivial"
+    )
 
 
-def test_the_directory_holds_what_others_look_for(tmp_path: Path) -> None:
+def test_the_directory_holds_what_other_programs_read(tmp_path: Path) -> None:
     old_mask = os.umask(0o022)
     try:
         export(tmp_path / "runs" / "model")
@@ -75,7 +77,7 @@ def test_the_directory_holds_what_others_look_for(tmp_path: Path) -> None:
 
 
 def test_the_pipeline_gives_the_reward_itself(tmp_path: Path) -> None:
-    """No sigmoid: a reward beyond 0..1 comes through."""
+    """Without a sigmoid, which would change rewards outside of 0..1."""
     export(tmp_path / "model")
     scorer = pipeline("text-classification", str(tmp_path / "model"), device="cpu")
     ids = scorer.tokenizer("Hello there", return_tensors="pt").input_ids
@@ -91,7 +93,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
 def test_servers_find_what_they_read(family: str, tmp_path: Path) -> None:
-    """What vLLM and SGLang read of the directory, as their sources stood in 2026; neither can be run here.
+    """What vLLM and SGLang read of the directory, according to their sources in 2026; neither can run in this test.
 
     vLLM: an architecture that ends in ForSequenceClassification makes a pooling model with task classify
     (vllm/config/model.py); `score.weight` is read into a linear layer without bias of `num_labels` outputs and applied
@@ -146,7 +148,7 @@ def test_a_nan_reward_is_wrong(tmp_path: Path) -> None:
         )
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     state, _ = engine(classifier("llama", tokenizer), texts(tokenizer), SHARED)
     wrapped = {name.replace("backbone.", "backbone._orig_mod."): tensor for name, tensor in state.items()}
@@ -165,7 +167,7 @@ def test_padding_that_equals_eos_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "model", tokenizer=tokenizer)
 
 
-def test_a_directory_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_model_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not an exported model"):
         export(tmp_path)
@@ -184,7 +186,7 @@ def test_an_altered_tokenizer_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", ["simple_chat", "none"])
 def test_a_tokenizer_that_adds_bos_by_itself(template: str, tmp_path: Path) -> None:
-    """Training texts begin with one BOS; so does what the exported chat template makes, and nothing has two."""
+    """Training texts begin with one BOS, and so do the texts of the exported chat template; no text has two."""
     tokenizer = byte_tokenizer()
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -204,7 +206,7 @@ def test_a_tokenizer_that_adds_bos_by_itself(template: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_a_tokenizer_that_fills_the_embedding_and_pads_with_eos(tmp_path: Path, strategy: str) -> None:
-    """SmolLM2 is such a model: the padding token that rmcore adds has no row until the embedding grows."""
+    """As SmolLM2: the padding token that rmcore adds has no row until the embedding grows."""
     tokenizer = byte_tokenizer()
     full = re.sub(r"<pad>", "<other>", tokenizer.backend_tokenizer.to_str())
     stored = transformers.PreTrainedTokenizerFast(
@@ -219,8 +221,8 @@ def test_a_tokenizer_that_fills_the_embedding_and_pads_with_eos(tmp_path: Path, 
     words = [f"model.name={tmp_path / 'model'}", "data.train.path=synthetic", "data.limit=8", "data.template=none",
              "batch.pairs=4", "parallel.precision=fp32", f"parallel.strategy={strategy}", "run.max_steps=1",
              f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}", "log.report=none"]  # fmt: skip
-    told = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr[-2000:]
+    done = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     rows = exported.get_input_embeddings().weight.shape[0]
     assert rows == 264 > exported.config.pad_token_id == len(stored), "259 tokens and <pad>, to a multiple of 8"

@@ -1,4 +1,4 @@
-"""The model card, and the push to the hub: what it asks for, and what is said when it fails."""
+"""The model card, and the push to the hub: the calls of the client, and the messages when it fails."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def test_a_push_that_fails_says_where_the_model_is(tmp_path: Path) -> None:
 def test_a_push_makes_repository_and_branch_and_uploads_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the hub's client is asked to do; the hub itself cannot be reached from a test."""
+    """The calls of the hub's client; a test cannot reach the hub itself."""
     calls: list[tuple[str, Any]] = []
 
     class Client:

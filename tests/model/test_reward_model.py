@@ -1,4 +1,4 @@
-"""Packed and shared = the padded oracle: rewards and every gradient, in fp32 and fp64, for each family and odd case."""
+"""The packed and shared paths equal the padded oracle: rewards and every gradient, for each family and odd case."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_packed_and_shared_equals_the_padded_oracle(family, path, dtype):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_each_odd_case_alone_equals_the_oracle(family):
+def test_each_odd_case_by_itself_equals_the_oracle(family):
     plain, ours = tiny_model(family, torch.float64), reward_model(tiny_model(family, torch.float64), SHARED)
     for number, one in enumerate(odd_items()):
         _, rewards = padded(plain, [one])
@@ -54,7 +54,7 @@ def test_each_odd_case_alone_equals_the_oracle(family):
 
 
 def test_an_answer_does_not_see_its_siblings():
-    """Other tokens in the first answer leave the second one's reward as it was, bit for bit."""
+    """Other tokens in the first answer do not change the reward of the second one, bit for bit."""
     model = reward_model(tiny_model("llama"), SHARED)
     first, second = item(9, 6, 5, seed=1), item(9, 6, 5, seed=1)
     second.tails[0] = second.tails[0][::-1].copy()
@@ -72,7 +72,7 @@ def test_a_rank_without_work_has_zero_loss_and_zero_gradients():
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_self_test_finds_an_exact_path_and_says_which(family):
+def test_the_self_test_finds_an_exact_path(family):
     items = odd_items()
     model = tiny_model(family)
     _, rewards = padded(model, items)
@@ -84,13 +84,13 @@ def test_the_self_test_finds_an_exact_path_and_says_which(family):
     assert_close(out.rewards_A, torch.cat(rewards), BOUND[torch.float32], family)
 
 
-def test_a_path_that_is_not_exact_is_refused_when_asked_for():
+def test_a_chosen_path_that_is_not_exact_is_an_error():
     with pytest.raises(UserError, match=r"model\.attention=shared"):
         choose_path(reward_model(tiny_model("bloom"), PADDED), odd_items(), [0, 1], wanted=SHARED)
 
 
 def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
-    """A layout that lets an answer see one token too few is found out: the next path is taken."""
+    """With a layout that hides one token from an answer, the self-test takes the next path."""
     import rmcore.model.selftest as selftest
 
     def wrong(data, numbers, share):
@@ -108,7 +108,7 @@ def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
 @pytest.mark.parametrize("window", [0, 1, 5])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_composition_and_the_op_agree(window, groups):
-    """The path without an own kernel computes what the op's contract says."""
+    """The composition of PyTorch calls computes what the contract of the op specifies."""
     layout = build_batch(odd_items(), range(8)).layout
     rows = int(layout.segments_S4[:, 1].max())
     generator = torch.Generator().manual_seed(0)

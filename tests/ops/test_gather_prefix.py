@@ -1,4 +1,4 @@
-"""The gather of shared keys and values: against indexing and autograd, in PyTorch and in Triton (interpreted)."""
+"""The gather of shared keys and values equals indexing and autograd, in PyTorch and in Triton (interpreted)."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_any_plan_holds_each_segments_keys_and_inverts_itself(comparisons):
 def test_forward_copies_and_backward_adds(name, dtype):
     forward, backward = kernels(name)
     plan = gather_plan(segments_of(COMPARISONS), TOKENS)
-    k, v = torch.randn(TOKENS, 3, 24).to(dtype).chunk(2, -1)  # strided, as models give them
+    k, v = torch.randn(TOKENS, 3, 24).to(dtype).chunk(2, -1)  # strided, as in a model
     out_k, out_v = forward(k, v, *plan[:3])
     assert torch.equal(out_k, k[plan.key_index]) and torch.equal(out_v, v[plan.key_index])
 
