@@ -214,13 +214,21 @@ def test_a_tokenizer_that_fills_the_embedding_and_pads_with_eos(tmp_path: Path, 
     )
     stored.save_pretrained(tmp_path / "model")
     config = transformers.LlamaConfig(
-        vocab_size=len(stored), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, pad_token_id=stored.eos_token_id, eos_token_id=stored.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(stored),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=stored.eos_token_id,
+        eos_token_id=stored.eos_token_id,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    words = [f"model.name={tmp_path / 'model'}", "data.train.path=synthetic", "data.limit=8", "data.template=none",
-             "batch.pairs=4", "parallel.precision=fp32", f"parallel.strategy={strategy}", "run.max_steps=1",
-             f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}", "log.report=none"]  # fmt: skip
+    words = [
+        *(f"model.name={tmp_path / 'model'}", "data.train.path=synthetic", "data.limit=8", "data.template=none"),
+        *("batch.pairs=4", "parallel.precision=fp32", f"parallel.strategy={strategy}", "run.max_steps=1"),
+        *(f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}", "log.report=none"),
+    ]
     done = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")

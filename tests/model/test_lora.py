@@ -50,8 +50,11 @@ def theirs(family: str) -> Any:
 
 def adapters(named: Any) -> dict[str, Tensor]:
     """The adapters' weights, by the part of their names that is the same in rmcore and in peft."""
-    return {name[name.index(".", name.index("layers") if "layers" in name else name.index("h.")) :]: p
-            for name, p in named if ".lora_" in name}  # fmt: skip
+    return {
+        name[name.index(".", name.index("layers") if "layers" in name else name.index("h.")) :]: p
+        for name, p in named
+        if ".lora_" in name
+    }
 
 
 def ours(family: str, like: Any, path: str = SHARED, pruned: bool = False) -> tuple[RewardModel, PreTrainedModel, list]:
@@ -94,8 +97,10 @@ def test_the_merged_state_is_pefts_and_the_plain_model_computes_the_same(family:
     like = theirs(family)
     model, _, adapted = ours(family, like)
     plain = tiny_model(family, torch.float64)
-    state = {name.replace("backbone.", f"{plain.base_model_prefix}.", 1): tensor
-             for name, tensor in merged(model.state_dict(), adapted).items()}  # fmt: skip
+    state = {
+        name.replace("backbone.", f"{plain.base_model_prefix}.", 1): tensor
+        for name, tensor in merged(model.state_dict(), adapted).items()
+    }
     plain.load_state_dict(state)  # strict: all names and shapes are the model's own
     _, expected = padded(like, odd_items())
     _, found = padded(plain, odd_items())
@@ -149,10 +154,12 @@ def test_the_section(tmp_path: Path) -> None:
 
 # ---- whole runs
 
-RUN = ["model.name=synthetic", "model.init=random", "data.train.path=synthetic", "data.template=none",
-       "data.max_tokens=512", "data.limit=40", "data.eval_fraction=0.2", "optim.lr=1e-2", "parallel.precision=fp32",
-       "log.every=1", "log.tensorboard=false", "batch.pairs=8", "batch.tokens=500", "run.epochs=2", "run.save_every=3",
-       "model.lora.rank=4", "model.lora.targets=[q_proj, v_proj, down_proj]"]  # fmt: skip
+RUN = [
+    *("model.name=synthetic", "model.init=random", "data.train.path=synthetic", "data.template=none"),
+    *("data.max_tokens=512", "data.limit=40", "data.eval_fraction=0.2", "optim.lr=1e-2", "parallel.precision=fp32"),
+    *("log.every=1", "log.tensorboard=false", "batch.pairs=8", "batch.tokens=500", "run.epochs=2", "run.save_every=3"),
+    *("model.lora.rank=4", "model.lora.targets=[q_proj, v_proj, down_proj]"),
+]
 
 
 def train(tmp_path: Path, name: str, size: int, *overrides: str) -> list[dict[str, Any]]:

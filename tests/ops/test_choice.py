@@ -1,4 +1,4 @@
-"""The choice of the kernels: the line about them, the switch, and all the ways in which compiled ones can be missing."""
+"""The choice of the kernels: the line about them, the switch, and how compiled kernels can be missing."""
 
 import os
 import subprocess
