@@ -3,9 +3,9 @@
 Names of arrays and tensors end in letters that give their dimensions: `hidden_TD`, `rewards_A`, `input_ids_T`.
 
     N  comparisons of a data set      T  packed tokens           S  segments of a packed row
-    C  comparisons of a batch         D  model width             M  keys gathered for all segments
-    A  answers                        H  query heads             W  weights (parameters of a model)
-    P  pairs (winner, loser)          G  key and value heads
+    C  comparisons of a batch         D  model width             L  queries of one segment
+    A  answers                        H  query heads             M  keys, gathered for one segment or for all
+    P  pairs (winner, loser)          G  key and value heads     W  weights (parameters of a model)
     Q  ties                           K  size of a head
 
 A digit is a dimension of that size: `segments_S4`. In words: a comparison is a prompt and its answers, a pair is two

@@ -1,9 +1,10 @@
-// bf16 arithmetic of the ragged attention: two numbers of the inner dimension in one 32-bit word, multiplied by
-// AVX512-BF16's vdpbf16ps and added up in fp32. Twice the products an instruction of fp32's.
+// The bf16 arithmetic of the ragged attention: a 32-bit word holds two numbers of the inner dimension. The instruction
+// vdpbf16ps of AVX512-BF16 multiplies them and adds in fp32, with twice the products per instruction of fp32.
 //
-// Only the functions marked RMCORE_BF16 use these instructions; they run where has_bf16() says so.
-// Example: rows [1 2 3 4] and [5 6 7 8] of K, paired along the head: [(1,2) (3,4)], [(5,6) (7,8)]; paired along the
-// rows: [(1,5) (2,6) (3,7) (4,8)].
+// Example: the rows [1 2 3 4] and [5 6 7 8] of K are, paired along the head, [(1,2) (3,4)] and [(5,6) (7,8)]; paired
+// along the rows, [(1,5) (2,6) (3,7) (4,8)].
+//
+// Only functions marked RMCORE_BF16 use these instructions, and only if has_bf16() is true.
 #pragma once
 
 #include "tiles.h"
@@ -18,7 +19,7 @@
 
 namespace rmcore {
 
-using Pair = uint32_t;  // bf16 of an even place in the low half, of the next in the high half
+using Pair = uint32_t;  // the bf16 number of an even place in the low half, the next one in the high half
 
 inline bool has_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
@@ -60,8 +61,8 @@ struct Arithmetic<Pair> {
   }
 };
 
-// Rows [first, first + count) of a bf16 or fp32 head, rounded to bf16 and paired along the head: pairs[count, ld], zeros
-// beyond hd.
+// Reads rows [first, first + count) of a bf16 or fp32 head, rounded to bf16 and paired along the head, into
+// pairs[count, ld], with zeros beyond hd.
 RMCORE_BF16 inline void load_pairs(const HeadView& head, int64_t first, int64_t count, int64_t hd, Pair* pairs,
                                    int64_t ld) {
   for (int64_t r = 0; r < count; ++r, pairs += ld) {
@@ -80,7 +81,7 @@ RMCORE_BF16 inline void load_pairs(const HeadView& head, int64_t first, int64_t 
   }
 }
 
-// pairs[count, depth] along the head -> rows[ceil(count / 2), ld] along the rows; a missing last row is zeros.
+// pairs[count, depth] along the head -> rows[ceil(count / 2), ld] along the rows; an odd last row is paired with zeros.
 inline void pair_rows(const Pair* pairs, int64_t count, int64_t depth, Pair* rows, int64_t ld) {
   for (int64_t r = 0; r < count; r += 2, rows += ld) {
     const Pair* __restrict__ even = pairs + r * depth;
@@ -96,7 +97,7 @@ inline void pair_rows(const Pair* pairs, int64_t count, int64_t depth, Pair* row
   }
 }
 
-// scores[0 .. end) -> chance = exp(scale * score - largest) in bf16, and (largest, sum of the exponentials).
+// scores[0 .. end) -> chance = exp(scale * score - largest) in bf16; returns (largest, sum of the exponentials).
 RMCORE_BF16 inline std::pair<float, float> exponentials(const float* scores, int64_t end, float scale, Pair* chance) {
   __m512 top = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < end; c += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(scores + c));
@@ -110,8 +111,8 @@ RMCORE_BF16 inline std::pair<float, float> exponentials(const float* scores, int
   return {highest, _mm512_reduce_add_ps(sum)};
 }
 
-// One row, in place: scores -> P = exp(scale * score - log_sum), grad -> dS = P * (grad - sum(P * grad)); dS in bf16
-// goes to `pairs` too, paired along the row.
+// One row, in place: scores -> P = exp(scale * score - log_sum), grad -> dS = P * (grad - sum(P * grad)). dS is also
+// written to `pairs` in bf16, paired along the row.
 RMCORE_BF16 inline void softmax_backward(float* scores, float* grad, int64_t end, float scale, float log_sum,
                                          Pair* pairs) {
   __m512 total = _mm512_setzero_ps();
@@ -129,7 +130,7 @@ RMCORE_BF16 inline void softmax_backward(float* scores, float* grad, int64_t end
   }
 }
 
-// Two fp32 rows -> pairs[0 .. end) of their bf16; without a second row its halves are zeros.
+// Two fp32 rows -> pairs[0 .. end) of their bf16 numbers; without a second row the high halves are zeros.
 RMCORE_BF16 inline void pair_columns(const float* even, const float* odd, int64_t end, Pair* pairs) {
   for (int64_t c = 0; c < end; c += 16) {
     __m512i both = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(even + c)));

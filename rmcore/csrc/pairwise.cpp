@@ -1,17 +1,21 @@
-// rmcore::pairwise_forward and rmcore::pairwise_backward on CPU. The contract is rmcore/ops/pairwise.py.
-// Enters: hidden [T, D], score weight [D], the rows that are scored, the pairs. Leaves: the summed loss, the rewards
-// and d loss / d rewards; backward: d hidden [T, D] (each row written once) and d weight.
+// rmcore::pairwise_forward and rmcore::pairwise_backward on the CPU. The contract is rmcore/ops/pairwise.py.
 //
-// Rewards are dot products in fp32 (fp64 for fp64 input), one answer a thread; pairs are few and are added in their
-// order, columns of d weight sum over the answers in their order: no result depends on the number of threads.
+// Input: hidden [T, D], the score weight [D], the row of each answer's last token, the pairs.
+// Output: the summed loss, the rewards and d loss / d rewards; in the backward, d hidden [T, D] (each row is written
+// once) and d weight.
+// Example: see the contract.
+//
+// Rewards are dot products in fp32 (fp64 for fp64 input); one thread computes an answer. Pairs are few, and one thread
+// sums them in their order. Each column of d weight is a sum over the answers in their order. So no result depends on
+// the number of threads.
+#include "kernels.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -21,7 +25,7 @@ namespace {
 
 using at::vec::Vectorized;
 
-// One vector's worth of T for each dtype: Vectorized<T>::size() elements of Src, widened to T.
+// One vector: Vectorized<T>::size() elements of Src, widened to T.
 template <typename T, typename Src>
 Vectorized<T> load_as(const Src* src) {
   if constexpr (std::is_same_v<T, Src>) {
@@ -67,7 +71,7 @@ void by_dtype(at::ScalarType dtype, const Fn& fn) {
   }
 }
 
-// fn(T(), Src()): what sums run in, and what the tensor holds.
+// fn(T(), Src()): the type of the sums, and the type of the tensor's elements.
 template <typename Fn>
 void by_precision(at::ScalarType dtype, const Fn& fn) {
   by_dtype(dtype, [&](auto kind) {
@@ -122,13 +126,14 @@ void score_pairs(const at::Tensor& rewards, const at::Tensor& winner, const at::
   const T* pair_weight = weight.const_data_ptr<T>();
   T* grad = reward_grad.mutable_data_ptr<T>();
   std::fill(grad, grad + reward_grad.numel(), T(0));
+  // As in the reference: d enters a pair's loss through r_winner - r_loser, `total` through r_winner + r_loser.
   const T eps = static_cast<T>(label_smoothing), keep = static_cast<T>(1 - label_smoothing),
           c = static_cast<T>(centering);
   double sum = 0;
   for (int64_t p = 0; p < winner.numel(); ++p) {
     const T d = r[w[p]] - r[l[p]] - m[p];
     const T total = r[w[p]] + r[l[p]];
-    const T trouble = T(0) * d;  // NaN for an infinite reward, which the loss would hide
+    const T trouble = T(0) * d;  // NaN for an infinite reward, which the loss would hide; otherwise 0
     sum += pair_weight[p] * (keep * softplus(-d) + eps * softplus(d) + c * total * total) + trouble;
     const T slope = pair_weight[p] * (eps * sigmoid(d) - keep * sigmoid(-d)) + trouble;
     const T pull = pair_weight[p] * 2 * c * total;
@@ -138,11 +143,12 @@ void score_pairs(const at::Tensor& rewards, const at::Tensor& winner, const at::
   *loss.mutable_data_ptr<T>() = static_cast<T>(sum);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden, const at::Tensor& score_weight,
-                                                       const at::Tensor& last_token_index, const at::Tensor& winner,
-                                                       const at::Tensor& loser, const at::Tensor& margin,
-                                                       const at::Tensor& weight, double label_smoothing,
-                                                       double centering) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pairwise_forward(
+    const at::Tensor& hidden, const at::Tensor& score_weight, const at::Tensor& last_token_index,
+    const at::Tensor& winner, const at::Tensor& loser, const at::Tensor& margin, const at::Tensor& weight,
+    double label_smoothing, double centering) {
   TORCH_CHECK_VALUE(hidden.dim() == 2 && hidden.device().is_cpu(),
                     "pairwise_loss: hidden must be [T, D] on the CPU, got ", hidden.sizes());
   const at::ScalarType dtype = accumulate_dtype(hidden);
@@ -157,9 +163,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden,
                     losers.numel(), " losers");
   const at::Tensor margins = row_of(margin, dtype, winners.numel(), "margin");
   const at::Tensor weights = row_of(weight, dtype, winners.numel(), "weight");
-  const at::Tensor rewards = at::empty({answers}, hidden.options().dtype(dtype));
-  const at::Tensor reward_grad = at::empty_like(rewards);
-  const at::Tensor loss = at::empty({}, rewards.options());
+  const at::Tensor rewards = hidden.new_empty({answers}, hidden.options().dtype(dtype));
+  const at::Tensor reward_grad = rewards.new_empty({answers});
+  const at::Tensor loss = rewards.new_empty(at::IntArrayRef());
   by_precision(hidden.scalar_type(), [&](auto wide, auto kind) {
     using T = decltype(wide);
     using Src = decltype(kind);
@@ -175,6 +181,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden,
   });
   return {loss, rewards, reward_grad};
 }
+
+namespace {
 
 // d weight [D] = sum over answers of grad[a] * scored[a, D]
 template <typename T, typename Src>
@@ -192,9 +200,9 @@ void weight_gradient(const at::Tensor& grad_reward, const at::Tensor& scored, co
   });
 }
 
-// Row t of d hidden: 0, or (sum of the gradients of the answers read there) * weight. Answers are added in their order.
-// memset writes memory that the process has used before at up to three times the rate of vector stores (168 MB, AMD
-// EPYC, glibc 2.36, one thread): it need not read what it overwrites.
+// Row t of d hidden is (the sum of the gradients of the answers scored at row t) * weight, or 0 without such an answer.
+// Answers are added in their order. memset clears memory that the process has used before at up to three times the rate
+// of vector stores (168 MB, AMD EPYC, glibc 2.36, one thread), because it does not read what it overwrites.
 template <typename T, typename Src>
 void hidden_gradient(const at::Tensor& grad_reward, const at::Tensor& head, const at::Tensor& index,
                      const at::Tensor& result) {
@@ -220,9 +228,11 @@ void hidden_gradient(const at::Tensor& grad_reward, const at::Tensor& head, cons
                    });
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_reward, const at::Tensor& scored,
-                                            const at::Tensor& score_weight, const at::Tensor& last_token_index,
-                                            int64_t tokens) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> pairwise_backward(const at::Tensor& grad_reward, const at::Tensor& scored,
+                                                     const at::Tensor& score_weight,
+                                                     const at::Tensor& last_token_index, int64_t tokens) {
   TORCH_CHECK_VALUE(scored.dim() == 2 && scored.device().is_cpu() && tokens >= 0,
                     "pairwise_loss: scored must be [A, D] on the CPU");
   const at::ScalarType dtype = accumulate_dtype(scored);
@@ -231,9 +241,9 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_reward, const
   const at::Tensor head = row_of(score_weight, dtype, scored.size(1), "score_weight");
   const at::Tensor index = last_token_index.contiguous();
   check_index(index, tokens, "last_token_index");
-  TORCH_CHECK_VALUE(index.numel() == scored.size(0), "pairwise_loss: one scored row an index expected");
-  const at::Tensor grad_hidden = at::empty({tokens, scored.size(1)}, scored.options());
-  const at::Tensor grad_weight = at::empty({scored.size(1)}, scored.options().dtype(dtype));
+  TORCH_CHECK_VALUE(index.numel() == scored.size(0), "pairwise_loss: expected one scored row per index");
+  const at::Tensor grad_hidden = scored.new_empty({tokens, scored.size(1)});
+  const at::Tensor grad_weight = scored.new_empty({scored.size(1)}, scored.options().dtype(dtype));
   by_precision(scored.scalar_type(), [&](auto wide, auto kind) {
     using T = decltype(wide);
     using Src = decltype(kind);
@@ -243,10 +253,4 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_reward, const
   return {grad_hidden, grad_weight.to(score_weight.scalar_type())};
 }
 
-}  // namespace
 }  // namespace rmcore
-
-TORCH_LIBRARY_IMPL(rmcore, CPU, m) {
-  m.impl("pairwise_forward", TORCH_FN(rmcore::forward));
-  m.impl("pairwise_backward", TORCH_FN(rmcore::backward));
-}

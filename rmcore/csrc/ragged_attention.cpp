@@ -1,19 +1,21 @@
-// rmcore::ragged_attention on CPU: exact softmax attention over packed comparisons that share their prompt.
-// The contract is rmcore/ops/ragged_attention.py. Enters: q [T, H, hd], k and v [T, G, hd], segments [S, 4].
-// Leaves: out [T, H, hd] and the log-sum-exp of each query's scores [T, H]; backward: dq, dk, dv.
+// rmcore::ragged_attention on the CPU: exact softmax attention over packed comparisons that share their prompt.
+// The contract is rmcore/ops/ragged_attention.py. In the comments below, hd is the head size (K in the legend of
+// rmcore/__init__.py), and P, K, V and dS are the matrices of attention.
 //
-// Segments that share rows form a group (a comparison). One task is one group and one key/value head: it packs that
-// head's K and V once, in fp32, and owns their gradients, so nothing is added across tasks and reruns are bitwise
-// equal. Where v is bf16 and the CPU multiplies that, ragged_attention_bf16.cpp serves in its place.
-// Tasks are taken largest first from a shared counter. A task walks its queries in strips of 6 rows; a strip's
-// keys are the columns of [prefix, own rows], cut at the diagonal. Example: P = 200, a tail of 40: the strip of rows 12
-// .. 17 of the tail computes 200 + 18 columns, and sets the last 5, 4 .. 0 of its rows to zero.
+// Input: q [T, H, hd], k and v [T, G, hd], segments [S, 4].
+// Output: out [T, H, hd] and the log-sum-exp of each query's scores [T, H]; in the backward dq, dk and dv.
+// Example: a prefix of 200 rows and a tail of 40. The strip of rows 12 .. 17 of the tail computes 200 + 18 columns, and
+// sets the last 5, 4 .. 0 columns of its rows to zero.
+//
+// Segments that share rows form a group (a comparison). One task is one group and one key/value head: it packs the K
+// and V of that head once, in fp32, and owns their gradients. So nothing is added across tasks, and reruns are bitwise
+// equal. Threads take the tasks from a shared counter, the largest first. A task processes its queries in strips of 6
+// rows; the keys of a strip are the columns of [prefix, own rows], cut at the diagonal. Where v is bf16 and the CPU has
+// bf16 products, ragged_attention_bf16.cpp takes the place of this file.
+#include "kernels.h"
 #include "ragged_attention_bf16.h"
 #include "segments.h"
 #include "tiles.h"
-
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <vector>
@@ -47,7 +49,7 @@ template <typename T>
 struct Inputs {
   at::Tensor q, k, v;
   double scale;
-  int64_t window, share;  // share: query heads a key/value head
+  int64_t window, share;  // share: query heads per key/value head
 };
 
 template <typename T>
@@ -134,7 +136,7 @@ void backward_block(const Inputs<T>& in, const Group& group, const Segment& s, i
     for (int64_t r = 0; r < strip.count; ++r, scores += shape.width, grad += shape.width) {
       hide(strip, s.prefix(), in.window, r, end, scores);
       softmax_backward(scores, grad, strip.begin, end, log_sum[(s.query_start + strip.first + r) * in.q.size(1)]);
-      for (T* row : {scores, grad}) {  // the product over the block's rows reads the whole width of the block
+      for (T* row : {scores, grad}) {  // add_to_keys reads the whole width of the block
         std::fill(row + block.begin, row + strip.begin, T(0));
         std::fill(row + end, row + std::max(end, block.end + kStrip), T(0));
       }
@@ -179,7 +181,7 @@ void check_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     "ragged_attention: q, k, v must be on one device");
   TORCH_CHECK_VALUE(
       q.dim() == 3 && k.dim() == 3 && k.sizes() == v.sizes() && q.size(0) == k.size(0) && q.size(2) == k.size(2),
-      "ragged_attention: q [T, H, hd] and k, v [T, G, hd] expected, got ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
+      "ragged_attention: expected q [T, H, K] and k, v [T, G, K], got ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
   TORCH_CHECK_VALUE(k.size(1) > 0 && q.size(1) % k.size(1) == 0,
                     "ragged_attention: query heads must be a multiple of key heads");
   TORCH_CHECK_VALUE(window >= 0, "ragged_attention: window must be 0 (none) or positive");
@@ -192,12 +194,14 @@ at::ScalarType accumulate_dtype(const at::Tensor& q, const at::Tensor& k, const 
   return wide ? at::kDouble : at::kFloat;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                           const at::Tensor& segments, double scale, int64_t window) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                     const at::Tensor& segments, double scale, int64_t window) {
   check_shapes(q, k, v, window);
   const std::vector<Group> groups = read_groups(segments, q.size(0));
-  at::Tensor out = at::empty(q.sizes(), v.options());
-  at::Tensor log_sum = at::empty({q.size(0), q.size(1)}, q.options().dtype(accumulate_dtype(q, k, v)));
+  at::Tensor out = v.new_empty(q.sizes());
+  at::Tensor log_sum = q.new_empty({q.size(0), q.size(1)}, q.options().dtype(accumulate_dtype(q, k, v)));
   if (forward_bf16(unit_stride(q), unit_stride(k), unit_stride(v), groups, scale, window, out, log_sum))
     return {out, log_sum};
   const auto run = [&](auto kind) {
@@ -210,10 +214,11 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor
   return {out, log_sum};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_out, const at::Tensor& q,
-                                                        const at::Tensor& k, const at::Tensor& v,
-                                                        const at::Tensor& log_sum, const at::Tensor& segments,
-                                                        double scale, int64_t window) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tensor& grad_out, const at::Tensor& q,
+                                                                  const at::Tensor& k, const at::Tensor& v,
+                                                                  const at::Tensor& log_sum,
+                                                                  const at::Tensor& segments, double scale,
+                                                                  int64_t window) {
   check_shapes(q, k, v, window);
   TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes() && grad_out.device().is_cpu(),
                     "ragged_attention: grad_out must be on the CPU and like q, got ", grad_out.sizes());
@@ -221,9 +226,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                         log_sum.scalar_type() == accumulate_dtype(q, k, v),
                     "ragged_attention: log_sum must be what the forward returned");
   const std::vector<Group> groups = read_groups(segments, q.size(0));
-  at::Tensor grad_q = at::empty(q.sizes(), q.options());
-  at::Tensor grad_k = at::empty(k.sizes(), k.options());
-  at::Tensor grad_v = at::empty(v.sizes(), v.options());
+  at::Tensor grad_q = q.new_empty(q.sizes());
+  at::Tensor grad_k = k.new_empty(k.sizes());
+  at::Tensor grad_v = v.new_empty(v.sizes());
   const at::Tensor grad = unit_stride(grad_out);
   if (backward_bf16(grad, unit_stride(q), unit_stride(k), unit_stride(v), log_sum, groups, scale, window, grad_q,
                     grad_k, grad_v))
@@ -239,10 +244,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   return {grad_q, grad_k, grad_v};
 }
 
-}  // namespace
 }  // namespace rmcore
-
-TORCH_LIBRARY_IMPL(rmcore, CPU, m) {
-  m.impl("ragged_attention", TORCH_FN(rmcore::forward));
-  m.impl("ragged_attention_backward", TORCH_FN(rmcore::backward));
-}

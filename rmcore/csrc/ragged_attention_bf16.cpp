@@ -1,10 +1,14 @@
-// The ragged attention with bf16 products; see ragged_attention.cpp for its plan, which this follows: one task is one
-// group and one key/value head, strips of 6 queries, blocks of 48 for the gradients of keys and values.
+// The ragged attention with bf16 products. Input and output: see ragged_attention_bf16.h. It follows the plan of
+// ragged_attention.cpp: one task is one group and one key/value head, with strips of 6 queries, and blocks of 48
+// queries for the gradients of keys and values.
 //
-// q and k (fp32 ones are rounded as they are read: under autocast rotary embeddings leave them so), v, the chances P and
-// their gradients dS enter products as bf16, as in PyTorch's own attention at that precision and under autocast; sums, the softmax and the gradients of keys and values stay in fp32. Words hold two numbers of the inner dimension, so
-// that each segment begins at an even row of its group's packed rows, and its own keys at an even column. Example: P =
-// 5, answers of 3 and 4: packed rows 0 .. 8 and 8 .. 12; the second's columns are 0 .. 5, a hidden one, 6 .. 10.
+// The factors of all products are bf16, as in PyTorch's own attention at that precision and under autocast: q, k, v,
+// the probabilities P and their gradients dS. fp32 q and k, which the rotary embedding returns under autocast, are
+// rounded when they are read. Sums, the softmax and the gradients of keys and values stay in fp32.
+//
+// A 32-bit word holds two numbers of the inner dimension. Therefore each segment begins at an even row of its group's
+// packed rows, and its own keys begin at an even column. Example: a prefix of 5 and answers of 3 and 4 rows have the
+// packed rows 0 .. 8 and 8 .. 12; the columns of the second answer are 0 .. 5, a hidden one, and 6 .. 10.
 #include "ragged_attention_bf16.h"
 
 #include "pairs.h"
@@ -16,7 +20,8 @@ namespace rmcore {
 #ifdef RMCORE_HAS_BF16
 namespace {
 
-// A group whose segments say where they lie among the packed rows (prefixes rounded up to whole pairs), and in the row.
+// `packed`: the places of the segments among the packed rows, with prefixes rounded up to whole pairs; `given`: their
+// places in the packed row of the batch.
 struct PackedGroup {
   Group packed;
   std::vector<Segment> given;
@@ -57,7 +62,7 @@ bool serves(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, doubl
 }
 
 struct PairShape {
-  int64_t hd, depth, ld;           // head size; words of a row; and words of a row that is paired with the next
+  int64_t hd, depth, ld;           // head size; words per row; and words per row that is paired with the next row
   int64_t rows, ldt, width, wide;  // packed rows; row lengths of [depth, rows], of scores, and of scores as pairs
 
   PairShape(const Group& packed, int64_t head)
@@ -68,7 +73,8 @@ struct PairShape {
   }
 };
 
-// One head's rows of a group in both layouts: along the head and transposed [depth, ldt], along the rows [rows / 2, ld].
+// The rows of one head in both layouts: paired along the head, transposed [depth, ldt]; paired along the rows
+// [rows / 2, ld].
 struct PackedHead {
   Pair *columns, *rows;
 
@@ -87,14 +93,14 @@ struct PackedHead {
   }
 };
 
-// scores[count, ..] of a strip, hidden where a query may not see. Returns the end of the vectors that hold them.
+// scores[count, ..] of a strip, hidden where a query may not see the key. Returns the end of their last vector.
 int64_t visible_scores(const Strip& strip, const Segment& given, const Segment& packed, const PairShape& shape,
                        const Pair* queries, const Pair* keys, float* scores) {
   against_keys(strip, shape.depth, queries, shape.depth, keys, shape.ldt, scores, shape.width);
   const int64_t end = round_up(strip.end, 16);
   for (int64_t r = 0; r < strip.count; ++r, scores += shape.width) {
     hide(strip, packed.prefix(), 0, r, end, scores);
-    if (given.prefix() % 2 != 0) scores[given.prefix()] = -1e30f;  // the other half of the prefix's last pair
+    if (given.prefix() % 2 != 0) scores[given.prefix()] = -1e30f;  // the unused half of the prefix's last pair
   }
   return end;
 }
@@ -102,7 +108,7 @@ int64_t visible_scores(const Strip& strip, const Segment& given, const Segment& 
 struct Call {
   at::Tensor q, k, v;
   float scale;
-  int64_t share;  // query heads a key/value head
+  int64_t share;  // query heads per key/value head
 };
 
 void forward_task(const Call& call, const PackedGroup& group, int64_t g, const at::Tensor& out,
@@ -159,7 +165,7 @@ struct Buffers {
   }
 };
 
-// Gradients of one block of queries; dq goes out, those of keys and values are added to the buffers'.
+// The gradients of one block of queries: dq is written to the result, dK and dV are added to the buffers.
 void backward_block(const Call& call, const Strip& block, const Group& packed_group, const Segment& given,
                     const Segment& packed, const PairShape& shape, const PackedHead& keys, const PackedHead& values,
                     const float* log_sum, const HeadView& dq, const Buffers& b) {
@@ -180,7 +186,7 @@ void backward_block(const Call& call, const Strip& block, const Group& packed_gr
       for (auto [numbers, pairs] : {std::pair(b.scores, b.chance), std::pair(b.grad, b.grad_scores)}) {
         const float* even = numbers + r * shape.width;
         pair_columns(even, both ? even + shape.width : nullptr, end, pairs + place);
-        // The product over the block's rows reads the whole width of the block.
+        // add_to_keys reads the whole width of the block.
         std::fill(pairs + place + end, pairs + place + std::max(end, block.end + kStrip), Pair(0));
       }
     }

@@ -1,6 +1,9 @@
-// The ragged attention with bf16 products, where the CPU has them. Enters: what rmcore/csrc/ragged_attention.cpp checked.
-// Leaves: false, and nothing done, for v that is not bf16 or q, k neither bf16 nor fp32, a window, a scale that is not
-// positive, prefixes that do not begin at an even row of one segment, or a CPU without AVX512-BF16; else the same results in the same places.
+// The ragged attention with bf16 products, on CPUs that have them.
+//
+// Input: arguments that ragged_attention.cpp has checked, and the tensors for the results.
+// Output: true, and the results of the contract. Or false, and nothing done: v is not bf16, q or k is neither bf16 nor
+// fp32, there is a window, the scale is not positive, a prefix does not begin at an even row of one segment, or the CPU
+// is without AVX512-BF16.
 #pragma once
 
 #include "segments.h"

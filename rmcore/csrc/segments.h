@@ -1,5 +1,5 @@
-// Where things lie for the ragged attention: segments in groups, strips of queries over key columns, scratch memory;
-// and the three products between a strip of queries and its keys.
+// The geometry of the ragged attention: segments in groups, strips of queries over key columns, scratch memory; and the
+// three products between a strip of queries and its keys.
 //
 // Example: segments (0, 4, 0, 0) and (4, 5, 0, 2) are one group of rows 0 .. 5; the strip of the second has the key
 // columns 0 .. 3: the prefix piece {column 0, row 0, 2 long}, then its own {column 2, row 4, 1 long}.
@@ -26,8 +26,8 @@ struct Segment {
 
 struct Group {
   std::vector<Segment> segments;
-  int64_t start, end;  // its rows, of the packed axis
-  int64_t cost;        // scores it computes
+  int64_t start, end;  // its rows of the packed row
+  int64_t cost;        // the number of scores that it computes
 };
 
 // Columns [column, column + count) of a segment's key sequence are the group's rows [row, row + count).
@@ -70,7 +70,7 @@ inline std::vector<Group> read_groups(const at::Tensor& segments, int64_t tokens
   return groups;
 }
 
-// Zeroed fp32/fp64 scratch memory of one task; each piece is an allocation of its own, which sanitizers fence.
+// Zeroed scratch memory of one task. Each piece is an allocation of its own, so that sanitizers see a write beyond it.
 template <typename T>
 class Scratch {
  public:
@@ -87,7 +87,7 @@ class Scratch {
 
 struct Shape {
   int64_t hd, ld;     // head size, and the same rounded up to whole vectors
-  int64_t rows, ldt;  // rows of the group, and the row length of a transposed [hd, rows] with room to read past the end
+  int64_t rows, ldt;  // rows of the group, and the row length of a transposed [hd, rows] with room to read past its end
   int64_t width;      // row length of the scores: the longest key sequence with room for whole vectors and a strip
 };
 
@@ -116,7 +116,7 @@ struct Strip {
 };
 
 constexpr int64_t kBlock = 8 * kStrip;  // queries whose P and dS are kept for one product into dK and dV
-constexpr int64_t kChunk = 128;         // keys that one running sum adds up, for its rounding error
+constexpr int64_t kChunk = 128;         // keys per running sum: short sums have smaller rounding errors
 
 // scores[count, begin .. end) = A[count, depth] * columns[depth, rows]; then up to a vector of columns past the end.
 // The prefix goes first: what it writes past its end is then overwritten by the segment's own keys.
@@ -151,8 +151,8 @@ void add_to_keys(const Strip& block, int64_t hd, int64_t prefix, int64_t window,
   for (const Piece& p : block.pieces) {
     for (int64_t c = 0; c < p.count; c += kStrip) {
       const int64_t take = std::min(kStrip, p.count - c), column = p.column + c;
-      // Query r of the block stands at position prefix + first + r: the first to see the strip, and the last within the
-      // window.
+      // Query r of the block has the position prefix + first + r. `from` is the first query that sees the strip of
+      // keys, `to` is one past the last query that has it within its window.
       const int64_t from = std::max<int64_t>(0, column - prefix - block.first) / pack;
       const int64_t to =
           window > 0 ? std::min(block.count, column + take - 1 + window - prefix - block.first) : block.count;
@@ -165,7 +165,7 @@ void add_to_keys(const Strip& block, int64_t hd, int64_t prefix, int64_t window,
   }
 }
 
-// Columns that row r of a strip may not see become so low that their exponential is 0.
+// Sets the columns that row r of a strip may not see to a number whose exponential is 0.
 template <typename T>
 void hide(const Strip& strip, int64_t prefix, int64_t window, int64_t r, int64_t end, T* row) {
   const int64_t position = prefix + strip.first + r;

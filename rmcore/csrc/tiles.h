@@ -1,8 +1,9 @@
 // Register tiles and packing for the ragged attention: all arithmetic runs on packed fp32 (or fp64) rows.
 //
-// One product serves the whole attention: C[M, N] (+)= A[M, K] * B[K, N] for a strip of M <= 6 rows. A is read one
-// scalar at a time through two strides, so that it may stand transposed; B and C are rows whose N is a whole number of
-// vectors. Each element of C is one sum over k in rising order: the result does not depend on how the strip is tiled.
+// One product is enough for the whole attention: C[M, N] (+)= A[M, K] * B[K, N] for a strip of M <= 6 rows (M, N and K
+// as in every text on matrix products). A is read one scalar at a time through two strides, so it may be transposed.
+// The rows of B and C are whole numbers of vectors long. Each element of C is one sum over k in rising order, so the
+// result does not depend on how the strip is cut into tiles.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,8 +17,8 @@ namespace rmcore {
 
 using at::vec::Vectorized;
 
-constexpr int64_t kStrip =
-    6;  // rows of a register tile: 6 x 4 accumulators, 4 vectors of B, 1 scalar of A: 29 registers
+// Rows of a register tile: 6 x 4 accumulators, 4 vectors of B and 1 scalar of A take 29 registers.
+constexpr int64_t kStrip = 6;
 
 template <typename T>
 constexpr int64_t lanes() {
@@ -26,7 +27,7 @@ constexpr int64_t lanes() {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// What a product's elements are and how a register tile of them is computed; pairs.h has that of bf16.
+// The element type of a product, and how a register tile of it is computed; pairs.h has the one for bf16.
 template <typename T>
 struct Arithmetic {
   using Sum = T;
@@ -77,7 +78,7 @@ void strip_product(int64_t vectors, int64_t K, const T* A, int64_t row_a, int64_
   using With = Arithmetic<T>;
   constexpr int kWide = With::kWide;
   while (vectors > 0) {
-    // 5 vectors are 3 + 2, not 4 + 1: a tile of one vector waits for its multiplications.
+    // 5 vectors are cut into 3 + 2, not 4 + 1: a tile of one vector would wait for its own multiplications.
     const int64_t take = vectors == kWide + 1 ? kWide - kWide / 4 : std::min<int64_t>(vectors, kWide);
     if (take == 4)
       With::template tile<MR, 4>(K, A, row_a, col_a, B, ldb, C, ldc, add);
@@ -116,11 +117,11 @@ void product(int64_t M, int64_t columns, int64_t K, const T* A, int64_t row_a, i
   }
 }
 
-// e^x to about 1 ulp, 0 far below, NaN for NaN (torch's exp_u20 is off by several ulp and turns NaN into a number).
+// e^x to about 1 ulp, 0 for very low x, NaN for NaN. torch's exp_u20 is off by several ulp and makes NaN a number.
 // Cody-Waite reduction x = n ln2 + r, then the polynomial of Cephes' expf.
 inline Vectorized<float> exponential(const Vectorized<float>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m512 low = _mm512_max_ps(_mm512_set1_ps(-106.0f), x);  // in this order a NaN passes
+  const __m512 low = _mm512_max_ps(_mm512_set1_ps(-106.0f), x);  // in this order of arguments a NaN stays a NaN
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(low, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), low);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -148,11 +149,11 @@ void by_dtype(at::ScalarType dtype, const Fn& fn) {
     case at::kDouble:
       return fn(double());
     default:
-      TORCH_CHECK(false, "ragged_attention: floating input expected, got ", dtype);
+      TORCH_CHECK(false, "ragged_attention: expected floating input, got ", dtype);
   }
 }
 
-// One head of a [T, heads, hd] tensor with contiguous hd.
+// One head of a [T, heads, hd] tensor whose last dimension is contiguous.
 struct HeadView {
   char* data;
   int64_t row_bytes;
@@ -194,7 +195,7 @@ struct HeadView {
   }
 };
 
-// rows[count, ld] -> columns[hd, ldt]; the columns count .. ldt become 0.
+// rows[count, ld] -> columns[hd, ldt]; columns count .. ldt become 0.
 template <typename T>
 void transpose(const T* rows, int64_t count, int64_t ld, int64_t hd, T* columns, int64_t ldt) {
   for (int64_t first = 0; first < count; first += 16) {

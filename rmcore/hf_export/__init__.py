@@ -1,1 +1,1 @@
-"""Trained weights in, a Hugging Face directory out, compared with the engine after reloading."""
+"""Turns trained weights into a Hugging Face directory and checks it by reloading; see README.md in this folder."""

@@ -1,31 +1,28 @@
-"""The model card: what a stranger needs to know of an exported reward model, as README.md with the hub's front matter.
+"""Writes the model card of an exported reward model: README.md with the front matter that the hub reads.
 
-In: the resolved config, the data's report, the figures of the last evaluation. Out: Markdown.
-Example: base model EleutherAI/pythia-1b-deduped, 43,835 pairs of 44,849 rows, held-out accuracy 0.684 (0.672 to 0.696).
+Input: the resolved config, the report of the data, the metrics of the last evaluation. Output: Markdown.
+Example: base model EleutherAI/pythia-1b-deduped, 43,835 of 44,849 rows kept, held-out accuracy 0.684 (0.672 to 0.696).
 """
-
-from __future__ import annotations
 
 import json
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from rmcore import __version__
 from rmcore.config import Config
-
-if TYPE_CHECKING:
-    from rmcore.data.tokens.comparisons import TokenizedComparisons
-    from rmcore.scoring.normalisation import Normalisation
+from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.scoring.normalisation import Normalisation
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 USE = """\
-The reward of a text is the one logit: no sigmoid, no softmax. Only differences between answers to one prompt mean
-something. Pad on the right or left, or not at all: the reward is read at the last token before the padding.
+The reward of a text is the model's only logit, without sigmoid or softmax. Only differences between answers to the same
+prompt have a meaning. You may pad on the right, on the left or not at all: the model reads the reward at the last token
+before the padding.
 
 With transformers:
 
@@ -52,9 +49,9 @@ reward = output.outputs.data.item()
 """
 
 NORMALISED = """
-`config.json` holds the mean and deviation of the rewards of held-out answers: `"pooler_config": {stored}`. They are not
-part of the weights: the code above gives raw rewards. (reward - {logit_mean:.6g}) / {logit_sigma:.6g} is what `rmcore
-score --normalise` and `rmcore serve --normalise` give, and vLLM (0.20 or newer) when it is told:
+`config.json` holds the mean and deviation of the rewards of held-out answers: `"pooler_config": {stored}`. The weights
+are not changed, so the code above gives raw rewards. `rmcore score --normalise` and `rmcore serve --normalise` return
+(reward - {logit_mean:.6g}) / {logit_sigma:.6g}. So does vLLM (0.20 or newer) with this option:
 
 ```
 vllm serve {name} --runner pooling --pooler-config '{stored}'
@@ -62,10 +59,11 @@ vllm serve {name} --runner pooling --pooler-config '{stored}'
 """
 
 LIMITS = """\
-- The level of a reward means nothing by itself: the training fixes differences between answers to one prompt.
-- Texts longer than the {tokens} tokens of the training, other languages and other templates were not tried.
-- A reward model rewards what its annotators preferred, their mistakes and their liking for length too; a policy that
-  is optimised against it finds where it is wrong."""
+- The level of a reward has no meaning by itself: training fixes only differences between answers to the same prompt.
+- The model was trained on texts of at most {tokens} tokens. Longer texts, other languages and other templates are
+  untested.
+- A reward model also learns the mistakes of its annotators and their preference for long answers. A policy that is
+  optimised against it will find and use its errors."""
 
 TRAINING = """\
 `torchrun --nproc_per_node N -m rmcore.train rmcore_config.yaml`, with the file of this repository:
@@ -83,7 +81,7 @@ turns = [{"role": "user", "content": "..."}, {"role": "assistant", "content": ".
 ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)"""
 
 WITHOUT_TEMPLATE = """\
-text = "prompt and answer as they stand in the data" + tokenizer.eos_token
+text = "prompt and answer as in the data" + tokenizer.eos_token
 ids = tokenizer(text, return_tensors="pt").input_ids"""
 
 
@@ -92,7 +90,7 @@ def model_card(
     *,
     wants_text: bool,
     data: TokenizedComparisons | None = None,
-    figures: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     normalisation: Normalisation | None = None,
 ) -> str:
     """README.md of the exported directory.
@@ -100,9 +98,9 @@ def model_card(
     Args:
         config: the resolved configuration of the run.
         wants_text: the template takes plain texts, not turns.
-        data: what was trained on, as prepared; None where that is not at hand any more.
-        figures: of the last evaluation (`pair_figures`), None or empty where there was none.
-        normalisation: what config.json holds.
+        data: the prepared training data; None if it is no longer available.
+        metrics: the metrics of the last evaluation without their prefix `eval/rm/`; None or empty without evaluation.
+        normalisation: the mean and deviation that config.json holds.
     """
     base = config.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
@@ -120,7 +118,7 @@ def model_card(
         f"Trained by rmcore {__version__} with the objective `{config.loss.name}`.",
         "## Use\n\n" + use.rstrip(),
         "## Data\n\n" + _data(config, data),
-        "## Figures\n\n" + _figures(figures or {}),
+        "## Metrics\n\n" + _metrics(metrics or {}),
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
         "## Training\n\n" + TRAINING.format(yaml=config.dump_yaml().strip()),
     ]
@@ -131,7 +129,7 @@ def _data(config: Config, data: TokenizedComparisons | None) -> str:
     sources = ", ".join(f"{source.path} ({source.split})" for source in config.data.train)
     lines = [f"{sources}; template `{config.data.template}`, at most {config.data.max_tokens} tokens.", ""]
     if data is None:
-        return "\n".join([*lines, "The counts were not at hand when this directory was made."])
+        return "\n".join([*lines, "The counts were not available when this directory was written."])
     report = data.report
     lines.append(f"{report.get('kept', 0):,} of {report.get('rows', 0):,} rows were kept.")
     lines += [f"- dropped, {reason}: {rows:,}" for reason, rows in dict(report.get("dropped", {})).items()]
@@ -140,30 +138,30 @@ def _data(config: Config, data: TokenizedComparisons | None) -> str:
     return "\n".join(lines)
 
 
-def _figures(figures: Mapping[str, Any]) -> str:
-    if "accuracy" not in figures:
-        return "The run evaluated nothing."
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    if "accuracy" not in metrics:
+        return "The run had no evaluation."
     lines = ["| data | pairs | accuracy | 95 % interval | longer answer | loss |", "|---|---|---|---|---|---|"]
-    rows = {"all": figures, **figures.get("sources", {})}
-    if len(rows) == 2:  # one source: the line for it would repeat the first
-        rows = {"all": figures}
+    rows = {"all": metrics, **metrics.get("sources", {})}
+    if len(rows) == 2:  # the line of an only source would repeat the first
+        rows = {"all": metrics}
     for name, row in rows.items():
-        if "accuracy" not in row:  # no pair of any weight
+        if "accuracy" not in row:  # no pair of this source has a weight
             continue
         interval = f"{row['accuracy_low']:.4f} to {row['accuracy_high']:.4f}"
         lines.append(
             f"| {name} | {row['count']:,} | {row['accuracy']:.4f} | {interval} | {row['length_accuracy']:.4f} "
             f"| {row['loss']:.4f} |"
         )
-    told = ["Longer answer: the accuracy of always preferring the longer answer."]
-    if "ece" in figures:
-        told.append(
-            f"Calibration of sigmoid(r_chosen - r_rejected): ECE {figures['ece']:.4f}, "
-            f"Brier score {figures['brier']:.4f} (0.25 is chance)."
+    notes = ["Longer answer: the accuracy of always preferring the longer answer."]
+    if "ece" in metrics:
+        notes.append(
+            f"Calibration of sigmoid(r_chosen - r_rejected): ECE {metrics['ece']:.4f}, "
+            f"Brier score {metrics['brier']:.4f} (0.25 is chance)."
         )
-    if "best_of_k_accuracy" in figures:
-        told.append(
-            f"Best of 3 answers or more: {figures['best_of_k_accuracy']:.4f} of {figures['best_of_k_count']:,} "
-            f"comparisons (chance {figures['best_of_k_chance']:.4f})."
+    if "best_of_k_accuracy" in metrics:
+        notes.append(
+            f"Best of 3 answers or more: {metrics['best_of_k_accuracy']:.4f} of {metrics['best_of_k_count']:,} "
+            f"comparisons (chance {metrics['best_of_k_chance']:.4f})."
         )
-    return "\n".join([*lines, "", *told])
+    return "\n".join([*lines, "", *notes])

@@ -1,15 +1,14 @@
-"""Trained weights in; out a directory that plain transformers, vLLM, SGLang and RewardBench load, proved by reloading.
+"""Writes a directory that plain transformers, vLLM, SGLang and RewardBench load, and proves it by reloading.
 
-In: the reward model's weights, one after the other, its Hugging Face config, the tokenizer, the template. Out: a
-directory with safetensors, config.json (one label, problem_type regression, a padding token that is not EOS), the
-tokenizer with the chat template, README.md (the card) and rmcore_config.yaml. It is written beside its place, reloaded
-with `AutoModelForSequenceClassification`, its rewards compared with the engine's (rmcore/hf_export/parity.py), and only
-then given its name.
+Input: the reward model's weights, one after the other, its Hugging Face config, the tokenizer and the template.
+Output: a directory with safetensors files, config.json (one label, problem_type regression, a padding token that is not
+EOS), the tokenizer with the chat template, README.md (the model card) and rmcore_config.yaml.
+Example: the engine's rewards are [0.3127, -1.0442], those of the reloaded model [0.3127, -1.0442]: the largest
+difference is 1.2e-07, allowed are 1e-05.
 
-Example: rewards [0.3127, -1.0442] of the engine, [0.3127, -1.0442] reloaded: largest difference 1.2e-07, allowed 1e-05.
+rmcore writes a temporary directory next to the final one, reloads it with `AutoModelForSequenceClassification`,
+compares its rewards with the engine's (rmcore/hf_export/parity.py) and renames it only after that.
 """
-
-from __future__ import annotations
 
 import copy
 import os
@@ -18,32 +17,30 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.config import UserError
 from rmcore.data.tokens.templates import Template
 from rmcore.data.tokens.tokenizer import TextEncoder
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, probe_text, reloaded
-from rmcore.hf_export.weights import SHARD_SIZE, write_weights
+from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
 from rmcore.model.safetensors_weights import is_rewritten
 from rmcore.scoring.normalisation import KEY as NORMALISATION
 from rmcore.scoring.normalisation import Normalisation
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
 
 @dataclass(frozen=True)
 class Package:
-    """What a model directory holds beside its weights.
+    """The contents of a model directory except the weights.
 
-    `model_class`: the `*ForSequenceClassification` class that the backbone belongs to. `hf_config`: the model's, as it
-    was trained (vocabulary size included). `dtype`: of the written weights (fp32 or bf16). `card`: README.md.
-    `config_yaml`: the resolved configuration. `normalisation`: to be stored in config.json; the weights, and the
-    rewards that they give, stay as they are. `max_shard_size`: of one safetensors file, such as "5GB".
+    `model_class`: the `*ForSequenceClassification` class of the model. `hf_config`: the config of the trained model,
+    with its final vocabulary size. `dtype`: the dtype of the written weights (fp32 or bf16). `card`: README.md.
+    `config_yaml`: the resolved configuration. `normalisation`: stored in config.json, without an effect on the weights
+    and their rewards. `max_shard_size`: the largest size of one safetensors file, such as "5GB".
     """
 
     model_class: type[PreTrainedModel]
@@ -64,15 +61,15 @@ def export_model(
     directory: str | Path,
     probe: Probe,
 ) -> Parity:
-    """Write, reload, compare, and only then put the directory in its place; in one process.
+    """Write, reload and compare the directory, and only then put it in its place; in one process.
 
     Args:
-        shapes, tensors: of `backbone.*` and `score.weight`; the weights one after the other, each whole.
+        shapes, tensors: of `backbone.*` and `score.weight`; whole weights, one after the other.
         probe: a few texts and the engine's rewards for them.
     Raises:
         UserError: `directory` holds something that is not a model, or the padding token equals EOS.
-        ExportError: weights do not fit the architecture, or a reloaded reward or token id differs; an existing
-            directory is untouched, and what was written is left in `<directory>.unverified`.
+        ExportError: the weights do not fit the architecture, or a reloaded reward or token id differs. An existing
+            directory is then untouched, and the new files are left in `<directory>.unverified`.
     """
     temporary = write_model(shapes, tensors, package, Path(directory))
     try:
@@ -90,7 +87,10 @@ def write_model(
     package: Package,
     directory: Path,
 ) -> Path:
-    """Write all of it beside `directory`, and return where. Raises as `export_model`; nothing is left then."""
+    """Write everything to a temporary directory next to `directory`, and return its path.
+
+    Raises as `export_model`; no files are left then.
+    """
     if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
         raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
     temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
@@ -109,7 +109,7 @@ def write_model(
 
 
 def set_aside(temporary: Path, directory: Path) -> Path:
-    """Keep what failed the check for people; returns where."""
+    """Keep a directory that failed the check, for people to look at; returns its new path."""
     aside = directory.with_name(f"{directory.name}.unverified")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(temporary, aside)
@@ -119,30 +119,30 @@ def set_aside(temporary: Path, directory: Path) -> Path:
 def classifier_config(
     hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, normalisation: Normalisation | None = None
 ) -> PretrainedConfig:
-    """The config as others need it: one label, no sigmoid, a padding token that is not EOS."""
+    """The config that other programs need: one label, no sigmoid, a padding token that is not EOS."""
     config = copy.deepcopy(hf_config)
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
-    config.problem_type = "regression"  # without it the pipeline and vLLM squash the reward through a sigmoid
-    # vLLM's score task and sentence-transformers' CrossEncoder ask here, and else take a sigmoid.
+    config.problem_type = "regression"  # without it the pipeline and vLLM apply a sigmoid to the reward
+    # vLLM's score task and sentence-transformers' CrossEncoder read this, and use a sigmoid without it.
     config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
-    vars(config).pop(NORMALISATION, None)  # that of a model that training went on from
+    vars(config).pop(NORMALISATION, None)  # the base model may be an exported reward model with its own
     if normalisation is not None:
         setattr(config, NORMALISATION, normalisation.stored())
     config.pad_token_id = tokenizer.pad_token_id
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if config.pad_token_id is None or config.pad_token_id in (*eos, tokenizer.eos_token_id):
         raise UserError(
-            f"the padding token {tokenizer.pad_token!r} is missing or equals EOS: a loader that looks for the last "
+            f"the padding token {tokenizer.pad_token!r} is missing or equals EOS: a program that looks for the last "
             "token before the padding would read the wrong one; give the tokenizer a padding token of its own"
         )
     return config
 
 
 def exported_tokenizer(tokenizer: PreTrainedTokenizerFast, template: Template) -> PreTrainedTokenizerFast:
-    """A copy that pads on the right and holds the chat template that training rendered with (none for plain texts).
+    """A copy that pads on the right and holds the chat template of the training (none for plain texts).
 
-    Where the tokenizer puts BOS in front by itself, training texts have one, but `apply_chat_template` adds none: the
-    template then writes it.
+    If the tokenizer puts BOS in front of a text by itself, training texts begin with it, but `apply_chat_template`
+    would not add it; the exported template then writes it.
     """
     exported = copy.deepcopy(tokenizer)
     exported.padding_side = "right"
@@ -161,33 +161,34 @@ def _write_weights(
     directory: Path,
 ) -> None:
     config = classifier_config(package.hf_config, package.tokenizer, package.normalisation)
-    with torch.device("meta"):  # the class names the weights and knows how they lie on disk; it needs no memory
+    with torch.device("meta"):  # the class defines the names and shapes on disk; on meta it needs no memory
         skeleton: Any = package.model_class(config)
     skeleton.to(package.dtype)
     prefix = f"{package.model_class.base_model_prefix}."
 
-    def theirs(name: str) -> str:
+    def hf_name(name: str) -> str:
         return re.sub(r"^backbone\.", prefix, name)
 
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    found = {theirs(name): shape for name, shape in shapes.items()}
+    found = {hf_name(name): shape for name, shape in shapes.items()}
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         shown = "; ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in wrong[:5])
         raise ExportError(f"{len(wrong)} weights do not fit {package.model_class.__name__}: {shown}")
     floating = all(tensor.is_floating_point() for tensor in skeleton.state_dict().values())
-    if skeleton.is_custom_code() or is_rewritten(config) or not floating:  # transformers knows how these are stored
-        state = {theirs(name): t.to(package.dtype) if t.is_floating_point() else t for name, t in tensors}
+    if skeleton.is_custom_code() or is_rewritten(config) or not floating:  # transformers must write these itself
+        check_shard_size(package.max_shard_size)
+        state = {hf_name(name): t.to(package.dtype) if t.is_floating_point() else t for name, t in tensors}
         skeleton.save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return
     config.architectures, config.dtype = [package.model_class.__name__], package.dtype
     config.save_pretrained(directory)
-    renamed = ((theirs(name), tensor) for name, tensor in tensors)
+    renamed = ((hf_name(name), tensor) for name, tensor in tensors)
     write_weights(directory, expected, package.dtype, renamed, package.max_shard_size)
 
 
 def _settle(directory: Path) -> None:
-    """Give every file the mode that the umask asks for (safetensors writes 0600) and bring it to the disk."""
+    """Give every file the mode that the umask allows (safetensors writes 0600) and bring it to the disk."""
     mode = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if path.is_file():
@@ -201,7 +202,7 @@ def _settle(directory: Path) -> None:
 
 
 def take_place(temporary: Path, directory: Path) -> None:
-    """Give what passed the check its name."""
+    """Rename a directory that passed the check to its final name."""
     old = directory.with_name(f".old-{directory.name}-{os.getpid()}")
     if directory.exists():
         os.replace(directory, old)

@@ -1,35 +1,53 @@
-"""A checkpoint as a model, and as a Hugging Face directory."""
+"""Makes a Hugging Face directory from a checkpoint of any strategy, in one process.
 
-from __future__ import annotations
+Input: a run directory or one of its checkpoints, and overrides of its config. Output: the directory that
+rmcore/hf_export/directory.py writes and checks, and lines about it.
+Example: export("runs/hh", "hh-rm") -> ["hh-rm: step 120; rewards reloaded by transformers differ by 2.4e-07 (allowed
+1.0e-05)"].
+
+The weights come from the checkpoint. The base model's config and tokenizer are read from the place that the run used;
+its weights are read only after LoRA. If the run's data can still be read, they give the texts of the check and the
+counts of the model card; otherwise built-in texts are used.
+"""
 
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmcore.checkpoint.manifest import Manifest
+import torch
+
+from rmcore.checkpoint import directory
+from rmcore.checkpoint.manifest import FILE, Manifest, check_file, read_manifest
+from rmcore.checkpoint.shards import Damaged, read_slices
 from rmcore.config import Config, UserError, load_config
 from rmcore.data.prepare import PreparedData
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.templates import Template
-from rmcore.model.lora import Adapted
+from rmcore.data.tokens.tokenizer import TextEncoder
+from rmcore.evaluation.evaluate import evaluate
+from rmcore.evaluation.trained import ENOUGH_TOKENS
+from rmcore.hf_export.card import model_card
+from rmcore.hf_export.directory import Package, export_model
+from rmcore.hf_export.parity import Probe
+from rmcore.hf_export.probe import probe_of
+from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
+from rmcore.model.lora import Adapted, merged
 from rmcore.model.reward_model import RewardModel
-from rmcore.scoring.normalisation import Normalisation
+from rmcore.parallel.world import running_world
+from rmcore.scoring.normalisation import Normalisation, measure
+from rmcore.scoring.rows import comparison_of, trial_rows
+from rmcore.scoring.scorer import pack
 
 
 def export(
-    run: str, out: str, overrides: Sequence[str] = (), normalise: bool = False, max_shard_size: str = "5GB"
+    run: str, out: str, overrides: Sequence[str] = (), normalise: bool = False, max_shard_size: str = SHARD_SIZE
 ) -> list[str]:
-    """Write and check the directory; lines about what was done. Raises UserError, ExportError."""
-    import torch
-
-    from rmcore.hf_export.card import model_card
-    from rmcore.hf_export.directory import Package, export_model
-    from rmcore.model.lora import merged
-
+    """Write and check the directory `out`; returns lines about it. Raises UserError, ExportError."""
+    check_shard_size(max_shard_size)
     checkpoint, manifest, lines = find_checkpoint(Path(run))
     config = config_of(manifest, overrides)
     loaded = load(config, checkpoint, manifest)
@@ -47,7 +65,7 @@ def export(
             config,
             wants_text=loaded.template.wants_text,
             data=loaded.data.train if loaded.data else None,
-            figures={name.removeprefix("eval/rm/"): value for name, value in (manifest.figures or {}).items()},
+            metrics={name.removeprefix("eval/rm/"): value for name, value in (manifest.figures or {}).items()},
             normalisation=normalisation,
         ),
         config_yaml=config.dump_yaml(),
@@ -59,16 +77,16 @@ def export(
     parity = export_model(shapes, state.items(), package, out, probe(loaded, config))
     if normalisation is not None:
         lines.append(f"held-out rewards: mean {normalisation.mean:.6g}, deviation {normalisation.deviation:.6g}")
-    told = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
-    return [*lines, f"{out}: step {manifest.step}; rewards reloaded by transformers {told}"]
+    difference = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
+    return [*lines, f"{out}: step {manifest.step}; rewards reloaded by transformers {difference}"]
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
-    """The checkpoint that is meant, every byte of it verified, and a line for each newer one that is damaged."""
-    from rmcore.checkpoint import directory
-    from rmcore.checkpoint.manifest import FILE, check_file, read_manifest
-    from rmcore.checkpoint.shards import Damaged
+    """The checkpoint at `path`, or the newest one of the run directory, with all its bytes verified.
 
+    Returns its path, its manifest and a line for each newer checkpoint that is damaged.
+    Raises UserError if there is no good checkpoint.
+    """
     root = path / "checkpoints"
     candidates = [path] if (path / FILE).is_file() else [root / f"step-{step}" for step in directory.steps(root)]
     lines: list[str] = []
@@ -86,7 +104,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
 
 
 def config_of(manifest: Manifest, overrides: Sequence[str]) -> Config:
-    """The run's configuration, as its checkpoint holds it, with overrides on top."""
+    """The run's configuration, from its checkpoint, with overrides applied."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(manifest.config), encoding="utf-8")
@@ -143,13 +161,11 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
 
 
 def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest) -> None:
-    """Fill every parameter from the checkpoint's files. Raises UserError where the names or sizes do not fit."""
-    from rmcore.checkpoint.shards import Damaged, read_slices
-
-    wanted = {f"weight/{name}": (0, tensor.detach().view(-1)) for name, tensor in model.named_parameters()
-              if tensor.requires_grad}  # fmt: skip
+    """Fill every trained parameter from the checkpoint's files. Raises UserError if the names or sizes do not fit."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = {f"weight/{name}": (0, parameter.detach().view(-1)) for name, parameter in trained.items()}
     if unknown := {key for key in manifest.keys if key.startswith("weight/")} - set(wanted):
-        raise UserError(f"{checkpoint} holds {min(unknown)}, which this model has not: is it the same model?")
+        raise UserError(f"{checkpoint} holds {min(unknown)}, which this model does not have: is it the same model?")
     try:
         read_slices([checkpoint / name for name in sorted(manifest.files)], wanted)
     except Damaged as error:
@@ -157,45 +173,33 @@ def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest) -> No
 
 
 def built_in(template: Template, tokenizer: Any, positions: int | None) -> TokenizedComparisons:
-    """Comparisons of texts of a few to some hundred words, written with the run's template."""
-    from rmcore.data.tokens.tokenizer import TextEncoder
-    from rmcore.scoring.rows import comparison_of, trial_rows
-    from rmcore.scoring.scorer import pack
-
+    """Comparisons of built-in texts, from a few to some hundred words, rendered with the run's template."""
     encoder = TextEncoder(tokenizer)
     pairs = [template.render(comparison_of(row, template, where)[0])[1] for row, where in trial_rows()]
     return pack([[ids[:positions] for ids in encoder.encode(pair)] for pair in pairs])
 
 
-def probe(loaded: Loaded, config: Config) -> Any:
+def probe(loaded: Loaded, config: Config) -> Probe:
     """The texts of the check and the engine's rewards for them, in the arithmetic of the training."""
-    import torch
-
-    from rmcore.hf_export.probe import probe_of
-
-    bf16 = config.parallel.precision == "bf16"
-    with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
-        precision = torch.bfloat16 if bf16 else torch.float32
+    precision = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    with training_arithmetic(config):
         return probe_of(loaded.model, loaded.trial, torch.device("cpu"), loaded.share, precision)
 
 
+def training_arithmetic(config: Config) -> AbstractContextManager:
+    """A context on the CPU in which the model computes in the precision of the training."""
+    return torch.autocast("cpu", dtype=torch.bfloat16) if config.parallel.precision == "bf16" else nullcontext()
+
+
 def measured(loaded: Loaded, config: Config) -> Normalisation:
-    """Of the rewards of all held-out answers. Raises UserError where there are none, or they cannot be read."""
-    import torch
+    """Mean and deviation of the rewards of all held-out answers.
 
-    from rmcore.evaluation.evaluate import evaluate
-    from rmcore.evaluation.trained import ENOUGH_TOKENS
-    from rmcore.parallel.world import running_world
-    from rmcore.scoring.normalisation import measure
-
+    Raises UserError if the run has no held-out data, or they cannot be read.
+    """
     if loaded.data is None:
         raise UserError(f"--normalise needs the run's held-out data: {loaded.lacking}")
     if loaded.data.eval is None:
         raise UserError("--normalise needs held-out data: set data.eval_fraction=0.1, or data.eval.path")
-
-    def half() -> Any:
-        bf16 = config.parallel.precision == "bf16"
-        return torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext()
 
     with running_world() as world:
         found = evaluate(
@@ -204,7 +208,7 @@ def measured(loaded: Loaded, config: Config) -> Normalisation:
             world,
             token_budget=ENOUGH_TOKENS,
             share=loaded.share,
-            autocast=half,
+            autocast=lambda: training_arithmetic(config),
         )
     loaded.model.cpu()
     return measure(found.rewards_A)

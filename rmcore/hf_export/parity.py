@@ -1,42 +1,41 @@
-"""Is an exported directory what was trained? Asked of plain transformers, which rmcore's code has no part in.
+"""Checks that an exported directory is the trained model: plain transformers must give the engine's rewards.
 
-In: the directory, a few texts as token ids, and the engine's rewards for them. Out: how far the rewards lie apart, or
-an `ExportError`.
-Example: rewards [0.3127, -1.0442] against [0.3127, -1.0442]: `Parity(difference=1.2e-07, allowed=1e-05)`.
+Input: the reloaded model, a few texts as token ids, and the engine's rewards for them.
+Output: the largest difference of the rewards, or an `ExportError`. None of rmcore's code computes the reloaded rewards.
+Example: rewards [0.3127, -1.0442] and [0.3127, -1.0442]: `Parity(difference=1.2e-07, allowed=1e-05)`.
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.data.tokens.tokenizer import TextEncoder
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
+# The relative error of one rounding. The largest one is 2^-24 in fp32, 2^-8 in bf16 and 2^-4 in e4m3. For bf16 half of
+# it is taken, which makes the check stricter and still leaves 4 sigmas of the largest error.
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float8_e4m3fn: 2.0**-4}
-ROUNDINGS_A_LAYER = 8  # results that a decoder layer rounds: q, k, v, attention, its projection, and three of the MLP
-SIGMAS = 8.0
+ROUNDINGS_PER_LAYER = 8  # a decoder layer rounds q, k, v, the attention, its projection, and three results of the MLP
+SIGMAS = 8.0  # standard deviations: for a normal error, one reward in 10^15 would be further off
+FLOOR = 1e-5  # relative to the rewards; sums of thousands of fp32 terms in another order differ by up to this
 
 
 class ExportError(RuntimeError):
-    """What was written is not what was trained."""
+    """The exported model is not the trained one."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Texts (token ids without padding) and the rewards that the engine gives them, for the comparison after writing.
+    """Texts (token ids without padding) and the engine's rewards for them, to compare with after writing.
 
-    `precision`: the arithmetic that the engine's rewards come from.
+    `precision`: the arithmetic in which the engine computed these rewards.
     """
 
     token_ids: Sequence[Sequence[int]]
@@ -46,39 +45,43 @@ class Probe:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the reloaded model's rewards lie from the engine's, and how far they may."""
+    """The largest difference between the reloaded model's rewards and the engine's, and the largest allowed one."""
 
     difference: float
     allowed: float
 
 
 def reloaded(directory: Path) -> PreTrainedModel:
-    """The directory as plain transformers loads it, in fp32. Raises ExportError: weights missing or unexpected."""
-    from transformers import AutoModelForSequenceClassification
+    """The directory as plain transformers loads it, in fp32.
 
+    Raises ExportError: weights are missing, unexpected or of another shape.
+    """
     model, info = AutoModelForSequenceClassification.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
-    strangers = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    if any(strangers.values()):
-        raise ExportError(f"transformers does not find the weights it expects in the export: {strangers}")
+    faults = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    if any(faults.values()):
+        raise ExportError(f"transformers does not find the weights that it expects in {directory}: {faults}")
     return model
 
 
 @torch.no_grad()
 def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> Parity:
-    """Compare the rewards of the reloaded `model` (or its shards; a collective then): each text alone, padded right,
-    padded left.
+    """Compare the rewards of the reloaded model, with each text by itself, padded right and padded left.
 
-    The three ways must agree to fp32 rounding, and the first with the engine to the rounding of its precision and of
-    the `written` weights.
+    If every rank holds a shard of `model`, this is a collective.
 
-    Raises ExportError naming the text and the two rewards that differ most.
+    Args:
+        written: the dtype of the weights on disk.
+    Raises:
+        ExportError: the message has the text whose two rewards differ most, and both rewards.
     """
     model.eval()
+    # A reward is a sum of D products hidden_d * weight_d. Errors of relative size e, independent in the D terms, move
+    # it by about e * sqrt(sum of (hidden_d * weight_d)^2), which is e * |hidden| * |weight| / sqrt(D) for typical
+    # vectors. `scale` is this without e, the largest of all texts.
     scales = [0.0]
 
-    # A reward is a sum of D products: rounding of relative size e moves it by about e * |hidden| |weight| / sqrt(D).
     def measure(score: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         hidden, weight = args[0][0, -1].double(), cast(torch.Tensor, score.weight)[0].double()
         scales.append(float(hidden.norm() * weight.norm()) / weight.numel() ** 0.5)
@@ -89,9 +92,12 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     hook.remove()
     scale = max(scales)
     layers = model.config.num_hidden_layers
+    # Padding changes nothing but the order of sums, and all three ways run in fp32: they must agree to its rounding.
     rounding = allowed_difference(torch.float32, layers, scale, alone)
     for side in ("right", "left"):
         _compare(f"padded {side}", _padded(model, probe.token_ids, side), "alone", alone, rounding)
+    # Between the engine and the reloaded model lie two roundings: that of the weights on disk and that of the engine's
+    # arithmetic. The coarser one sets the bound.
     precision = max(written, probe.precision, key=UNIT_ROUNDOFF.__getitem__)
     allowed = allowed_difference(precision, layers, scale, alone)
     engine = torch.tensor(list(probe.rewards), dtype=torch.float64)
@@ -99,10 +105,12 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
 
 
 def allowed_difference(precision: torch.dtype, layers: int, scale: float, rewards: torch.Tensor) -> float:
-    """How far rounding alone may move a reward: 8 sigmas of the independent roundings of all layers, and in fp32 at
-    least 1e-5 of the rewards' size."""
-    rounding = SIGMAS * UNIT_ROUNDOFF[precision] * (ROUNDINGS_A_LAYER * layers) ** 0.5 * scale
-    return max(rounding, 1e-5 * max(1.0, float(rewards.abs().max())))
+    """The largest difference of a reward that rounding can explain, given the `scale` of `check_export`."""
+    # n independent roundings, each of relative size u, add up to about sqrt(n) * u. A layer adds its results to the
+    # residual stream, so the n roundings of all layers reach the last hidden state with a weight of about 1.
+    rounding = SIGMAS * UNIT_ROUNDOFF[precision] * (ROUNDINGS_PER_LAYER * layers) ** 0.5 * scale
+    # The roundings inside a sum are not in this count. In fp32 they can be larger than it: hence the floor.
+    return max(rounding, FLOOR * max(1.0, float(rewards.abs().max())))
 
 
 def _padded(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], side: str) -> torch.Tensor:
@@ -114,7 +122,7 @@ def _padded(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], side: st
         input_ids[row, place], mask[row, place] = torch.tensor(list(ids), device=model.device), 1
     extra = {}
     if side == "left" and "position_ids" in inspect.signature(model.forward).parameters:
-        extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # else learned positions would count the padding
+        extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # without it learned positions count the padding
     return model(input_ids=input_ids, attention_mask=mask, **extra).logits[:, 0].double().cpu()
 
 
@@ -124,7 +132,7 @@ def _compare(what: str, found: torch.Tensor, other: str, expected: torch.Tensor,
     if not bool(difference[worst] <= allowed):
         raise ExportError(
             f"the exported model's rewards are wrong: text {worst} has {float(found[worst]):.6g} {what} and "
-            f"{float(expected[worst]):.6g} {other}; the difference may be {allowed:.2g}"
+            f"{float(expected[worst]):.6g} {other}; the allowed difference is {allowed:.2g}"
         )
     return float(difference[worst])
 
@@ -132,17 +140,15 @@ def _compare(what: str, found: torch.Tensor, other: str, expected: torch.Tensor,
 def check_tokenizer(
     directory: Path, tokenizer: PreTrainedTokenizerFast, template: Template, token_ids: Sequence[Sequence[int]]
 ) -> None:
-    """Reload the tokenizer: the same text must become the same ids as in training, also through the chat template.
+    """Reload the tokenizer: texts must give the token ids of the training, also through the chat template.
 
-    Raises ExportError.
+    Raises ExportError if one does not.
     """
-    from transformers import AutoTokenizer
-
     reloaded: Any = AutoTokenizer.from_pretrained(directory)
     texts = [str(tokenizer.decode(list(ids))) for ids in token_ids]
     trained, exported = TextEncoder(tokenizer).encode(texts), TextEncoder(reloaded).encode(texts)
     if not all(np.array_equal(a, b) for a, b in zip(trained, exported, strict=True)):
-        raise ExportError("the exported tokenizer gives other token ids than the one that was trained with")
+        raise ExportError("the exported tokenizer gives other token ids than the tokenizer of the training")
     text = probe_text(template)
     if text is not None:
         ids = reloaded.apply_chat_template(_PROBE_TURNS, tokenize=True, return_dict=False)
@@ -154,7 +160,7 @@ _PROBE_TURNS = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", 
 
 
 def probe_text(template: Template) -> str | None:
-    """A short conversation as training renders it; None for plain texts, or when the template refuses it."""
+    """A short conversation as training renders it; None for plain texts, or if the template rejects it."""
     if template.chat_template is None:
         return None
     try:

@@ -1,4 +1,8 @@
-"""A few texts and the rewards that the engine gives them, to compare an export with."""
+"""Computes the engine's rewards for a few texts, which the parity check compares with the exported model's.
+
+Input: the engine's model and the run's comparisons. Output: a `Probe` of texts and rewards.
+Example: 4 comparisons of two answers -> 8 texts of token ids, 8 rewards.
+"""
 
 import torch
 from torch import nn
@@ -13,7 +17,7 @@ from rmcore.model.selftest import trial_comparisons
 def probe_of(
     model: nn.Module, data: TokenizedComparisons, device: torch.device, share: bool, precision: torch.dtype
 ) -> Probe:
-    """The longest comparison of `data` and a few others, with the rewards that `model` gives them."""
+    """The texts of the longest comparison of `data` and of a few others, with the rewards of `model`."""
     numbers = trial_comparisons(data.tokens_N)
     batch = build_batch(data, numbers, share).on(device)
     was_training = model.training

@@ -1,43 +1,42 @@
-"""Pushing an exported model to the Hugging Face hub.
+"""Pushes an exported model to the Hugging Face hub.
 
-In: a directory that `export_model` made and proved, a repository name. Out: the address of the commit, or a `PushError`
-in one line: the model is on disk by then, and a hub that is down must not make a finished run look lost.
+Input: a directory that `export_model` wrote and checked, and the section `hub` of the config.
+Output: the address of the commit, or a `PushError` of one line, which says that the model is safe on disk.
 Example: push("runs/hh/model", HubConfig(push=True, repo="me/hh-rm")) ->
 "https://huggingface.co/me/hh-rm/commit/1f2e...".
 
-The token comes from the environment (HF_TOKEN) or from `hf auth login`; no key of the config holds one.
+The token comes from the environment (HF_TOKEN) or from `hf auth login`. The config has no key for it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
+
+import huggingface_hub
 
 from rmcore.config.schema import HubConfig
 
 
 class PushError(RuntimeError):
-    """The hub did not take the model; it is safe on disk."""
+    """The hub did not accept the model, which is safe on disk."""
 
 
 class NoModel(PushError):
-    """There is nothing to push."""
+    """The directory does not hold a model."""
 
 
 def push(directory: str | Path, hub: HubConfig) -> str:
-    """Upload the directory as one commit, and return the commit's address.
+    """Upload the directory as one commit, and return the address of the commit.
 
-    A repository or branch that is missing is made; `hub.private` holds for one that is made now.
+    A missing repository or branch is created; `hub.private` applies only to a repository that is created now.
 
     Raises:
-        PushError: not logged in, no right to write, no such user, no connection, or a directory that is no model.
+        PushError: not logged in, no right to write, unknown user or no connection.
+        NoModel: the directory does not hold an exported model.
     """
-    from huggingface_hub import HfApi
-
     if not (Path(directory) / "config.json").is_file():
-        raise NoModel(f"{directory} holds no exported model (no config.json); nothing was pushed")
+        raise NoModel(f"{directory} is not an exported model (config.json is missing); nothing was pushed")
     if hub.repo is None:
         raise PushError("hub.repo is not set; nothing was pushed")
-    api, repo = HfApi(), hub.repo
+    api, repo = huggingface_hub.HfApi(), hub.repo
     try:
         repository = api.create_repo(repo, private=hub.private, exist_ok=True).repo_id
         if hub.revision is not None:
@@ -45,7 +44,7 @@ def push(directory: str | Path, hub: HubConfig) -> str:
         commit = api.upload_folder(
             folder_path=directory, repo_id=repository, revision=hub.revision, commit_message="Upload a reward model"
         )
-    except Exception as error:  # the hub's client raises many kinds, from its own to those of the HTTP library
+    except Exception as error:  # the hub's client raises many kinds, some of its own, some of the HTTP library
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise PushError(
             f"could not push to {repo}: {reason}. The model is saved in {directory}; check `hf auth login` or "

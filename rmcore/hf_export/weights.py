@@ -1,36 +1,26 @@
-"""Weights one by one into a model directory's safetensors files, without ever holding two of them.
+"""Writes weights into a model directory's safetensors files one by one, without ever holding two of them.
 
-Enters: names and shapes, then the tensors in any order. Leaves: model.safetensors, or numbered files of at most
-SHARD_SIZE bytes with their index, as transformers writes and reads them. The place of every weight follows from the
-shapes, so a header is written before the first weight is there.
+Input: names and shapes, then the tensors in any order. Output: `model.safetensors`, or numbered files and their index,
+with the names and the cut that huggingface_hub gives them and transformers reads.
 Example: 13.5e9 bytes in bf16 -> model-00001-of-00003.safetensors to model-00003-of-00003.safetensors and
 model.safetensors.index.json.
+
+The place of every weight follows from the shapes, so each file gets its header and its full length first.
 """
 
 import json
 import math
-import os
-import struct
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from rmcore.config import UserError
+from rmcore.host.safetensors_file import chunks, layout
 
 SHARD_SIZE = "5GB"  # of one file
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-CHUNK = 1 << 24  # elements that are converted at a time
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-
-
-class Place(NamedTuple):
-    """Where a weight lies: its file, its first byte there, its shape."""
-
-    file: str
-    offset: int
-    shape: tuple[int, ...]
 
 
 def write_weights(
@@ -40,63 +30,54 @@ def write_weights(
     tensors: Iterable[tuple[str, torch.Tensor]],
     max_shard_size: str = SHARD_SIZE,
 ) -> None:
-    """Write all weights, converted to `dtype`. Raises OSError; ValueError: a weight of another name or shape, or one
-    that never came.
+    """Write all weights, converted to `dtype`.
+
+    Raises OSError; UserError for a wrong `max_shard_size`; ValueError for a weight with another name or shape, or one
+    that is missing at the end.
     """
-    places = _begin(directory, shapes, dtype, in_bytes(max_shard_size))
-    left = set(places)
+    places = _write_headers(directory, shapes, dtype, max_shard_size)
+    missing = set(shapes)
     for name, tensor in tensors:
-        place = places.get(name)
-        if place is None or tuple(tensor.shape) != place.shape or name not in left:
-            raise ValueError(f"weight {name} {tuple(tensor.shape)} came, {place and place.shape} was expected")
-        left.remove(name)
-        with open(directory / place.file, "r+b") as file:
-            file.seek(place.offset)
-            flat = tensor.reshape(-1)
-            for start in range(0, flat.numel(), CHUNK):
-                file.write(flat[start : start + CHUNK].to(dtype).view(torch.uint8).numpy().data)
-    if left:
-        raise ValueError(f"weight {min(left)} never came")
+        if name not in missing or tuple(tensor.shape) != tuple(shapes[name]):
+            raise ValueError(f"unexpected weight {name} {tuple(tensor.shape)}; expected {shapes.get(name)}, once")
+        missing.remove(name)
+        path, offset = places[name]
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            for chunk in chunks(tensor, dtype):
+                file.write(chunk)
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
 
 
-def in_bytes(size: str) -> int:
-    """ "5GB" -> 5 * 10**9. Raises UserError."""
-    number, unit = size[:-2], size[-2:].upper()
-    if unit not in UNITS or not number.isdigit() or int(number) < 1:
-        raise UserError(f"{size!r} is no size of a file: a whole number and KB, MB or GB, such as 5GB")
-    return int(number) * UNITS[unit]
+def check_shard_size(size: str) -> None:
+    """Raises UserError unless `size` is a whole number and KB, MB or GB."""
+    if not re.fullmatch(r"0*[1-9][0-9]*[KMG]B", size, re.IGNORECASE):
+        raise UserError(f"{size!r} is not the size of a file: expected a whole number and KB, MB or GB, such as 5GB")
 
 
-def _begin(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, most: int) -> dict[str, Place]:
-    """Make the files, with their headers, and the index where there are several."""
-    size = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name in shapes:
-        if groups[-1] and filled + size[name] > most:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size[name]
-    places: dict[str, Place] = {}
-    for number, names in enumerate(groups):
-        several = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        file = several if len(groups) > 1 else "model.safetensors"
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in names:
-            span = [offset, offset + size[name]]
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shapes[name]), "data_offsets": span}
-            offset += size[name]
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(directory / file, "xb") as handle:
-            handle.write(struct.pack("<Q", len(text)) + text)
-            start = handle.tell()
-            os.ftruncate(handle.fileno(), start + offset)
-        for name in names:
-            places[name] = Place(file, start + header[name]["data_offsets"][0], tuple(shapes[name]))  # type: ignore[index]
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": {n: p.file for n, p in places.items()}}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _write_headers(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: str
+) -> dict[str, tuple[Path, int]]:
+    """Make all files, and the index if there are several; returns the file and the first byte of each weight."""
+    check_shard_size(max_shard_size)
+    bytes_of = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    split = split_state_dict_into_shards_factory(
+        bytes_of,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    places: dict[str, tuple[Path, int]] = {}
+    for file_name, names in split.filename_to_tensors.items():
+        path = directory / file_name
+        file_layout = layout({name: (dtype, shapes[name]) for name in names}, {"format": "pt"})
+        with open(path, "xb") as file:
+            file.write(file_layout.header)
+            file.truncate(file_layout.size)
+        places |= {name: (path, offset) for name, offset in file_layout.offsets.items()}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return places

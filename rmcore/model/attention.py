@@ -1,14 +1,13 @@
-"""Attention over a packed row in which answers share their prompt: each query sees its text, and nothing else.
+"""Attention over a packed row in which answers share their prompt: each query sees its own text and nothing else.
 
-Enters: what a Hugging Face attention layer passes to an attention function (query, key, value [1, H, T, head size]),
-and the batch's `AttentionLayout`. Leaves: the attention output [1, T, H, head size], as those layers expect it.
+Input: what a Hugging Face attention layer passes to an attention function (query [1, H, T, K], key and value
+[1, G, T, K]), and the batch's `AttentionLayout`. Output: the attention output [1, T, H, K], as those layers expect it.
+Example: the row [p0 p1 | a | b] (a prompt of 2 tokens, answers a and b) has the segments (0, 3, 0, 0) and (3, 4, 0, 2).
+a sees p0 p1 a; b sees p0 p1 b, never a.
 
-Example: the row [p0 p1 | a | b] (prompt of 2, answers a and b) has the segments (0, 3, 0, 0) and (3, 4, 0, 2): a sees
-p0 p1 a; b sees p0 p1 b, never a. It is exact: attention is causal, so the hidden states of p0 p1 do not depend on a
-or b.
-
-Three paths compute the same function: the C++ op (CPU), `varlen_attn` (CUDA, half precision) with the shared keys
-gathered once for each answer, and a composition of PyTorch calls a segment, for everything else.
+It is exact: attention is causal, so the hidden states of p0 p1 do not depend on a or b. Three implementations compute
+the same function: the op `ragged_attention` (CPU), `varlen_attn` with the shared keys gathered once for each answer
+(CUDA in half precision), and one PyTorch call per segment (CUDA in other precisions).
 """
 
 import inspect
@@ -31,7 +30,7 @@ NAME = "rmcore_ragged"
 
 
 class UnsupportedAttention(Exception):
-    """The architecture asks attention for something that the ragged paths do not compute."""
+    """The architecture needs something from attention that the packed paths do not compute."""
 
 
 def attention_forward(
@@ -47,21 +46,20 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Transformers' attention-function contract (AttentionInterface) for packed rows.
 
-    query [1, H, T, K]; key, value [1, G, T, K] with H a multiple of G (grouped-query attention). `sliding_window`
-    counts the keys that a query sees, itself included, along its own text. Raises UnsupportedAttention for a mask,
-    dropout, soft
-    capping, attention sinks or a position bias: the start-up self-test then chooses a slower path.
+    query [1, H, T, K]; key, value [1, G, T, K] with H a multiple of G (grouped-query attention). `sliding_window` is
+    the number of keys that a query sees along its own text, itself included. Raises UnsupportedAttention for a mask,
+    dropout, soft capping, attention sinks or a position bias; the start-up self-test then chooses a slower path.
     """
-    asked = [name for name in ("softcap", "s_aux", "position_bias", "alibi") if kwargs.get(name) is not None]
-    if attention_mask is not None or dropout or asked:
-        raise UnsupportedAttention(", ".join(asked) or "an attention mask or dropout")
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias", "alibi") if kwargs.get(name) is not None]
+    if attention_mask is not None or dropout or unsupported:
+        raise UnsupportedAttention(", ".join(unsupported) or "an attention mask or dropout")
     layout: AttentionLayout | ScoredRows = kwargs[LAYOUT]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or 0
     query_THK, key_TGK, value_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
     if isinstance(layout, ScoredRows):
         layout.attended.append(layout.attend(query_THK, key_TGK, value_TGK, scale, window).flatten(1).unsqueeze(0))
-        # The layer's code reshapes what it gets to [1, T, any]; the output projection then takes what was laid aside.
+        # The layer's code reshapes this to [1, T, any]; a hook then gives the output projection the stored result.
         return value.new_empty(1, value.shape[2], 1, 1), None
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
         out_THK = _varlen(query_THK, key_TGK, value_TGK, layout, scale, window)
@@ -76,10 +74,10 @@ AttentionInterface.register(NAME, attention_forward)
 
 
 def compile_layers(backbone: nn.Module) -> None:
-    """torch.compile for each decoder layer but the last, whatever the number of tokens; attention stays as it is.
+    """Compile each decoder layer except the last with torch.compile, for any number of tokens.
 
-    Layers are alike, so one compilation serves them all; the last one runs on other shapes (rmcore.model.pruning). The
-    calls inside attention depend on lengths that change with every batch: they are kept out of what is compiled.
+    The layers are alike, so one compilation serves all of them; the last layer runs on other shapes
+    (rmcore.model.pruning). Attention is not compiled, because its calls depend on lengths that change with every batch.
     """
     AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
     for layer in decoder_layers(backbone)[:-1]:
@@ -89,7 +87,7 @@ def compile_layers(backbone: nn.Module) -> None:
 def composed_attention(
     query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, segments_S4: Tensor, scale: float, window: int
 ) -> Tensor:
-    """The same function from PyTorch's own attention, one call a segment. Any device, any floating dtype."""
+    """The same function by one call of PyTorch's own attention per segment. Any device, any floating dtype."""
     outputs = []
     grouped = query_THK.shape[1] != key_TGK.shape[1]
     for start, end, prefix_start, prefix_end in segments_S4.tolist():
@@ -111,7 +109,7 @@ def composed_attention(
 
 @cache
 def _varlen_kernel() -> tuple[Callable[..., Any], bool]:
-    """PyTorch's variable-length attention and whether it takes unequal head counts (2.12 and later do)."""
+    """PyTorch's variable-length attention, and whether it accepts G < H key heads (torch 2.12 and later do)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:  # a build without it
@@ -122,18 +120,17 @@ def _varlen_kernel() -> tuple[Callable[..., Any], bool]:
 def _varlen(
     query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, layout: AttentionLayout, scale: float, window: int
 ) -> Tensor:
-    """One kernel call for all segments: queries as they lie, keys and values gathered as [prefix, own] for each
-    segment.
+    """One kernel call for all segments: queries in place, keys and values gathered as [prefix, own rows] per segment.
 
-    Causal masks of unequal lengths are aligned at the bottom right, which is what [prefix, own] needs; windows stay
-    right because the gathered keys are contiguous. The gather's backward adds what the answers contribute to the
-    prefix.
+    The kernel aligns causal masks of unequal lengths at the bottom right, which is what [prefix, own rows] needs.
+    Windows are right because the gathered keys are contiguous. The gather's backward sums the gradients that the
+    answers contribute to the prefix.
     """
     varlen_attn, takes_groups = _varlen_kernel()
     plan = layout.gather
     if plan is None:
         raise ValueError("the batch has no gather plan: use RaggedBatch.on to move a batch")
-    # Under autocast the rotary tables, in fp32, leave queries and keys in fp32 beside half-precision values.
+    # Under autocast the rotary embedding makes queries and keys fp32, while values stay in half precision.
     query_THK, key_TGK = query_THK.to(value_TGK.dtype), key_TGK.to(value_TGK.dtype)
     key, value = gather_prefix_kv(key_TGK, value_TGK, plan)
     groups = query_THK.shape[1] // key.shape[1]
@@ -142,7 +139,17 @@ def _varlen(
         extra["enable_gqa"] = True
     elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    window_size = (window - 1 if window else -1, 0)
+    query_THK = query_THK.contiguous()
     return varlen_attn(
-        query_THK.contiguous(), key, value, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k,
-        scale=scale, window_size=(window - 1 if window else -1, 0), **extra,
-    )  # fmt: skip
+        query_THK,
+        key,
+        value,
+        plan.cu_q,
+        plan.cu_k,
+        plan.max_q,
+        plan.max_k,
+        scale=scale,
+        window_size=window_size,
+        **extra,
+    )

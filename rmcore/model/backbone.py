@@ -1,9 +1,10 @@
-"""A model name in, a Hugging Face decoder ready to be trained as a reward model out.
+"""Loads a Hugging Face decoder and prepares it to be trained as a reward model.
 
-Enters: `model.*` of the config, the tokenizer. Leaves: the `*ForSequenceClassification` model as transformers builds it
-(fp32 weights, dropout off, one score without bias, a padding token that is not EOS), from which rmcore takes the
-backbone and the score head and whose config is exported. Example: EleutherAI/pythia-14m ->
-GPTNeoXForSequenceClassification with `score.weight` [1, 128] drawn from N(0, 1/sqrt(129)).
+Input: the section `model` of the config, and the size and padding token of the tokenizer.
+Output: the `*ForSequenceClassification` model as transformers builds it: fp32 weights, dropout off, a score head of one
+output without bias, a padding token that is not EOS. rmcore trains its backbone and score head and exports its config.
+Example: EleutherAI/pythia-14m -> GPTNeoXForSequenceClassification with `score.weight` [1, 128] drawn from
+N(0, 1/sqrt(129)).
 """
 
 from functools import partial
@@ -16,23 +17,25 @@ from transformers.utils import logging as transformers_logging
 
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
-from rmcore.model.meta_model import empty_model, fresh_head, grow, refuse_strangers
-from rmcore.model.random_weights import Drawn, Undrawn
+from rmcore.model.meta_model import fresh_head, grow, model_on_meta, refuse_unexpected
+from rmcore.model.random_weights import NoDrawingRule, RandomWeights
+from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
 from rmcore.model.synthetic_model import synthetic_model_config
 
-EMBEDDED = "synthetic"  # the name of the tiny model that comes with rmcore
+SYNTHETIC = "synthetic"  # model.name of the tiny model that comes with rmcore
 
 
 def load_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id: int) -> PreTrainedModel:
     """The classifier model on the CPU, in fp32.
 
     Args:
-        seed: of the weights that no checkpoint gives: the score head, grown embedding rows, `init: random`. Every rank
-            and world size draws the same.
-        vocabulary: len(tokenizer): the embedding grows to it, to a multiple of 8, when it has fewer rows.
+        seed: seed of the weights that the checkpoint does not hold: the score head, added embedding rows, and all
+            weights under `init: random`. They are the same on every rank and at every world size.
+        vocabulary: len(tokenizer). If the embedding has fewer rows, it grows to this size, rounded up to a multiple
+            of 8.
         pad_token_id: written to the model's config; must differ from EOS.
     Raises:
-        UserError: files missing, truncated or of another architecture; a checkpoint that lacks weights.
+        UserError: files or weights are missing, a file is truncated, or the architecture is another one.
     """
     hf_config = reward_config(config, pad_token_id)
     model = _random(config, hf_config, seed) if config.init == "random" else _pretrained(config, hf_config)
@@ -49,8 +52,10 @@ def load_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id:
 
 
 def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
-    """The model's own config, with one label and a padding token: None while the embedding has no row for it (see
-    `grow`), for no embedding can be made with one. Raises UserError when the config cannot be had.
+    """The model's own config, with one label and a padding token. Raises UserError when the config cannot be loaded.
+
+    The padding token is None while the embedding has no row for it, because transformers could not build such an
+    embedding; `grow` sets it.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -61,7 +66,7 @@ def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
 
 
 def check_score(config: ModelConfig, model: PreTrainedModel) -> nn.Linear:
-    """The score head. Raises UserError: the class has none, or another one."""
+    """The model's score head. Raises UserError unless it is Linear(D, 1) without bias."""
     score: nn.Module | None = getattr(model, "score", None)
     biased = getattr(score, "bias", None) is not None
     if not isinstance(score, nn.Linear) or biased or score.out_features != 1:
@@ -70,8 +75,8 @@ def check_score(config: ModelConfig, model: PreTrainedModel) -> nn.Linear:
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's own config. Raises UserError when it cannot be had."""
-    if config.name == EMBEDDED:
+    """The model's own config. Raises UserError when it cannot be loaded."""
+    if config.name == SYNTHETIC:
         return synthetic_model_config()
     try:
         return AutoConfig.from_pretrained(
@@ -82,28 +87,31 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def brings_code(config: ModelConfig, hf_config: PretrainedConfig) -> bool:
-    """Whether the model's classes come with it, and may run: nothing is known of them beforehand."""
+    """Whether the model's classes are code of its repository that may run; rmcore then assumes nothing about them."""
     return config.trust_remote_code and bool(getattr(hf_config, "auto_map", None))
 
 
-def drawn_weights(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> Drawn:
-    """Random weights. Raises UserError where a stored head is asked for."""
+def random_weights(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> RandomWeights:
+    """A source of random weights for the model. Raises UserError if the config wants a stored head."""
     if config.head == "stored":
-        raise UserError("model.head=stored needs model.init=pretrained: random weights come with no stored head")
-    return Drawn(lambda: empty_model(hf_config), decoder_layers, seed)
+        raise UserError("model.head=stored needs model.init=pretrained: random weights have no stored head")
+    return RandomWeights(lambda: model_on_meta(hf_config), decoder_layers, seed)
 
 
 def _random(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """Drawn as a model in parts is, so that every strategy starts equal; by transformers where that is not possible."""
-    source = drawn_weights(config, hf_config, seed)
+    """The model with the weights that a lazy model draws, so that all strategies start equal.
+
+    Where that is not possible, transformers draws them.
+    """
+    source = random_weights(config, hf_config, seed)
     try:
         if not brings_code(config, hf_config):
-            model = empty_model(hf_config)
+            model = model_on_meta(hf_config)
             blank = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
             model.load_state_dict(blank, strict=False, assign=True)
             source.fill({name: (0, weight) for name, weight in blank.items()})
             return model
-    except Undrawn:
+    except NoDrawingRule:
         pass
     except ValueError as error:
         raise UserError(unreadable(config, error)) from None
@@ -113,45 +121,47 @@ def _random(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> PreT
     )
 
 
-def refuse_embedded(config: ModelConfig) -> None:
-    """Raises UserError for pretrained weights of the embedded model, which there are none of."""
-    if config.name == EMBEDDED:
+def refuse_synthetic(config: ModelConfig) -> None:
+    """Raises UserError for the synthetic model, which has no pretrained weights."""
+    if config.name == SYNTHETIC:
         raise UserError("model.name=synthetic has no pretrained weights: set model.init=random")
 
 
 def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
-    refuse_embedded(config)
+    refuse_synthetic(config)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            config.name, revision=config.revision, config=hf_config, dtype=torch.float32, output_loading_info=True,
-            trust_remote_code=config.trust_remote_code, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            config.name,
+            revision=config.revision,
+            config=hf_config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,
+        )
     except Exception as error:  # safetensors and transformers raise many kinds for files that are not a model
         raise UserError(unreadable(config, error)) from None
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]}
     allowed = {"score.weight"} if config.head == "fresh" else set()
-    lacking = sorted((set(report["missing_keys"]) | mismatched) - allowed)
-    if lacking:
-        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-        hint = "set model.head=fresh to draw one" if lacking == ["score.weight"] else "is it the right checkpoint?"
-        raise UserError(
-            f"model.name {config.name}: the checkpoint lacks weights of {type(model).__name__}: {shown}; {hint}"
-        )
+    missing = sorted((set(report["missing_keys"]) | mismatched) - allowed)
+    if missing:
+        [found] = listed(f"weights of {type(model).__name__} are missing from the checkpoint:", missing)
+        raise UserError(f"model.name {config.name}: {found}; {wrong_checkpoint_hint(missing)}")
     try:
-        refuse_strangers(model, report["unexpected_keys"])
+        refuse_unexpected(model, report["unexpected_keys"])
     except UserError as error:
         raise UserError(f"model.name {config.name}: {error}") from None
     return model
 
 
 def unreadable(config: ModelConfig, error: Exception) -> str:
-    """One sentence about model files that are not."""
+    """The message for model files that cannot be loaded, in one sentence."""
     reason = " ".join(str(error).split())[:300]
     return f"model.name {config.name} cannot be loaded ({type(error).__name__}): {reason}"
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """All p = 0, in training too (Ziegler et al., arXiv 1909.08593, p. 3): a reward must not depend on a coin."""
+    """Set every dropout probability to 0, in training too (Ziegler et al., arXiv 1909.08593, p. 3)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -161,7 +171,7 @@ def turn_dropout_off(model: nn.Module) -> None:
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the longest list of modules of one class. What FSDP shards and recompute wraps."""
+    """The decoder's layers: the longest list of modules of one class. FSDP shards them and recompute wraps them."""
     lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
     if not lists:
         raise UserError(f"{type(backbone).__name__} has no list of decoder layers")
@@ -169,9 +179,10 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
 
 
 def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
-    """Activation checkpointing a layer: `full` keeps only its input, `selective` also the outputs of matmuls.
+    """Activation checkpointing per layer: `full` keeps only the input of a layer, `selective` also matmul outputs.
 
-    The last layer keeps its activations: its backward comes first, when they would have to be there anyway.
+    The last layer keeps its activations: its backward comes first, so its activations would have to be in memory then
+    in any case.
     """
     if how == "none":
         return

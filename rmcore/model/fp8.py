@@ -1,12 +1,14 @@
-"""FP8 matrix products in the linear layers, by torchao: `parallel.fp8=true`. Nothing of torchao is imported without it.
+"""Computes the matrix products of the linear layers in FP8, by torchao: `parallel.fp8=true`.
 
-Enters: a decoder whose weights are fp32 masters. Leaves: the same modules and parameter names, whose linear layers
-round inputs, weights and gradients to FP8 (e4m3, gradients e5m2; one scale a tensor, found anew at each use) for their
-products; what they return is bf16. Example: 24 layers of 7 linear ones -> 23 * 7 = 161 of them in FP8.
+Input: a decoder whose weights are fp32 masters. Output: the same modules and parameter names. For their products, the
+linear layers now round inputs and weights to e4m3 and gradients to e5m2, with one scale per tensor that is computed
+at each use; they return bf16.
+Example: a decoder of 24 layers with 7 linear layers each -> 23 * 7 = 161 of them in FP8.
 
-Left as they are: the score head and embeddings (they are no part of a layer), the last layer (it runs on the scored
-tokens alone, too few for FP8 to pay, by hooks that a new module would lose), and what is not a multiple of 16 wide, as
-the GPU's FP8 products ask. The number of tokens is padded to one inside (`pad_inner_dim`).
+Three things stay as they are. The score head and the embeddings are not part of a decoder layer. The last decoder layer
+runs on the scored tokens only, which are too few for FP8 to be faster, and it has hooks that a new module would lose.
+Layers whose widths are not multiples of 16 cannot use the GPU's FP8 products; torchao pads the number of tokens to such
+a multiple itself (`pad_inner_dim`). torchao is imported only when this option is set.
 """
 
 from importlib import import_module
@@ -18,12 +20,12 @@ from torch import nn
 from rmcore.config import UserError
 from rmcore.model.backbone import decoder_layers
 
-MULTIPLE = 16  # of both widths, for torch._scaled_mm
+MULTIPLE = 16  # torch._scaled_mm needs both widths of a layer to be multiples of this
 CAPABILITY = (8, 9)  # compute capability of the first GPUs with FP8 products (Ada, then Hopper)
 
 
 def check_fp8(device: torch.device) -> None:
-    """UserError unless this machine can train with `parallel.fp8`."""
+    """Raises UserError unless this machine can train with `parallel.fp8`."""
     if find_spec("torchao") is None:
         raise UserError("parallel.fp8=true needs torchao, which is not installed: pip install 'rmcore[fp8]'")
     if device.type != "cuda":
@@ -39,9 +41,9 @@ def check_fp8(device: torch.device) -> None:
 
 
 def use_fp8(backbone: nn.Module, *, emulate: bool = False) -> int:
-    """Converts the linear layers of all decoder layers but the last; returns how many.
+    """Convert the linear layers of all decoder layers except the last; returns the number of converted layers.
 
-    emulate: round to FP8, but multiply in full precision, which any device can (for tests).
+    emulate: round to FP8 but multiply in full precision, which works on any device (for tests).
     """
     float8 = import_module("torchao.float8")
     config = float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
@@ -51,4 +53,5 @@ def use_fp8(backbone: nn.Module, *, emulate: bool = False) -> int:
 
 
 def fits(module: nn.Module, name: str) -> bool:
+    """Whether a module is a linear layer whose widths allow FP8 products; `name` is part of torchao's interface."""
     return isinstance(module, nn.Linear) and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0

@@ -1,11 +1,11 @@
-"""A model without its weights, and a way to fill any rows of them: for models larger than a rank's memory.
+"""A model without its weights, and a way to fill any rows of them: for models larger than the memory of one rank.
 
-Enters: `model.*` of the config, the tokenizer's size. Leaves: an `Outline`: `build()` makes the model as transformers
-does, its parameters on the meta device (shapes alone), its buffers real; `fill` gives the rows that a rank holds their
-values, read from safetensors or drawn. Both are those that `load_model` gives, bit for bit.
-
-Example: 4 ranks hold 1/4 of each weight of a 1.0e9 parameter model, 1 GB a rank in fp32; each reads its quarter of
-every weight from the files (bf16: 0.5 GB) and never has more than that.
+Input: the section `model` of the config, and the size and padding token of the tokenizer.
+Output: a `LazyModel`. `build()` makes the model as transformers does, with its parameters on the meta device (shapes
+without memory) and its buffers real. `fill()` gives the rows that a rank holds their values, read from safetensors
+files or drawn. Model and values are those of `load_model`, bit for bit.
+Example: 4 ranks hold 1/4 of each weight of a model of 1.0e9 parameters: 1 GB per rank in fp32. Each rank reads its
+quarter of every weight from the files (0.5 GB in bf16) and never holds more than that.
 """
 
 from dataclasses import dataclass
@@ -20,25 +20,27 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.model import backbone
-from rmcore.model.meta_model import added_rows, empty_model, fresh_head, grow, other_heads
-from rmcore.model.random_weights import Drawn, Undrawn
-from rmcore.model.safetensors_weights import Stored, Wanted, is_rewritten, open_stored, weight_files
+from rmcore.model.meta_model import added_rows, fresh_head, grow, model_on_meta, other_heads
+from rmcore.model.random_weights import NoDrawingRule, RandomWeights
+from rmcore.model.safetensors_weights import StoredWeights, WantedRows, is_rewritten, open_weights, weight_files
 
 SCORE = "score.weight"
 
 
-class Whole(Exception):
-    """Why this model cannot be built part by part: `load_model` builds it whole."""
+class NeedsWholeModel(Exception):
+    """The model cannot be built part by part, for the reason in the message; `load_model` builds it whole."""
 
 
 @dataclass(frozen=True)
-class Outline:
-    """`source`: where weights come from. `embedding`: the name of the one that grows to `rows` rows, drawn beyond what
-    the source has. `fresh_head`: the score head is drawn whatever the source has.
+class LazyModel:
+    """A model whose weights are filled row by row.
+
+    `source`: where the weights come from. `embedding`: name of the embedding, which grows to `vocabulary` rows; the
+    rows that the source does not have are drawn. `fresh_head`: draw the score head, whatever the source has.
     """
 
     hf_config: PretrainedConfig
-    source: Stored | Drawn
+    source: StoredWeights | RandomWeights
     seed: int
     embedding: str
     vocabulary: int
@@ -46,82 +48,86 @@ class Outline:
     fresh_head: bool
 
     def build(self) -> PreTrainedModel:
-        """The model on meta, its buffers on the CPU; dropout off."""
-        model = empty_model(self.hf_config)
+        """The model with parameters on meta and buffers on the CPU; dropout off."""
+        model = model_on_meta(self.hf_config)
         grow(model, self.vocabulary, self.pad_token_id)
         backbone.turn_dropout_off(model)
         return model.requires_grad_(True)
 
     @torch.no_grad()
-    def fill(self, wanted: Wanted) -> None:
-        """Give each of the wanted rows its values: name in transformers -> (first row, [rows, ...] to fill).
+    def fill(self, wanted: WantedRows) -> None:
+        """Give the wanted rows their values: name in transformers -> (first row, [rows, ...] to fill).
 
-        Raises UserError: a file cannot be read.
+        Raises UserError: a file cannot be read, or the architecture has no rule to draw a weight.
         """
-        asked = dict(wanted)
-        if self.fresh_head and SCORE in asked:
-            first, rows = asked.pop(SCORE)
+        remaining = dict(wanted)
+        if self.fresh_head and SCORE in remaining:
+            first, rows = remaining.pop(SCORE)
             rows.copy_(fresh_head(rows.shape[-1], self.seed)[first : first + rows.shape[0]])
-        if self.embedding in asked:
-            first, rows = asked[self.embedding]
+        if self.embedding in remaining:
+            # The source fills the rows that it has; the rows beyond them are the ones that `grow` draws.
+            first, rows = remaining[self.embedding]
             stored = self.source.shape(self.embedding)[0]
             split = min(max(stored - first, 0), rows.shape[0])
-            asked[self.embedding] = (first, rows[:split])
+            remaining[self.embedding] = (first, rows[:split])
             if split < rows.shape[0]:
                 added = added_rows(self.build(), self.embedding, self.seed)
                 rows[split:].copy_(added[first + split : first + rows.shape[0]])
         try:
-            self.source.fill(asked)
-        except Undrawn as error:
-            raise UserError(f"model.init=random: {error}: it cannot be built in parts, use ddp or zero1") from None
+            self.source.fill(remaining)
+        except NoDrawingRule as error:
+            raise UserError(f"model.init=random: {error}; it cannot be built in parts, use ddp or zero1") from None
 
 
-def outline(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id: int) -> Outline:
-    """Look at a model's config and at the names and shapes of its weights; arguments as for `load_model`.
+def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id: int) -> LazyModel:
+    """Read a model's config, and the names and shapes of its weights. Arguments as for `load_model`.
 
     Raises:
-        Whole: it must be loaded whole; the message says why.
-        UserError: files missing or broken, weights missing or unexpected.
+        NeedsWholeModel: the model must be loaded whole; the message says why.
+        UserError: files are missing or broken, weights are missing or unexpected.
     """
     hf_config = backbone.reward_config(config, pad_token_id)
     if backbone.brings_code(config, hf_config):
-        raise Whole("its code comes with it")
+        raise NeedsWholeModel("its code comes with it")
     if is_rewritten(hf_config):
-        raise Whole(f"transformers rearranges the weights of {hf_config.model_type} while loading")
+        raise NeedsWholeModel(f"transformers rearranges the weights of {hf_config.model_type} while loading")
     try:
-        model = empty_model(hf_config)
+        model = model_on_meta(hf_config)
     except ValueError as error:
         raise UserError(backbone.unreadable(config, error)) from None
     if len(dict(model.named_parameters(remove_duplicate=False))) > len(dict(model.named_parameters())):
-        raise Whole("some of its weights are one")
+        raise NeedsWholeModel("some of its weights are shared")
     if len(model.state_dict()) > len(dict(model.named_parameters())):
-        raise Whole("some of its buffers are stored")
+        raise NeedsWholeModel("some of its buffers are stored")
     backbone.check_score(config, model)
     embedding = _embedding_of(model)
-    source: Stored | Drawn
+    source: StoredWeights | RandomWeights
     if config.init == "random":
-        source = backbone.drawn_weights(config, hf_config, seed)
+        source = backbone.random_weights(config, hf_config, seed)
     else:
         source = _stored_weights(config, model, embedding)
-    return Outline(hf_config, source, seed, embedding, vocabulary, pad_token_id, config.head == "fresh")
+    return LazyModel(hf_config, source, seed, embedding, vocabulary, pad_token_id, config.head == "fresh")
 
 
-def exported(directory: Path) -> Outline:
-    """An exported model as its files have it, nothing drawn. Raises UserError: names or shapes that do not fit."""
+def open_exported(directory: Path) -> LazyModel:
+    """An exported model with the weights of its files; nothing is drawn.
+
+    Raises UserError: names or shapes do not fit the class that config.json states.
+    """
     hf_config = AutoConfig.from_pretrained(directory)
-    model = empty_model(hf_config)
-    source = open_stored(weight_files(str(directory), None) or [], model, heads=set(), replaced=set())
-    return Outline(hf_config, source, 0, _embedding_of(model), 0, hf_config.pad_token_id, fresh_head=False)
+    model = model_on_meta(hf_config)
+    source = open_weights(weight_files(str(directory), None) or [], model, heads=set(), replaced=set())
+    return LazyModel(hf_config, source, 0, _embedding_of(model), 0, hf_config.pad_token_id, fresh_head=False)
 
 
-def _stored_weights(config: ModelConfig, model: PreTrainedModel, embedding: str) -> Stored:
-    backbone.refuse_embedded(config)
+def _stored_weights(config: ModelConfig, model: PreTrainedModel, embedding: str) -> StoredWeights:
+    backbone.refuse_synthetic(config)
     replaced = {SCORE} if config.head == "fresh" else set()
     try:
         files = weight_files(config.name, config.revision)
         if files is None:
-            raise Whole("it has no safetensors files")
-        return open_stored(files, model, other_heads(model), replaced, embedding)
+            raise NeedsWholeModel("it has no safetensors files")
+        return open_weights(files, model, other_heads(model), replaced, embedding)
     except UserError as error:
         raise UserError(f"model.name {config.name}: {error}") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:

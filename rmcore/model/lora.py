@@ -1,12 +1,11 @@
-"""LoRA through peft: low-rank changes of chosen matrices, trained in their place; the score head is trained with them.
+"""LoRA by peft: trains low-rank changes of chosen weight matrices, and the score head, in place of all weights.
 
-Enters: a backbone and `model.lora`. Leaves: the same backbone, whose chosen linear layers are peft's, whose other
-weights are frozen (no gradients, no optimizer state), and a list of what was adapted, by which a state becomes a plain
-one again: W + alpha / rank * B A. Example: rank 16 on all linear layers of Pythia 1b adds 8.4 million weights to train
-to 909 million frozen ones.
+Input: a backbone and the section `model.lora`. Output: the same backbone, in which peft's layers replace the chosen
+linear layers and all other weights are frozen (no gradients, no optimizer state); and the list of adapted layers, with
+which `merged` makes a plain state again: W + alpha / rank * B A.
+Example: rank 16 on all linear layers of Pythia 1b adds 8.4 million trained weights to 909 million frozen ones.
 
-Source: Hu et al., arXiv 2106.09685, section 4.1. peft (extra `lora`) is imported here alone, when `model.lora.rank` is
-set.
+Source: Hu et al., arXiv 2106.09685, section 4.1. peft (extra `lora`) is imported only when `model.lora.rank` is set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from rmcore.config import UserError
 from rmcore.config.lora import LoraConfig
 
-PREFIX = "backbone."  # of the backbone's weights in the reward model's state
-CHUNK = 1 << 26  # elements hashed at a time
+PREFIX = "backbone."  # in front of the backbone's weights in the reward model's state
+CHUNK = 1 << 26  # elements that are hashed at a time
 
 
 class Adapted(NamedTuple):
-    """One adapted layer: its name in the reward model, alpha / rank, whether it stores its weight transposed."""
+    """One adapted layer: its name in the reward model, alpha / rank, and whether it stores its weight transposed."""
 
     name: str
     scaling: float
@@ -34,10 +33,10 @@ class Adapted(NamedTuple):
 
 
 def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[Adapted]:
-    """Put adapters into `backbone`, in place, and freeze everything else in it.
+    """Put adapters into `backbone`, in place, and freeze all its other weights.
 
-    A is drawn under `seed`, alike on every rank; B is zero, so that the model computes what it did.
-    Raises UserError: peft is not installed; targets that name no linear layer.
+    A is drawn under `seed`, the same on every rank. B is zero, so that the model computes the same as before.
+    Raises UserError: peft is not installed, or a target is not the name of a linear layer.
     """
     try:
         import peft
@@ -50,10 +49,13 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
     _check_targets(backbone, config)
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     arguments: dict[str, Any] = {
-        "r": config.rank, "lora_alpha": config.scale_alpha, "target_modules": targets, "lora_dropout": 0.0,
+        "r": config.rank,
+        "lora_alpha": config.scale_alpha,
+        "target_modules": targets,
+        "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in backbone.modules()),  # GPT-2's linear layers
-    }  # fmt: skip
+    }
     torch.manual_seed(seed)
     peft.inject_adapter_in_model(peft.LoraConfig(**arguments), backbone)
     for name, parameter in backbone.named_parameters():
@@ -66,24 +68,24 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
 
 
 def _check_targets(backbone: PreTrainedModel, config: LoraConfig) -> None:
-    """Every target must be the end of a linear layer's name: peft passes over those that are not, if any is."""
+    """Every target must be the end of a linear layer's name: peft ignores wrong targets as long as one is right."""
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     if isinstance(config.targets, str):
         return
-    lost = [target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
-    if lost or not config.targets:
+    unknown = [target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
+    if unknown or not config.targets:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        named = ", ".join(lost) or "an empty list"
+        given = ", ".join(unknown) or "an empty list"
         raise UserError(
-            f"model.lora.targets: {named} is no linear layer of {type(backbone).__name__}; its linear layers are "
-            f"{known}; all-linear takes them all"
+            f"model.lora.targets: {given} is not a linear layer of {type(backbone).__name__}; its linear layers are "
+            f"{known}; all-linear selects all of them"
         )
 
 
 def merged(state: Mapping[str, Tensor], adapted: Sequence[Adapted]) -> dict[str, Tensor]:
-    """A plain state, under the names that the model had: each adapted weight with its change added, in its dtype.
+    """A plain state under the names of the model without LoRA: each adapted weight plus its change, in its dtype.
 
-    Raises KeyError when the state lacks a part of an adapted layer.
+    Raises KeyError when a part of an adapted layer is missing from the state.
     """
     plain = dict(state)
     for name, scaling, transposed in adapted:
@@ -97,7 +99,7 @@ def merged(state: Mapping[str, Tensor], adapted: Sequence[Adapted]) -> dict[str,
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of the names and values of all weights that are not trained: a checkpoint leaves these to the base model."""
+    """Hash of the names and values of all frozen weights: a checkpoint does not hold them, the base model does."""
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -1,7 +1,7 @@
-"""A classifier's modules without memory for its weights, and the few weights that rmcore itself draws.
+"""Builds a classifier without memory for its weights, and draws the few weights that rmcore itself adds.
 
-Enters: a transformers config. Leaves: the model with its parameters on the meta device (shapes alone) and its buffers
-real, since buffers (rotary frequencies, masks) are computed when a module is made and stand in no checkpoint.
+Input: a transformers config. Output: the model with its parameters on the meta device (shapes without memory) and its
+buffers real: modules compute buffers (rotary frequencies, masks) when they are made, and no checkpoint holds them.
 Example: a 7B Mistral takes a second and some kilobytes.
 """
 
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from rmcore.config import UserError
-from rmcore.model.safetensors_weights import complaint
+from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
 
-EARLIER_HEAD = "embed_out.weight"  # what GPT-NeoX's checkpoints call it, and transformers did until it became lm_head
+OLD_GPT_NEOX_HEAD = "embed_out.weight"  # the language-model head in GPT-NeoX checkpoints; transformers: lm_head
 
 
-def empty_model(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The classifier with parameters on meta and real buffers. Raises ValueError: no such class."""
+def model_on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The classifier with parameters on meta and real buffers. Raises ValueError if there is no such class."""
     with parameters_on_meta():
         return AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters of new modules are shapes alone as soon as a module has them; buffers are real."""
+    """Within this context, the parameters of new modules are moved to meta at once; their buffers stay real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -44,26 +44,26 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def other_heads(model: PreTrainedModel) -> set[str]:
-    """Names of the weights that a causal language model of this architecture has beyond the classifier's."""
+    """Names of the weights that a causal language model of this architecture has in addition to the classifier's."""
     with parameters_on_meta():
         try:
             causal = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
         except (ValueError, KeyError, AttributeError):
             return set()
-    return (set(causal.state_dict()) - set(model.state_dict())) | {EARLIER_HEAD}
+    return (set(causal.state_dict()) - set(model.state_dict())) | {OLD_GPT_NEOX_HEAD}
 
 
-def refuse_strangers(model: PreTrainedModel, unexpected: list[str]) -> None:
-    """Raises UserError for names that a checkpoint has beyond the model's and a language model's head."""
-    strangers = sorted(set(unexpected) - other_heads(model))
-    if found := complaint(f"the checkpoint holds weights that {type(model).__name__} has not:", strangers):
-        raise UserError(f"{found[0]}; is it the right checkpoint?")
+def refuse_unexpected(model: PreTrainedModel, unexpected: list[str]) -> None:
+    """Raises UserError if names in `unexpected` are not a language model's head either."""
+    names = sorted(set(unexpected) - other_heads(model))
+    if found := listed(f"the checkpoint holds weights that {type(model).__name__} does not have:", names):
+        raise UserError(f"{found[0]}; {wrong_checkpoint_hint([])}")
 
 
 def grow(model: PreTrainedModel, vocabulary: int, pad_token_id: int) -> None:
-    """Give the embedding room for the tokenizer, to a multiple of 8; what is added is drawn as transformers does.
+    """Add rows to the embedding until it fits the tokenizer (a multiple of 8); transformers' rule draws them.
 
-    `pad_token_id` goes to the model's config now that it has a row.
+    Then the padding token has a row, and its id is written to the model's config.
     """
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     if vocabulary > embedding.weight.shape[0]:
@@ -72,12 +72,12 @@ def grow(model: PreTrainedModel, vocabulary: int, pad_token_id: int) -> None:
 
 
 def fresh_head(width: int, seed: int) -> Tensor:
-    """[1, D], Stiennon et al., arXiv 2009.01325, p. 11: a normal with standard deviation 1/sqrt(D + 1)."""
+    """[1, D], normal with standard deviation 1/sqrt(D + 1): Stiennon et al., arXiv 2009.01325, p. 11."""
     return torch.empty(1, width).normal_(0.0, (width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
 
 
 def added_rows(model: PreTrainedModel, embedding: str, seed: int) -> Tensor:
-    """The embedding as `grow` draws it, of which the rows beyond the old ones stay."""
+    """The whole embedding with the values that `grow` draws; only the rows beyond the stored ones are used."""
     generator = torch.random.get_rng_state()
     torch.manual_seed(seed + 1)
     fresh = nn.Embedding(*model.get_parameter(embedding).shape)

@@ -1,19 +1,15 @@
-"""The objectives: rewards and what the data say of the answers in, one summed loss out.
+"""The objectives: each turns the rewards of a batch and the labels of its answers into one summed loss.
 
-Enters: the reward of every answer of a batch (`rewards_A`) and a `Judged` (pairs, ties, scores). Leaves: a SUM over
-what the objective counts (pairs by their weights, whole lists, scored answers); the loop divides it by the count of the
-whole step, over all ranks and micro batches, so that neither cut changes the mean.
+Input: the reward of every answer of a batch (`rewards_A`) and a `Judged` (pairs, ties, scores).
+Output: a SUM over what the objective counts: pairs by their weights, whole lists, or scored answers. The training loop
+divides it by the count of the whole step, so that the cut into ranks and micro batches does not change the mean.
+Example: rewards [2.0, 0.5, 1.0], pairs (0, 1) and (0, 2) of weight 1/2 each. bradley_terry gives
+(softplus(-1.5) + softplus(-1)) / 2 = 0.2574 for a count of 1; plackett_luce gives log(1 + e^-1.5 + e^-1) = 0.4644 for
+one list.
 
-Example: rewards [2.0, 0.5, 1.0], pairs (0, 1) and (0, 2) of weight 1/2 each: bradley_terry gives
-(softplus(-1.5) + softplus(-1)) / 2 = 0.2574 for a count of 1; plackett_luce log(1 + e^-1.5 + e^-1) = 0.4644 for one
-list.
-
-Bradley-Terry is served by the fused op (rmcore.ops.pairwise) in `RewardModel.forward`; the others take the rewards that
-the op gathers and run here, in fp32 (fp64 for fp64 rewards). To add one: a function here, in OBJECTIVES; a line in
-rmcore/config/loss.py with the keys that it uses and what it reads; its formula, written otherwise, in
-tests/model/test_objectives.py.
-
-Shape letters: A answers, P pairs, Q ties.
+The fused op (rmcore.ops.pairwise) computes Bradley-Terry in `RewardModel.forward`. For the others the op only gathers
+the rewards, and the functions below compute the loss in fp32 (fp64 for fp64 rewards). rmcore/model/README.md shows how
+to add one.
 """
 
 import math
@@ -30,7 +26,7 @@ from rmcore.ops.contract import add_at
 
 
 class Objective(NamedTuple):
-    """The section `loss` of the config, as far as the loss reads it."""
+    """The keys of the config's section `loss` that the loss itself reads."""
 
     name: str = "bradley_terry"
     label_smoothing: float = 0.0
@@ -43,18 +39,18 @@ class Objective(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        """Whether rmcore.ops.pairwise computes it."""
+        """Whether rmcore.ops.pairwise computes this objective."""
         return self.name == "bradley_terry"
 
     def loss_sum(self, rewards_A: Tensor, data: Judged) -> Tensor:
         """The summed loss, a scalar, differentiable with respect to rewards_A; NaN where a reward is NaN or Inf."""
         with torch.autocast(rewards_A.device.type, enabled=False):
-            # 1, and NaN with a gradient of NaN when a reward is not finite: a flat objective would hide that.
+            # This factor is 1, and NaN if a reward is not finite: an objective that is flat there would hide the fault.
             watch = 1.0 + (0.0 * rewards_A.detach()).sum()
             return OBJECTIVES[self.name](rewards_A, data, self) * watch
 
     def counted(self, data: Judged) -> Tensor:
-        """What the sum is to be divided by, as far as this batch goes: fp64 scalar; see `Traits.counts`."""
+        """This batch's part of the count that the sum is divided by, an fp64 scalar; see `Traits.counts`."""
         counts = TRAITS[self.name].counts
         if counts == "lists":
             return torch.full((), float(data.lists), dtype=torch.float64, device=data.score_A.device)
@@ -75,7 +71,7 @@ def bradley_terry(rewards_A: Tensor, data: Judged, objective: Objective) -> Tens
 
 
 def hinge(rewards_A: Tensor, data: Judged, objective: Objective) -> Tensor:
-    """max(0, 1 - d), d = r_winner - r_loser - margin: pairs that are right by enough teach nothing.
+    """max(0, 1 - d), d = r_winner - r_loser - margin: pairs with d of at least 1 give no gradient.
 
     Herbrich, Graepel and Obermayer 2000, "Large margin rank boundaries for ordinal regression"; on preferences of
     texts Zhao et al., arXiv 2305.10425.
@@ -84,7 +80,7 @@ def hinge(rewards_A: Tensor, data: Judged, objective: Objective) -> Tensor:
 
 
 def rao_kupper(rewards_A: Tensor, data: Judged, objective: Objective) -> Tensor:
-    """Bradley-Terry with a threshold below which a judge sees no difference; ties have a likelihood of their own.
+    """Bradley-Terry with a threshold below which a judge sees no difference, which gives ties a likelihood.
 
     P(winner) = sigmoid(d - eta), P(tie) = (theta^2 - 1) sigmoid(d - eta) sigmoid(-d - eta), eta = log theta, theta =
     (1 + t) / (1 - t), where t = loss.tie_rate is P(tie) of two equal answers.
@@ -115,11 +111,12 @@ def davidson(rewards_A: Tensor, data: Judged, objective: Objective) -> Tensor:
 def plackett_luce(rewards_A: Tensor, data: Judged, objective: Objective) -> Tensor:
     """-log of the probability of a whole ranking: each answer is the first among itself and those that it beats.
 
-    sum over answers a of log(e^r_a + sum over b beaten by a of e^r_b) - r_a. Answers that tie say nothing about each
-    other; two answers are Bradley-Terry. Pair weights are not read: a list counts once.
+    sum over answers a of log(e^r_a + sum over b beaten by a of e^r_b) - r_a. Answers that tie do not enter each other's
+    terms. With two answers it is Bradley-Terry. Pair weights are not read: a list counts once.
     Plackett 1975, Applied Statistics 24, p. 193-202; Luce 1959; for reward models Zhu et al., arXiv 2301.11270.
     """
     winner, beaten_P = data.winner_P, _pick(rewards_A, data.loser_P)
+    # The largest reward of each choice is taken out of the exponentials, so that none overflows.
     top_A = rewards_A.detach().scatter_reduce(0, winner, beaten_P.detach(), "amax")
     others_A = add_at(torch.zeros_like(rewards_A), winner, torch.exp(beaten_P - top_A.index_select(0, winner)))
     return (top_A + torch.log(torch.exp(rewards_A - top_A) + others_A) - rewards_A).sum()
@@ -153,7 +150,7 @@ def _pairwise(rewards_A: Tensor, data: Judged, objective: Objective, loss: Calla
 
 
 def _tied(rewards_A: Tensor, data: Judged, objective: Objective, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same over the pairs that tie, which have neither margin nor smoothing."""
+    """The weighted sum of loss(d) over the ties, with centering. Ties have neither a margin nor label smoothing."""
     a_Q, b_Q = _pick(rewards_A, data.tie_a_Q), _pick(rewards_A, data.tie_b_Q)
     total = a_Q + b_Q
     return (data.tie_weight_Q.to(rewards_A.dtype) * (loss(a_Q - b_Q) + objective.centering * total * total)).sum()

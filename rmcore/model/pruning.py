@@ -1,18 +1,18 @@
-"""The last layer where it is read: keys and values for every token, all the rest for the scored tokens only.
+"""Prunes the last layer: it computes keys and values for all tokens, and everything else for the scored tokens only.
 
-Enters: a Hugging Face decoder, and with each forward the rows at which answers are scored. Leaves: the final hidden
-states of those rows [1, A, D] in place of all [1, T, D]. It is exact: a reward reads one row of the last layer's
-output, and within that layer a row depends on other rows through their keys and values alone.
+Input: a Hugging Face decoder, and with each forward the rows at which answers are scored.
+Output: the final hidden states of those rows, [1, A, D] in place of [1, T, D].
+Example: 2 answers in a packed row of 400 tokens, 6 layers. The last layer projects 400 keys and values, but runs its
+attention, its MLP and its norms for 2 rows. This saves about an eighth of the training step.
 
-Example: 2 answers in a packed row of 400 tokens, 6 layers: the last layer projects 400 keys and values, but attends,
-multiplies its MLP and normalises for 2 rows; about an eighth of the training step is saved.
-
-The layer's own code runs, on fewer rows. Four hooks make it so, and do nothing unless a forward names the rows:
-- before the layer, its input becomes the scored rows (so the residuals, the MLP and the final norm see those alone);
-- before its input norm, the input becomes all rows again (so keys and values are those of all tokens);
-- the attention function, given `ScoredRows` as its layout, attends from the scored rows and lays its result aside;
-- before the output projection, that result is put in.
-A layer that is built otherwise fails or gives other rewards; the start-up self-test then goes without pruning.
+It is exact: a reward reads one row of the last layer's output, and inside that layer a row depends on other rows only
+through their keys and values. The layer's own code runs, on fewer rows. Hooks arrange this; they do nothing unless a
+forward passes the rows:
+- before the layer, its input becomes the scored rows, so the residuals, the MLP and the final norm see only those;
+- before its input norm, the input becomes all rows again, so keys and values are those of all tokens;
+- the attention function gets `ScoredRows` as its layout, attends from the scored rows and stores its result there;
+- before the output projection, that result becomes its input.
+A layer with another structure fails or gives other rewards; the start-up self-test then turns pruning off.
 """
 
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.backbone import decoder_layers
 
-ROWS = "rmcore_scored_rows"  # the keyword under which the rows travel through a Hugging Face model's forward
-LAYOUT = "rmcore_layout"  # the same for the batch's layout
+ROWS = "rmcore_scored_rows"  # the keyword that carries the rows through a Hugging Face model's forward
+LAYOUT = "rmcore_layout"  # the keyword that carries the batch's layout
 
-# What transformers' decoders call the parts.
+# The names that transformers' decoders give to the parts.
 ATTENTION = ("self_attn", "attention", "attn")
 INPUT_NORM = ("input_layernorm", "ln_1")
 OUTPUT = ("o_proj", "dense", "c_proj", "out_proj")
@@ -38,7 +38,7 @@ QUERY = ("q_proj",)
 
 @dataclass
 class ScoredRows:
-    """In place of the layout, for the last layer's attention: queries are `rows_A` of the packed row alone."""
+    """Takes the place of the layout for the last layer's attention: only the rows `rows_A` of the packed row attend."""
 
     layout: AttentionLayout
     rows_A: Tensor
@@ -51,7 +51,7 @@ class ScoredRows:
         return scored_attention(query_AHK, key_TGK, value_TGK, visible_AT, scale)
 
     def visible(self, tokens: int, window: int) -> Tensor:
-        """Which rows each scored row sees, bool [A, T]: the prefix of its segment, and the segment up to itself."""
+        """The rows that each scored row sees, bool [A, T]: its segment's prefix, and the segment up to itself."""
         segments_S4 = self.layout.segments_on(self.rows_A.device)
         starts_S = segments_S4[:, 0].contiguous()
         own_A4 = segments_S4[torch.searchsorted(starts_S, self.rows_A.to(starts_S.dtype), right=True) - 1]
@@ -61,16 +61,18 @@ class ScoredRows:
         in_own_AT = (row_T >= start_A) & (row_T <= last_A)
         if not window:
             return in_prefix_AT | in_own_AT
-        # Distance back along the text: within the own rows as they lie, beyond them over to the prefix's end.
+        # The distance back along the text: within the segment the difference of the rows; for the prefix, the rows of
+        # the segment up to the scored one, plus the distance to the end of the prefix.
         behind_AT = torch.where(in_own_AT, last_A - row_T, last_A - start_A + prefix_end_A - row_T)
         return (in_prefix_AT | in_own_AT) & (behind_AT < window)
 
 
 def scored_attention(query_AHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, visible_AT: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v from A queries to all T rows, of which each query sees some; [A, H, K] in value's dtype.
+    """softmax(scale q k^T) v from A queries to the rows of T that each may see; [A, H, K] in value's dtype.
 
-    Each query meets all T keys in one matrix product and a mask hides what it may not see: 4 A T H K operations,
-    about a hundredth of the layer's projections, and no loop over answers. Sums run in fp32 (fp64 for fp64).
+    One matrix product computes the scores of every query with all T keys, and a mask hides the invisible ones. That
+    takes 4 A T H K operations, about a hundredth of the layer's projections, and needs no loop over answers. Sums run
+    in fp32 (fp64 for fp64 input).
     """
     answers, heads, size = query_AHK.shape
     tokens, groups = key_TGK.shape[:2]
@@ -82,26 +84,27 @@ def scored_attention(query_AHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, visi
         return out[0].transpose(0, 1)
     wide = torch.float64 if query_AHK.dtype == torch.float64 else torch.float32
     with torch.autocast(query_AHK.device.type, enabled=False):
+        # The `share` query heads of a key head are rows of one product: [G, share * A, K] @ [G, K, T].
         key_GTK, value_GTK = (x.to(wide).transpose(0, 1) for x in (key_TGK, value_TGK))
-        query_GSAK = query_AHK.to(wide).view(answers, groups, share, size).permute(1, 2, 0, 3)
-        scores = query_GSAK.reshape(groups, share * answers, size) @ key_GTK.mT * scale
+        query = query_AHK.to(wide).view(answers, groups, share, size).permute(1, 2, 0, 3)
+        scores = query.reshape(groups, share * answers, size) @ key_GTK.mT * scale
         scores = scores.view(groups, share, answers, tokens).masked_fill(~visible_AT, -torch.inf)
-        chance_GRT = scores.softmax(-1).view(groups, share * answers, tokens)
-        out = (chance_GRT @ value_GTK).view(groups, share, answers, size)
+        probabilities = scores.softmax(-1).view(groups, share * answers, tokens)
+        out = (probabilities @ value_GTK).view(groups, share, answers, size)
     return out.permute(2, 0, 1, 3).reshape(answers, heads, size).to(value_TGK.dtype)
 
 
 class Pruning:
-    """Hooks on the last decoder layer of `backbone`, at rest until a forward brings `ROWS`.
+    """Hooks on the last decoder layer of `backbone`, inactive until a forward passes `ROWS`.
 
-    Raises ValueError when the layer lacks a part, so that there is nothing to hook.
+    Raises ValueError if a part of the layer is missing, so that there is nothing to hook.
     """
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         layer = decoder_layers(backbone)[-1]
         attention = part(layer, ATTENTION)
         self._all_rows: Tensor | None = None  # the layer's input [1, T, D]
-        self._scored: ScoredRows | None = None  # while a forward of the layer is under way
+        self._scored: ScoredRows | None = None  # set while the layer's forward runs
         layer.register_forward_pre_hook(self._enter, with_kwargs=True)
         layer.register_forward_hook(self._leave, always_call=True)
         part(layer, INPUT_NORM).register_forward_pre_hook(self._whole_input)
@@ -134,18 +137,18 @@ class Pruning:
         return None if self._scored is None else (arguments[0].index_select(1, self._scored.rows_A), *arguments[1:])
 
     def _spread(self, projection: nn.Module, arguments: tuple, output: Tensor) -> Tensor | None:
-        """Queries back at their rows, for the layer's code reshapes and rotates T of them; no other is read."""
+        """Put the queries back at their rows among T, because the layer's code rotates T rows; no other row is read."""
         if self._scored is None or self._all_rows is None:
             return None
         rows_A = self._scored.rows_A
-        # Answers may be scored at one row (one is a prefix of the other): its query comes from the first of them.
+        # Two answers are scored at one row if one is a prefix of the other: the query is taken from the first of them.
         again_A = (rows_A[:, None] == rows_A).tril(-1).any(1)
         everywhere = output.new_zeros(1, self._all_rows.shape[1], output.shape[2])
         return everywhere.index_add(1, rows_A, output.masked_fill(again_A[:, None], 0.0))
 
 
 def part(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """The first of `names` that the module has; ValueError when it has none."""
+    """The first of `names` that the module has. Raises ValueError if it has none of them."""
     for name in names:
         if isinstance(part := getattr(module, name, None), nn.Module):
             return part

@@ -1,9 +1,10 @@
-"""Random weights, a layer at a time: the same numbers whoever draws them, however many ranks share them.
+"""Draws random weights one layer at a time: the same numbers on every rank, however many ranks share them.
 
-Enters: a model without weights, a seed. Leaves: `Drawn`, which fills tensors with rows. Every rank draws every number,
-by the architecture's own rule and in the same order, and keeps its rows; what is held meanwhile is one decoder layer,
-or one weight outside the layers. Example: a model of 1.0e9 parameters in 16 layers never needs more than 412 MB (its
-embedding, fp32) beside what it keeps.
+Input: a function that builds the model without weights, and a seed. Output: `RandomWeights`, which fills tensors with
+rows. Every rank draws every number, by the architecture's own rule and in the same order, and keeps only its rows. It
+holds one decoder layer at a time, or one weight outside the layers.
+Example: for a model of 1.0e9 parameters in 16 layers, drawing needs at most 412 MB (the embedding in fp32) in addition
+to the rows that the rank keeps.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,26 +13,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rmcore.model.safetensors_weights import Wanted
+from rmcore.model.safetensors_weights import WantedRows
 
 
-class Undrawn(Exception):
-    """The architecture's own rule leaves a weight as it was; the message names it."""
+class NoDrawingRule(Exception):
+    """The architecture's own rule leaves a weight unset; the message says which one."""
 
 
-class Drawn:
-    """Weights drawn by `_init_weights` of the model's class, which transformers itself initialises with."""
+class RandomWeights:
+    """Weights drawn by `_init_weights` of the model's class, the rule that transformers itself uses."""
 
     def __init__(self, build: Callable[[], PreTrainedModel], layers: Callable[[nn.Module], nn.ModuleList], seed: int):
         self._build, self._layers, self._seed = build, layers, seed
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that is drawn."""
+        """The shape of a weight."""
         return tuple(self._build().get_parameter(name).shape)
 
     @torch.no_grad()
-    def fill(self, wanted: Wanted) -> None:
-        """Draw everything, keep the rows that are wanted. Raises Undrawn."""
+    def fill(self, wanted: WantedRows) -> None:
+        """Draw all weights and keep the wanted rows. Raises NoDrawingRule."""
         model = self._build()
         generator = torch.random.get_rng_state()
         torch.manual_seed(self._seed)
@@ -45,7 +46,7 @@ class Drawn:
             torch.random.set_rng_state(generator)
 
     def _units(self, model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-        """Decoder layers as wholes, since some classes draw a layer's weights from above; all other modules alone."""
+        """What is drawn at once: a whole decoder layer, because some classes draw its weights together, or a module."""
         layers = set(self._layers(model))
         inside = {module for layer in layers for module in layer.modules()} - layers
         for prefix, module in model.named_modules():
@@ -57,18 +58,20 @@ class Drawn:
         modules = [*_children_first(unit)] if layer else [unit]
         own = [(module, name) for module in modules for name, p in module._parameters.items() if p is not None]
         places = {id(module): path for path, module in unit.named_modules(prefix=prefix)}
+        # NaN marks what `_init_weights` does not set.
         empty = [module._parameters[name] for module, name in own]
         for module, name in own:
             blank = torch.full(tuple(module._parameters[name].shape), torch.nan)  # type: ignore[union-attr]
             module._parameters[name] = nn.Parameter(blank)
         for module in modules:
             model._init_weights(module)
+        # Each weight is handed over and freed: the module gets its parameter on meta back.
         for (module, name), before in zip(own, empty, strict=True):
             drawn, module._parameters[name] = module._parameters[name], before
             path = f"{places[id(module)]}.{name}"
             assert drawn is not None
             if drawn.isnan().any():
-                raise Undrawn(f"{type(model).__name__} has no rule for {path}")
+                raise NoDrawingRule(f"{type(model).__name__} has no rule to draw {path}")
             yield path, drawn.detach()
 
 

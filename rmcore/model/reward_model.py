@@ -1,13 +1,11 @@
-"""Packed tokens in, summed loss and rewards out: backbone, score head and objective in one forward.
+"""Computes the summed loss and the rewards of a packed batch: backbone, score head and objective in one forward.
 
-Enters: a `RaggedBatch`. Leaves: `Output(loss_sum, rewards_A, counted)`: the fp32 sum of the weighted losses (not a
-mean: the caller divides by the global weight of the step), the fp32 reward of every answer, and this batch's part of
-that weight.
+Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted)`: the fp32 sum of the weighted losses, the fp32
+reward of every answer, and this batch's part of the weight that the training loop divides the sum by.
+Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
-Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, rewards_A of 4 numbers, 2.0.
-
-The score head is applied here, inside forward, because the owner of a weight applies it: outside, FSDP2 would hand over
-a shard. Three paths give the same numbers (`SHARED`, `PACKED`, `PADDED`); the start-up self-test says which is used.
+The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
+it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `PADDED`; the self-test chooses one.
 """
 
 from typing import NamedTuple
@@ -27,6 +25,8 @@ PATHS = (SHARED, PACKED, PADDED)
 
 
 class Output(NamedTuple):
+    """What a forward returns; see the docstring of this file."""
+
     loss_sum: Tensor
     rewards_A: Tensor
     counted: Tensor
@@ -41,7 +41,7 @@ class RewardModel(nn.Module):
     Args:
         backbone: a Hugging Face base model; its parameters keep their names, so a checkpoint maps one to one.
         score: Linear(D, 1, bias=False).
-        pad_token_id: what `PADDED` fills with.
+        pad_token_id: the token that the path `PADDED` fills with.
         path: see `use`.
     """
 
@@ -60,43 +60,47 @@ class RewardModel(nn.Module):
         self._own_attention = backbone.config._attn_implementation
         try:
             self._pruning: Pruning | None = Pruning(backbone)
-        except ValueError:  # a last layer of other parts: it runs whole
+        except ValueError:  # the last layer has other parts: it runs on all tokens
             self._pruning = None
         self.use(path)
 
     @property
     def can_prune(self) -> bool:
-        """Whether the last layer has the parts that `rmcore.model.pruning` needs; the self-test says if it is exact."""
+        """Whether the last layer has the parts that `rmcore.model.pruning` needs; the self-test checks exactness."""
         return self._pruning is not None
 
     def use(self, path: str, *, pruned: bool = False) -> None:
-        """Compute batches by `path`: `SHARED` ones hold each prompt once, `PACKED` and `PADDED` ones separate texts.
+        """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
 
-        pruned: run the last layer on the scored tokens alone (not on the padded path).
+        pruned: run the last layer on the scored tokens only (ignored by the padded path).
         """
         self.path, self.pruned = path, pruned and self.can_prune and path != PADDED
         self.backbone.set_attn_implementation(self._own_attention if path == PADDED else NAME)
 
     def forward(self, batch: RaggedBatch) -> Output:
         hidden_TD = self.padded_hidden(batch) if self.path == PADDED else self.packed_hidden(batch)
-        scored_A = batch.last_token_index_A  # of a pruned forward, hidden_TD holds these rows alone, in this order
-        if self.pruned:
+        scored_A = batch.last_token_index_A
+        if self.pruned:  # hidden_TD then holds only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
         objective = self.objective
-        fused = slice(None if objective.fused else 0)  # the op gathers the rewards alone where it is given no pairs
+        fused = slice(None if objective.fused else 0)  # without pairs, the op only gathers the rewards
         loss_sum, rewards_A = pairwise_loss(
-            hidden_TD, self.score.weight[0], scored_A, batch.winner_P[fused], batch.loser_P[fused],
-            batch.margin_P[fused], batch.weight_P[fused], label_smoothing=objective.label_smoothing,
+            hidden_TD,
+            self.score.weight[0],
+            scored_A,
+            batch.winner_P[fused],
+            batch.loser_P[fused],
+            batch.margin_P[fused],
+            batch.weight_P[fused],
+            label_smoothing=objective.label_smoothing,
             centering=objective.centering,
-        )  # fmt: skip
+        )
         if not objective.fused:
             loss_sum = objective.loss_sum(rewards_A, batch)
         return Output(loss_sum, rewards_A, objective.counted(batch))
 
     def packed_hidden(self, batch: RaggedBatch) -> Tensor:
-        """Final hidden states [T, D] of the packed row: no padding, a shared prefix once; pruned: [A, D] of the
-        scored ones.
-        """
+        """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
         rows = {ROWS: batch.last_token_index_A} if self.pruned else {}
         return self.backbone(
             input_ids=batch.input_ids_T.unsqueeze(0),
@@ -107,15 +111,15 @@ class RewardModel(nn.Module):
         ).last_hidden_state[0]
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
-        """fp64 reward of one text as transformers runs it, not packed, not padded: what the self-test compares with."""
+        """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
         mask = torch.ones_like(text_T)[None]
         hidden = self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
 
     def padded_hidden(self, batch: RaggedBatch) -> Tensor:
-        """The same [T, D] through the model's own attention, each text a row of a right-padded rectangle.
+        """The same [T, D] through the model's own attention, with each text as a row of a right-padded rectangle.
 
-        The slowest path and the most general: whatever the architecture does with a mask, it does here.
+        This path is the slowest and the most general: the architecture gets the attention mask that it expects.
         """
         texts = batch.layout.texts
         longest = max(len(rows) for rows in texts)

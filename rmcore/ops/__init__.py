@@ -1,13 +1,15 @@
-"""The fused operations, and the choice of what runs them.
+"""The fused operations, and the choice of the kernels that run them.
 
-Each op has one contract file with its schema and a PyTorch reference, which serves every device. When they are present,
-compiled kernels register above it: C++ for CPU (built by CMakeLists.txt through setup.py), Triton for CUDA.
+Each op has one contract file: its schema, and a PyTorch reference that works on every device. Compiled kernels take
+precedence over the reference where they are present: C++ on the CPU (built by CMakeLists.txt through setup.py), Triton
+on CUDA.
+Example:
 
     import rmcore.ops as ops
     ops.describe()            # 'ops: CPU runs C++ (AVX512); CUDA runs Triton'
-    ops.use("reference")      # the PyTorch references everywhere, from now on; ops.use("fused") undoes it
+    ops.use("reference")      # PyTorch references from now on; ops.use("fused") goes back to compiled kernels
 
-`RMCORE_OPS=reference` in the environment starts with the references (and loads no compiled kernel at all).
+With `RMCORE_OPS=reference` in the environment, rmcore starts with the references and loads no compiled kernel.
 """
 
 import functools
@@ -23,7 +25,7 @@ import torch
 
 from rmcore.ops import gather_prefix, pairwise, ragged_attention
 
-# What the dispatcher calls without compiled kernels, by op; the first two files have Triton kernels for CUDA.
+# The reference of each op, which the dispatcher calls where there is no compiled kernel.
 REFERENCES: dict[str, Callable[..., Any]] = {
     "pairwise_forward": pairwise.reference_forward,
     "pairwise_backward": pairwise.reference_backward,
@@ -44,9 +46,9 @@ _triton_kernels = torch.library.Library("rmcore", "IMPL")
 
 
 def cpu_library() -> Path:
-    """The file that the C++ kernels of this machine and this torch are built into; it may not exist.
+    """The library with the C++ kernels for this machine and this torch; the file may not exist.
 
-    Built code fits one instruction set and one minor version of torch, so both stand in the name:
+    Compiled code fits one instruction set and one minor version of torch, so its name contains both:
     rmcore_cpu_avx512_torch2.13.so.
     """
     capability = torch.backends.cpu.get_cpu_capability()
@@ -57,11 +59,11 @@ def cpu_library() -> Path:
 
 @functools.cache
 def _load_cpu() -> str:
-    """Load the C++ kernels once: 'C++ (AVX512)', or why the reference runs instead."""
+    """Load the C++ kernels once. Returns 'C++ (AVX512)', or why the reference runs instead."""
     path = cpu_library()
     if not path.exists():
         others = sorted(p.name for p in path.parent.glob("rmcore_cpu_*.so"))
-        built = f"built are {', '.join(others)}" if others else "not built"
+        built = f"only {', '.join(others)}" if others else "not built"
         return f"the PyTorch reference (no {path.name}, {built}: pip install --no-build-isolation -e . builds it)"
     try:
         torch.ops.load_library(str(path))
@@ -72,35 +74,32 @@ def _load_cpu() -> str:
 
 @functools.cache
 def _load_cuda() -> str:
-    """Register the Triton kernels once; triton itself is imported by the first call that needs it."""
+    """Register the Triton kernels once. The first call of a kernel imports triton."""
     if not (torch.version.cuda or torch.version.hip):
         return "nothing (this torch has no CUDA)"
     if importlib.util.find_spec("triton") is None:
         return "the PyTorch reference (triton is not installed)"
     for name, (module, function) in TRITON.items():
-        _triton_kernels.impl(name, _imported_when_called(module, function), "CUDA")
+        _triton_kernels.impl(name, functools.partial(_import_and_call, module, function), "CUDA")
     return "Triton"
 
 
-def _imported_when_called(module: str, function: str) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
-
-    return kernel
+def _import_and_call(module: str, function: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(module), function)(*args)
 
 
 def use(mode: str) -> None:
-    """Choose what runs the ops in this process: "fused" (compiled kernels where present) or "reference" (PyTorch)."""
+    """Choose the kernels of this process: "fused" (compiled kernels where present) or "reference" (PyTorch)."""
     if mode not in MODES:
         raise ValueError(f"rmcore.ops: mode must be one of {', '.join(MODES)}, got {mode!r} (RMCORE_OPS or use())")
     if mode == "fused":
-        _overrides.clear()  # a Library takes its kernels with it, and those below serve again
+        _overrides.clear()  # a Library removes its kernels when it is freed
         _load_cpu()
         _load_cuda()
     elif not _overrides:
         library = torch.library.Library("rmcore", "IMPL")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid")  # the override is the point
+            warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid")  # the override is intended
             for name, reference in REFERENCES.items():
                 for key in ("CPU", "CUDA"):
                     library.impl(name, reference, key, allow_override=True)
@@ -108,7 +107,7 @@ def use(mode: str) -> None:
 
 
 def describe() -> str:
-    """One line that says what runs the ops."""
+    """One line about the kernels in use."""
     if _overrides:
         return "ops: the PyTorch reference runs (chosen by RMCORE_OPS or use())"
     return f"ops: CPU runs {_load_cpu()}; CUDA runs {_load_cuda()}"

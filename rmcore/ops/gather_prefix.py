@@ -1,15 +1,13 @@
-"""Keys and values laid out for variable-length attention, a shared prompt repeated for each answer.
+"""Gathers keys and values for variable-length attention, with the shared prompt repeated for each answer.
 
-Enters: k and v [T, G, hd] of one packed row, and a `GatherPlan` made from its segments (see ragged_attention.py).
-Leaves: k and v [M, G, hd], where each segment's keys stand together as [prefix, own rows]. Backward: a row's gradient
-is the sum of its copies' gradients, in fp32 and in the order of the copies.
-
+Input: k and v [T, G, K] of one packed row, and a `GatherPlan` made from its segments (see ragged_attention.py).
+Output: k and v [M, G, K], in which the keys of each segment lie together as [prefix, own rows]. In the backward, the
+gradient of a row is the sum of the gradients of its copies, in fp32 and in the order of the copies.
 Example: segments [[0, 4, 0, 0], [4, 5, 0, 2]] of T = 5 rows [p0 p1 a0 a1 | b0]: the keys are rows [0 1 2 3 | 0 1 4],
 cu_q = [0, 4, 5], cu_k = [0, 4, 7]; d k of row 0 is the sum of the gradients of copies 0 and 4.
 
-Made for `torch.nn.attention.varlen.varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, ...)`, causal, bottom-right aligned.
-This file is the contract and the PyTorch reference.
-Shape letters: T packed tokens, M keys (copies), G key/value heads, hd head size, S segments.
+The result is meant for `torch.nn.attention.varlen.varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, ...)`, causal and
+aligned at the bottom right. This file is the contract and the PyTorch reference.
 """
 
 from collections.abc import Callable
@@ -73,14 +71,14 @@ def gather_plan(segments_S4: Tensor) -> GatherPlan:
 
 
 def gather_prefix_kv(k_TGK: Tensor, v_TGK: Tensor, plan: GatherPlan) -> tuple[Tensor, Tensor]:
-    """k and v [M, G, hd], contiguous: rows plan.key_index of k_TGK and v_TGK ([T, G, hd], fp32, bf16, fp16 or fp64).
+    """k and v [M, G, K], contiguous: rows plan.key_index of k_TGK and v_TGK ([T, G, K], fp32, bf16, fp16 or fp64).
 
-    The plan must lie on their device and be made for T rows. Differentiable once, bitwise repeatable.
+    The plan must be on their device and made for T rows. Differentiable once, bitwise repeatable.
     Raises ValueError for shapes or devices outside this contract.
     """
     if k_TGK.dim() != 3 or k_TGK.shape != v_TGK.shape or k_TGK.dtype != v_TGK.dtype:
         got = f"{k_TGK.dtype} {list(k_TGK.shape)} and {v_TGK.dtype} {list(v_TGK.shape)}"
-        raise ValueError(f"gather_prefix_kv: k and v [T, G, hd] of one dtype expected, got {got}")
+        raise ValueError(f"gather_prefix_kv: expected k and v [T, G, K] of one dtype, got {got}")
     if plan.copy_offset.shape[0] != k_TGK.shape[0] + 1:
         raise ValueError(
             f"gather_prefix_kv: the plan is for {plan.copy_offset.shape[0] - 1} rows, k has {k_TGK.shape[0]}"
@@ -93,14 +91,12 @@ def gather_prefix_kv(k_TGK: Tensor, v_TGK: Tensor, plan: GatherPlan) -> tuple[Te
 def reference_forward(
     k: Tensor, v: Tensor, key_index: Tensor, copy_offset: Tensor, copies: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The specification; the copies serve the backward alone."""
+    """The specification. Only the backward uses the copies."""
     return k.index_select(0, key_index), v.index_select(0, key_index)
 
 
-def reference_backward(
-    grad_k: Tensor, grad_v: Tensor, copy_offset: Tensor, copies: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d k and d v [T, G, hd], contiguous: each row the ordered sum of its copies."""
+def reference_backward(grad_k: Tensor, grad_v: Tensor, copy_offset: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+    """d k and d v [T, G, K], contiguous: each row is the ordered sum of its copies."""
     row = torch.repeat_interleave(copy_offset.diff(), output_size=copies.shape[0])
     return _sum_copies(grad_k, row, copies, copy_offset), _sum_copies(grad_v, row, copies, copy_offset)
 

@@ -1,9 +1,10 @@
 """`rmcore::gather_prefix` and its backward in Triton, for CUDA. The contract is gather_prefix.py.
 
-One program copies one key row of k and of v (forward), or adds up one row's copies (backward, in fp32 and in their
-order, so that reruns are bitwise equal). Example: hd 64, 8 heads: a program moves 512 numbers of k and 512 of v.
+Input and output: as in the contract. In the forward, one program copies one key row of k and of v. In the backward,
+one program sums the copies of one row, in fp32 and in their order, so that reruns are bitwise equal.
+Example: with 8 heads of size 64, a program moves 512 numbers of k and 512 of v.
 
-Runs on CPU tensors too when triton is imported under TRITON_INTERPRET=1 (the tests do).
+With TRITON_INTERPRET=1 set before triton is imported, the kernels run on CPU tensors too, as in the tests.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,16 +17,15 @@ from rmcore.ops.gather_prefix import reference_backward
 
 
 @triton.jit(do_not_specialize=["T"])
-def _gather(
-    k, v, k_t, k_g, k_d, v_t, v_g, v_d, key_index, out_k, out_v, T, SIZE, HD, BLOCK: tl.constexpr
-):  # fmt: skip
+def _gather(k, v, k_t, k_g, k_d, v_t, v_g, v_d, key_index, out_k, out_v, T, SIZE, K, BLOCK: tl.constexpr):
+    """Copy row key_index[m] of k and v; SIZE = G * K numbers per row, K per head, k_t .. v_d are strides."""
     m = tl.program_id(0).to(tl.int64)
     row = tl.load(key_index + m)
-    # An index outside the rows reads nothing, and gives NaN.
+    # An index outside the rows reads nothing and gives NaN.
     readable = tl.where((row >= 0) & (row < T), SIZE, 0)
     for start in range(0, SIZE, BLOCK):
         i = start + tl.arange(0, BLOCK).to(tl.int64)
-        g, d = i // HD, i % HD
+        g, d = i // K, i % K
         mask = i < readable
         key = tl.load(k + row * k_t + g * k_g + d * k_d, mask=mask, other=float("nan"))
         value = tl.load(v + row * v_t + g * v_g + d * v_d, mask=mask, other=float("nan"))
@@ -35,13 +35,14 @@ def _gather(
 
 @triton.jit
 def _add_copies(
-    grad_k, grad_v, k_t, k_g, k_d, v_t, v_g, v_d, copy_offset, copies, out_k, out_v, SIZE, HD, BLOCK: tl.constexpr
-):  # fmt: skip
+    grad_k, grad_v, k_t, k_g, k_d, v_t, v_g, v_d, copy_offset, copies, out_k, out_v, SIZE, K, BLOCK: tl.constexpr
+):
+    """Sum the copies of row t, in their order."""
     t = tl.program_id(0).to(tl.int64)
     first, last = tl.load(copy_offset + t), tl.load(copy_offset + t + 1)
     for start in range(0, SIZE, BLOCK):
         i = start + tl.arange(0, BLOCK).to(tl.int64)
-        g, d = i // HD, i % HD
+        g, d = i // K, i % K
         mask = i < SIZE
         key = tl.zeros([BLOCK], tl.float32)
         value = tl.zeros([BLOCK], tl.float32)
@@ -62,10 +63,9 @@ def forward(k: Tensor, v: Tensor, key_index: Tensor, copy_offset: Tensor, copies
     keys, size = key_index.shape[0], k.shape[1] * k.shape[2]
     out_k, out_v = (t.new_empty(keys, *k.shape[1:]) for t in (k, v))
     if keys > 0 and size > 0:
-        _gather[(keys,)](
-            k, v, *k.stride(), *v.stride(), key_index.contiguous(), out_k, out_v, k.shape[0], size, k.shape[2],
-            BLOCK=_block(size),
-        )  # fmt: skip
+        tokens, head_size, key_index = k.shape[0], k.shape[2], key_index.contiguous()
+        strides = (*k.stride(), *v.stride())
+        _gather[(keys,)](k, v, *strides, key_index, out_k, out_v, tokens, size, head_size, BLOCK=_block(size))
     return out_k, out_v
 
 
@@ -76,8 +76,7 @@ def backward(grad_k: Tensor, grad_v: Tensor, copy_offset: Tensor, copies: Tensor
     tokens, size = copy_offset.shape[0] - 1, grad_k.shape[1] * grad_k.shape[2]
     out_k, out_v = (t.new_empty(tokens, *grad_k.shape[1:]) for t in (grad_k, grad_v))
     if tokens > 0 and size > 0:
-        _add_copies[(tokens,)](
-            grad_k, grad_v, *grad_k.stride(), *grad_v.stride(), copy_offset.contiguous(), copies.contiguous(), out_k,
-            out_v, size, grad_k.shape[2], BLOCK=_block(size),
-        )  # fmt: skip
+        strides, head_size = (*grad_k.stride(), *grad_v.stride()), grad_k.shape[2]
+        plan = copy_offset.contiguous(), copies.contiguous()
+        _add_copies[(tokens,)](grad_k, grad_v, *strides, *plan, out_k, out_v, size, head_size, BLOCK=_block(size))
     return out_k, out_v

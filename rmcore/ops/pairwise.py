@@ -1,18 +1,16 @@
-"""The reward head and the pairwise loss as one op: contract and PyTorch reference.
+"""The score head and the pairwise loss as one op: contract and PyTorch reference.
 
-Enters: packed hidden states `hidden_TD`, the score weight `score_weight_D`, the row that each answer is read at
-(`last_token_index_A`), the pairs (`winner_P`, `loser_P` index into the answers) with their data margin and weight.
-Leaves: the SUM of the pair losses and the reward of every answer, both in fp32 (fp64 for fp64 input).
+Input: packed hidden states `hidden_TD`, the score weight `score_weight_D`, the row of each answer's last token
+(`last_token_index_A`), and the pairs (`winner_P`, `loser_P`: indices of answers) with their data margin and weight.
+Output: the SUM of the pair losses and the reward of every answer, both in fp32 (fp64 for fp64 input):
 
     r_a  = <hidden[last_token_index_a], score_weight>
     d_p  = r_winner - r_loser - margin_p
     loss = sum_p weight_p * (-(1 - eps) * logsigmoid(d_p) - eps * logsigmoid(-d_p)
                              + centering * (r_winner + r_loser)^2)
 
-Example: hidden = [[1, 0], [0, 2], [3, 1]], score_weight = [1, 0.5], answers read at rows 2 and 1, one pair (0, 1) of
+Example: hidden = [[1, 0], [0, 2], [3, 1]], score_weight = [1, 0.5], last tokens at rows 2 and 1, one pair (0, 1) of
 margin 0 and weight 1: rewards = [3.5, 1.0], d = 2.5, loss_sum = -logsigmoid(2.5) = 0.0789.
-
-Shape letters: T packed tokens, D hidden size, A answers, P pairs.
 """
 
 import torch
@@ -45,16 +43,22 @@ def pairwise_loss(
 ) -> tuple[Tensor, Tensor]:
     """Score each answer at its last token and sum the Bradley-Terry losses of the pairs.
 
-    hidden_TD: [T, D] fp32, bf16, fp16 or fp64; any strides. score_weight_D: [D], its own floating dtype.
-    last_token_index_A: [A] int64 rows of hidden, any order, repeats allowed. winner_P, loser_P: [P] int64 into the
-    answers, repeats allowed (K-wise data). margin_P, weight_P: [P] fp32. label_smoothing: eps in [0, 0.5), the chance
-    that a label is flipped. centering: weight of (r_w + r_l)^2 (Eisenstein et al., arXiv 2312.09244).
-    T is at least 1; A and P may be 0: the loss is then 0 and so are the gradients.
-
-    Returns (loss_sum: scalar, rewards_A: [A]), fp32 (fp64 when hidden is fp64); both are differentiable with respect to
-    hidden_TD and score_weight_D, once. A NaN or Inf reward of a paired answer makes the loss NaN: it is never hidden.
-    Raises ValueError for shapes, dtypes or devices outside this contract, IndexError for an index outside its range
-    (on CUDA, where looking would stall the stream, such an answer's reward is NaN instead).
+    Args:
+        hidden_TD: fp32, bf16, fp16 or fp64; any strides.
+        score_weight_D: any floating dtype.
+        last_token_index_A: int64 rows of hidden, in any order; repeats are allowed.
+        winner_P, loser_P: int64 indices of answers; repeats are allowed (several pairs per comparison).
+        margin_P, weight_P: fp32.
+        label_smoothing: eps in [0, 0.5), the probability that a label is flipped.
+        centering: weight of (r_w + r_l)^2 (Eisenstein et al., arXiv 2312.09244).
+        T is at least 1. A and P may be 0; the loss and the gradients are then 0.
+    Returns:
+        (loss_sum: scalar, rewards_A), fp32 (fp64 if hidden is fp64). Both are differentiable once, with respect to
+        hidden_TD and score_weight_D. If the reward of a paired answer is NaN or Inf, the loss is NaN.
+    Raises:
+        ValueError: shapes, dtypes or devices outside this contract.
+        IndexError: an index outside its range. On CUDA, where a check would make the host wait, the reward of such an
+            answer is NaN instead.
     """
     _check(hidden_TD, score_weight_D, last_token_index_A, winner_P, loser_P, margin_P, weight_P, label_smoothing)
     loss_sum, rewards_A, _ = torch.ops.rmcore.pairwise_forward.default(
@@ -64,23 +68,30 @@ def pairwise_loss(
 
 
 def _check(
-    hidden: Tensor, score_weight: Tensor, index: Tensor, winner: Tensor, loser: Tensor, margin: Tensor, weight: Tensor,
+    hidden: Tensor,
+    score_weight: Tensor,
+    index: Tensor,
+    winner: Tensor,
+    loser: Tensor,
+    margin: Tensor,
+    weight: Tensor,
     label_smoothing: float,
-) -> None:  # fmt: skip
+) -> None:
     if hidden.dim() != 2 or score_weight.dim() != 1 or hidden.shape[1] != score_weight.shape[0]:
         shapes = f"{list(hidden.shape)} and {list(score_weight.shape)}"
-        raise ValueError(f"pairwise_loss: hidden [T, D] and score_weight [D] expected, got {shapes}")
+        raise ValueError(f"pairwise_loss: expected hidden [T, D] and score_weight [D], got {shapes}")
     if hidden.shape[0] == 0 and index.numel() > 0:
         raise IndexError("pairwise_loss: hidden has no rows")
     if not (hidden.is_floating_point() and score_weight.is_floating_point()):
         dtypes = f"{hidden.dtype} and {score_weight.dtype}"
-        raise ValueError(f"pairwise_loss: floating hidden and score_weight expected, got {dtypes}")
+        raise ValueError(f"pairwise_loss: expected floating hidden and score_weight, got {dtypes}")
     for name, tensor in (("last_token_index", index), ("winner", winner), ("loser", loser)):
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
             raise ValueError(f"pairwise_loss: {name} must be one int64 row, got {tensor.dtype} {list(tensor.shape)}")
     for name, tensor in (("margin", margin), ("weight", weight)):
         if tensor.shape != winner.shape or tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"pairwise_loss: {name} must be fp32, one a pair, got {tensor.dtype} {list(tensor.shape)}")
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"pairwise_loss: {name} must be fp32 with one number per pair, got {got}")
     if loser.shape != winner.shape:
         raise ValueError(f"pairwise_loss: {winner.shape[0]} winners but {loser.shape[0]} losers")
     others = (score_weight, index, winner, loser, margin, weight)
@@ -92,9 +103,16 @@ def _check(
 
 
 def reference_forward(
-    hidden: Tensor, score_weight: Tensor, last_token_index: Tensor, winner: Tensor, loser: Tensor, margin: Tensor,
-    weight: Tensor, label_smoothing: float, centering: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    score_weight: Tensor,
+    last_token_index: Tensor,
+    winner: Tensor,
+    loser: Tensor,
+    margin: Tensor,
+    weight: Tensor,
+    label_smoothing: float,
+    centering: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The specification: (loss_sum, rewards [A], d loss_sum / d rewards [A]); arguments as in `pairwise_loss`."""
     dtype = accumulate_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -103,12 +121,13 @@ def reference_forward(
         margin, weight = margin.to(dtype), weight.to(dtype)
         d = winner_reward - loser_reward - margin
         total = winner_reward + loser_reward
-        # -logsigmoid(inf) is 0 and would hide an infinite reward: 0 * d is 0 for finite d and NaN otherwise.
-        hidden_trouble = 0.0 * d
+        # -logsigmoid(inf) is 0 and would hide an infinite reward. This term is 0 for finite d and NaN otherwise.
+        nan_unless_finite = 0.0 * d
         nll = -(1.0 - label_smoothing) * F.logsigmoid(d) - label_smoothing * F.logsigmoid(-d)
-        loss_sum = (weight * (nll + centering * total * total) + hidden_trouble).sum()
+        loss_sum = (weight * (nll + centering * total * total) + nan_unless_finite).sum()
+        # d enters the loss of a pair through r_winner - r_loser, `total` through r_winner + r_loser.
         slope = label_smoothing * torch.sigmoid(d) - (1.0 - label_smoothing) * torch.sigmoid(-d)
-        difference_grad = weight * slope + hidden_trouble
+        difference_grad = weight * slope + nan_unless_finite
         total_grad = weight * (2.0 * centering) * total
         reward_grad = torch.zeros_like(rewards)
         add_at(reward_grad, winner, total_grad + difference_grad)
@@ -127,7 +146,7 @@ def reference_backward(
         row_grad = add_at(grad_reward.new_zeros(tokens), last_token_index, grad_reward)
         rows = row_grad.index_select(0, last_token_index)[:, None] * score_weight.to(dtype)
         grad_hidden = scored.new_zeros(tokens, scored.shape[1])
-        # Answers that share a row write the same sum to it: the order does not matter.
+        # Answers that share a row write the same sum to it, so their order does not matter.
         grad_hidden[last_token_index] = rows.to(scored.dtype)
     return grad_hidden, grad_weight
 
@@ -152,7 +171,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     reward_grad = output[2]
     ctx.mark_non_differentiable(reward_grad)
     ctx.tokens = hidden.shape[0]
-    # Only the scored rows are kept: the [T, D] hidden states may be freed before the backward.
+    # Only the scored rows are saved, so that the [T, D] hidden states can be freed before the backward.
     ctx.save_for_backward(hidden.index_select(0, last_token_index), score_weight, last_token_index, reward_grad)
 
 

@@ -1,13 +1,14 @@
 """`rmcore::pairwise_forward` and `rmcore::pairwise_backward` in Triton, for CUDA. The contract is pairwise.py.
 
-Enters and leaves: as in the contract; sums run in fp32 (fp64 input goes to the reference). Nothing waits for the
+Input and output: as in the contract. Sums run in fp32; fp64 input goes to the reference. The host never waits for the
 device: an index outside its range reads nothing and gives NaN, which reaches the loss.
+Example: for 8 answers and D = 4096, 8 programs compute the rewards; then one program (a block of up to 16 answers)
+compares them with blocks of 256 pairs.
 
-Every sum has a fixed order, so reruns are bitwise equal: a reward is one program's dot product, a reward's gradient one
-program's walk over all pairs, d weight a sum of fixed parts. Example: 8 answers, D = 4096: 8 programs score them, then
-one program of 16 answers compares them with blocks of 256 pairs.
+Every sum has a fixed order, so reruns are bitwise equal: a reward is the dot product of one program, the gradient of a
+reward is summed by one program over all pairs, and d weight is a sum of fixed parts.
 
-Runs on CPU tensors too when triton is imported under TRITON_INTERPRET=1 (the tests do).
+With TRITON_INTERPRET=1 set before triton is imported, the kernels run on CPU tensors too, as in the tests.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,15 +19,13 @@ from torch import Tensor
 
 from rmcore.ops.pairwise import reference_backward, reference_forward
 
-ANSWERS, PAIRS = 16, 256  # a program's block of answers, and of the pairs that it walks over
-PART = 64  # answers that one program adds up for d weight
+ANSWERS, PAIRS = 16, 256  # answers per program, and pairs per iteration of its loop
+PART = 64  # answers that one program sums for d weight
 
 
 @triton.jit(do_not_specialize=["T"])
-def _score(
-    hidden, stride_t, stride_d, weight, index, rewards, T, D, BLOCK: tl.constexpr
-):  # fmt: skip
-    """rewards[a] = <hidden[index[a]], weight>; one program an answer."""
+def _score(hidden, stride_t, stride_d, weight, index, rewards, T, D, BLOCK: tl.constexpr):
+    """rewards[a] = <hidden[index[a]], weight>; one program per answer."""
     a = tl.program_id(0).to(tl.int64)
     row = tl.load(index + a)
     inside = (row >= 0) & (row < T)
@@ -42,7 +41,7 @@ def _score(
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x) without overflow; log1p(e) = log(u) * e / (u - 1) with u = 1 + e makes up for the rounding of u."""
+    """log(1 + e^x) without overflow; log1p(e) = log(u) * e / (u - 1) with u = 1 + e cancels the rounding error of u."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
     lost = tl.where(u == 1.0, 1.0, u - 1.0)
@@ -57,10 +56,21 @@ def _sigmoid(x):
 
 @triton.jit(do_not_specialize=["A", "P"])
 def _pairs(
-    rewards, winner, loser, margin, weight, smoothing, centering, loss, reward_grad, A, P,
-    BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr
-):  # fmt: skip
-    """reward_grad of a block of answers, by one walk over all pairs; program 0 sums the loss as well."""
+    rewards,
+    winner,
+    loser,
+    margin,
+    weight,
+    smoothing,
+    centering,
+    loss,
+    reward_grad,
+    A,
+    P,
+    BLOCK_A: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """reward_grad of a block of answers, by one pass over all pairs; program 0 sums the loss as well."""
     block = tl.program_id(0)
     a = block * BLOCK_A + tl.arange(0, BLOCK_A).to(tl.int64)
     grad = tl.zeros([BLOCK_A], tl.float32)
@@ -70,7 +80,7 @@ def _pairs(
         real = p < P
         w = tl.load(winner + p, mask=real, other=-1)
         ell = tl.load(loser + p, mask=real, other=-1)
-        # An answer that does not exist has a NaN reward; a pair that does not exist has reward 0 and weight 0.
+        # An index outside the answers gives a NaN reward. Places beyond the last pair get reward 0 and weight 0.
         absent = tl.where(real, float("nan"), 0.0)
         r_w = tl.where((w >= 0) & (w < A), tl.load(rewards + w, mask=(w >= 0) & (w < A), other=0.0), absent)
         r_l = tl.where((ell >= 0) & (ell < A), tl.load(rewards + ell, mask=(ell >= 0) & (ell < A), other=0.0), absent)
@@ -90,10 +100,8 @@ def _pairs(
 
 
 @triton.jit(do_not_specialize=["T", "A"])
-def _scatter(
-    grad_reward, weight, index, grad_hidden, T, A, D, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """grad_hidden[index[a]] = (sum of grad_reward over the answers read there) * weight; one program an answer."""
+def _scatter(grad_reward, weight, index, grad_hidden, T, A, D, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr):
+    """grad_hidden[index[a]] = (sum of grad_reward over the answers of that row) * weight; one program per answer."""
     a = tl.program_id(0).to(tl.int64)
     row = tl.load(index + a)
     inside = (row >= 0) & (row < T)
@@ -108,15 +116,13 @@ def _scatter(
         d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
         value = (row_grad * w).to(grad_hidden.dtype.element_ty)
-        # Answers that share a row store the same numbers to it.
+        # Answers that share a row store the same numbers to it, so their order does not matter.
         tl.store(grad_hidden + row * D + d, value, mask=d < writable)
 
 
 @triton.jit(do_not_specialize=["A"])
-def _weight_part(
-    grad_reward, scored, stride_a, stride_d, part, A, D, PART: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """part[i] = sum of grad_reward[a] * scored[a] over the i-th PART answers, for a block of columns."""
+def _weight_part(grad_reward, scored, stride_a, stride_d, part, A, D, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """part[i] = sum of grad_reward[a] * scored[a] over the i-th block of PART answers, for a block of columns."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
@@ -134,9 +140,16 @@ def _block(size: int, limit: int) -> int:
 
 
 def forward(
-    hidden: Tensor, score_weight: Tensor, last_token_index: Tensor, winner: Tensor, loser: Tensor, margin: Tensor,
-    weight: Tensor, label_smoothing: float, centering: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    score_weight: Tensor,
+    last_token_index: Tensor,
+    winner: Tensor,
+    loser: Tensor,
+    margin: Tensor,
+    weight: Tensor,
+    label_smoothing: float,
+    centering: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_sum, rewards [A], d loss_sum / d rewards [A]); see `pairwise.reference_forward`."""
     if hidden.dtype == torch.float64:
         return reference_forward(
@@ -148,14 +161,14 @@ def forward(
     reward_grad = torch.empty_like(rewards)
     loss = rewards.new_zeros(())
     if answers > 0:
-        _score[(answers,)](
-            hidden, *hidden.stride(), score_weight.contiguous(), last_token_index.contiguous(), rewards, tokens, size,
-            BLOCK=_block(size, 4096),
-        )  # fmt: skip
+        head, index = score_weight.contiguous(), last_token_index.contiguous()
+        block = _block(size, 4096)
+        _score[(answers,)](hidden, *hidden.stride(), head, index, rewards, tokens, size, BLOCK=block)
+        pair_data = (winner.contiguous(), loser.contiguous(), margin.contiguous(), weight.contiguous())
+        results = loss, reward_grad, answers, pairs
         _pairs[(triton.cdiv(answers, ANSWERS),)](
-            rewards, winner.contiguous(), loser.contiguous(), margin.contiguous(), weight.contiguous(), label_smoothing,
-            centering, loss, reward_grad, answers, pairs, BLOCK_A=ANSWERS, BLOCK_P=PAIRS,
-        )  # fmt: skip
+            rewards, *pair_data, label_smoothing, centering, *results, BLOCK_A=ANSWERS, BLOCK_P=PAIRS
+        )
     return loss, rewards, reward_grad
 
 
@@ -170,10 +183,8 @@ def backward(
     if answers == 0 or size == 0:
         return grad_hidden, torch.zeros_like(score_weight, memory_format=torch.contiguous_format)
     grad_reward, index = grad_reward.to(torch.float32).contiguous(), last_token_index.contiguous()
-    _scatter[(answers,)](
-        grad_reward, score_weight.contiguous(), index, grad_hidden, tokens, answers, size,
-        BLOCK_A=_block(answers, 1024), BLOCK_D=_block(size, 4096),
-    )  # fmt: skip
+    head, blocks = score_weight.contiguous(), {"BLOCK_A": _block(answers, 1024), "BLOCK_D": _block(size, 4096)}
+    _scatter[(answers,)](grad_reward, head, index, grad_hidden, tokens, answers, size, **blocks)
     part = grad_reward.new_empty(triton.cdiv(answers, PART), size)
     block = _block(size, 512)
     _weight_part[(part.shape[0], triton.cdiv(size, block))](

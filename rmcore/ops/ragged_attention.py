@@ -1,15 +1,13 @@
 """Causal attention over packed comparisons that share their prompt: contract and PyTorch reference.
 
-Enters: q [T, H, hd], k and v [T, G, hd] of one packed row (H a multiple of G: grouped-query attention), and
-`segments_S4`, an int32 CPU tensor of rows (query_start, query_end, prefix_start, prefix_end), half open.
-Leaves: out [T, H, hd]. A query of a segment sees the segment's prefix rows and, causally, the segment's own rows:
-its keys are the sequence [prefix, own rows up to itself]; with `window` > 0 only the last `window` of that sequence.
-
+Input: q [T, H, K], k and v [T, G, K] of one packed row (H a multiple of G: grouped-query attention), and
+`segments_S4`, an int32 CPU tensor of rows (query_start, query_end, prefix_start, prefix_end), each end exclusive.
+Output: out [T, H, K]. A query of a segment sees the rows of the segment's prefix and, causally, the segment's own rows:
+its keys are the sequence [prefix, own rows up to itself]; with `window` > 0 only the last `window` keys of it.
 Example: a prompt of 2 tokens and answers of 2 and 1 tokens are packed as T = 5 rows [p0 p1 | a0 a1 | b0], segments
 [[0, 4, 0, 0], [4, 5, 0, 2]]: a1 (row 3) sees rows 0 1 2 3; b0 (row 4) sees rows 0 1 4; with window 2 b0 sees rows 1 4.
 
-Segments tile the T rows in order, and a prefix lies before its segment. Length 0 is legal for segments and prefixes.
-Shape letters: T packed tokens, H query heads, G key/value heads, hd head size, S segments.
+Segments tile the T rows in order, and a prefix lies before its segment. Segments and prefixes may have length 0.
 """
 
 import torch
@@ -29,14 +27,18 @@ LIBRARY.define(
 def ragged_attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, segments_S4: Tensor, scale: float, window: int = 0
 ) -> Tensor:
-    """softmax(scale * q k^T) v over the rows that `segments_S4` lets each query see.
+    """softmax(scale * q k^T) v over the rows that `segments_S4` makes visible to each query.
 
-    q_THK: [T, H, hd]; k_TGK, v_TGK: [T, G, hd]; each fp32, bf16, fp16 or fp64, of any strides (a tensor whose last
-    dimension is not contiguous is copied). Sums and softmax run in fp32 (fp64 when an input is fp64). A kernel may take
-    fp32 q and k beside a bf16 v at v's precision, as autocast does before PyTorch's own attention.
-    window: how many keys a query sees at most, itself included; 0: all. Returns [T, H, hd], contiguous, in v's dtype.
-    Differentiable once, with respect to q, k and v; gradients are bitwise repeatable on CPU.
-    Raises ValueError for shapes, dtypes, devices or segments outside this contract.
+    Args:
+        q_THK, k_TGK, v_TGK: each fp32, bf16, fp16 or fp64, with any strides (a tensor whose last dimension is not
+            contiguous is copied). Sums and softmax run in fp32 (fp64 if an input is fp64). If v is bf16 and q and k are
+            fp32, a kernel may round q and k to bf16, as autocast does before PyTorch's own attention.
+        window: the largest number of keys that a query sees, itself included; 0 means no limit.
+    Returns:
+        [T, H, K], contiguous, in v's dtype; differentiable once with respect to q, k and v. The gradients are bitwise
+        repeatable on the CPU.
+    Raises:
+        ValueError: shapes, dtypes, devices or segments outside this contract.
     """
     _check(q_THK, k_TGK, v_TGK, segments_S4, window)
     return torch.ops.rmcore.ragged_attention(q_THK, k_TGK, v_TGK, segments_S4, scale, window)[0]
@@ -45,11 +47,11 @@ def ragged_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         shapes = f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        raise ValueError(f"ragged_attention: q [T, H, hd] and k, v [T, G, hd] expected, got {shapes}")
+        raise ValueError(f"ragged_attention: expected q [T, H, K] and k, v [T, G, K], got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"ragged_attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+        raise ValueError(f"ragged_attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point()):
-        raise ValueError(f"ragged_attention: floating q, k, v expected, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(f"ragged_attention: expected floating q, k, v, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"ragged_attention: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     if segments.dim() != 2 or segments.shape[1] != 4 or segments.dtype != torch.int32 or segments.device.type != "cpu":
@@ -60,7 +62,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int) -> No
 
 
 def check_segments(segments: Tensor, tokens: int) -> list[tuple[int, int, int, int]]:
-    """The segments as host integers; ValueError unless they tile the rows in order, each prefix before its segment."""
+    """The segments as Python integers.
+
+    Raises ValueError unless they tile the rows in order, with each prefix before its segment.
+    """
     rows = [(a, b, c, d) for a, b, c, d in segments.tolist()]
     at = 0
     for i, (query_start, query_end, prefix_start, prefix_end) in enumerate(rows):
@@ -77,7 +82,7 @@ def check_segments(segments: Tensor, tokens: int) -> list[tuple[int, int, int, i
 def _keys_and_mask(
     segment: tuple[int, int, int, int], window: int, device: torch.device
 ) -> tuple[Tensor, Tensor, slice]:
-    """Key rows [n] of a segment, which of them each of its queries may see [queries, n], and its query rows."""
+    """The key rows [M] of one segment, which of them each of its L queries may see [L, M], and the query rows."""
     query_start, query_end, prefix_start, prefix_end = segment
     keys = torch.cat([torch.arange(prefix_start, prefix_end), torch.arange(query_start, query_end)]).to(device)
     prefix = prefix_end - prefix_start
@@ -92,7 +97,7 @@ def _keys_and_mask(
 def reference_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """The specification: (out [T, H, hd] in v's dtype, log-sum-exp of the scaled scores [T, H])."""
+    """The specification: (out [T, H, K] in v's dtype, log-sum-exp of the scaled scores [T, H])."""
     dtype = accumulate_dtype(q, k, v)
     share = q.shape[1] // k.shape[1]
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
@@ -100,11 +105,11 @@ def reference_forward(
     with torch.autocast(q.device.type, enabled=False):
         for segment in check_segments(segments, q.shape[0]):
             keys, visible, rows = _keys_and_mask(segment, window, q.device)
-            keys_HNK = k[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
-            values_HNK = v[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
-            scores = (q[rows].to(dtype).transpose(0, 1) @ keys_HNK.mT * scale).masked_fill(~visible, -torch.inf)
-            log_sum[rows] = scores.logsumexp(-1).mT
-            out[rows] = (scores.softmax(-1) @ values_HNK).transpose(0, 1).to(v.dtype)
+            keys_HMK = k[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
+            values_HMK = v[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
+            scores_HLM = (q[rows].to(dtype).transpose(0, 1) @ keys_HMK.mT * scale).masked_fill(~visible, -torch.inf)
+            log_sum[rows] = scores_HLM.logsumexp(-1).mT
+            out[rows] = (scores_HLM.softmax(-1) @ values_HMK).transpose(0, 1).to(v.dtype)
     return out, log_sum
 
 
@@ -119,16 +124,18 @@ def reference_backward(
     with torch.autocast(q.device.type, enabled=False):
         for segment in check_segments(segments, q.shape[0]):
             keys, visible, rows = _keys_and_mask(segment, window, q.device)
-            keys_HNK = k[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
-            values_HNK = v[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
-            queries_HMK, grad_HMK = q[rows].to(dtype).transpose(0, 1), grad_out[rows].to(dtype).transpose(0, 1)
-            scores = (queries_HMK @ keys_HNK.mT * scale).masked_fill(~visible, -torch.inf)
-            chance = (scores - log_sum[rows].mT[..., None]).exp()
-            grad_chance = grad_HMK @ values_HNK.mT
-            grad_scores = chance * (grad_chance - (chance * grad_chance).sum(-1, keepdim=True)) * scale
-            grad_q[rows] = (grad_scores @ keys_HNK).transpose(0, 1).to(q.dtype)
-            # Rows of a prefix are keys of several segments: they add up, in the order of the segments.
-            for total, part in ((grad_k, grad_scores.mT @ queries_HMK), (grad_v, chance.mT @ grad_HMK)):
+            keys_HMK = k[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
+            values_HMK = v[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
+            queries_HLK, grad_HLK = q[rows].to(dtype).transpose(0, 1), grad_out[rows].to(dtype).transpose(0, 1)
+            # The probabilities P again, from the scores and their saved log-sum-exp.
+            scores_HLM = (queries_HLK @ keys_HMK.mT * scale).masked_fill(~visible, -torch.inf)
+            p_HLM = (scores_HLM - log_sum[rows].mT[..., None]).exp()
+            # The gradient of the softmax: dS = P * (dP - sum(P * dP)).
+            grad_p_HLM = grad_HLK @ values_HMK.mT
+            grad_scores_HLM = p_HLM * (grad_p_HLM - (p_HLM * grad_p_HLM).sum(-1, keepdim=True)) * scale
+            grad_q[rows] = (grad_scores_HLM @ keys_HMK).transpose(0, 1).to(q.dtype)
+            # The rows of a prefix are keys of several segments; their gradients add up in the order of the segments.
+            for total, part in ((grad_k, grad_scores_HLM.mT @ queries_HLK), (grad_v, p_HLM.mT @ grad_HLK)):
                 total[keys] += part.unflatten(0, (heads, share)).sum(1).transpose(0, 1)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 

@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 from rmcore.config import Config
 from rmcore.model.attention import compile_layers
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.lazy_model import Outline
+from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
@@ -71,7 +71,7 @@ def shard(
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, outline: Outline, device: torch.device, prefix: str = "") -> Weights:
+def materialise(model: nn.Module, lazy: LazyModel, device: torch.device, prefix: str = "") -> Weights:
     """Read this rank's rows into a sharded model on meta, and return them.
 
     Args:
@@ -89,7 +89,7 @@ def materialise(model: nn.Module, outline: Outline, device: torch.device, prefix
         assert isinstance(weight, DTensor)
         theirs = f"{prefix}.{name.removeprefix('backbone.')}" if prefix and name.startswith("backbone.") else name
         wanted[theirs] = (held(weight).row, weight.to_local())
-    outline.fill(wanted)
+    lazy.fill(wanted)
     return weights
 
 
@@ -98,12 +98,12 @@ def take_over(model: nn.Module, weights: Weights) -> None:
     model.load_state_dict(weights, strict=False, assign=True)
 
 
-def sharded_for_test(model: RewardModel, outline: Outline, mesh: DeviceMesh, world: World, *, offload: bool) -> Weights:
+def sharded_for_test(model: RewardModel, lazy: LazyModel, mesh: DeviceMesh, world: World, *, offload: bool) -> Weights:
     """Shard a model on meta for the self-test, which computes in fp32, read this rank's rows and return them."""
     shard(model, mesh, offload=offload)
     register_fsdp_forward_method(model, "reward_alone")  # FSDP's hooks run around this method too
     device = torch.device("cpu") if offload else world.device
-    return materialise(model, outline, device, model.backbone.base_model_prefix)
+    return materialise(model, lazy, device, model.backbone.base_model_prefix)
 
 
 class FullySharded:

@@ -23,7 +23,7 @@ from rmcore.checkpoint.resume import Start
 from rmcore.config.schema import Config
 from rmcore.host.memory import return_freed_memory
 from rmcore.model.backbone import load_model
-from rmcore.model.lazy_model import Outline, Whole, outline
+from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
 from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import RewardModel
@@ -59,7 +59,7 @@ class ShardedModel:
     tested: RewardModel
     model_class: type[PreTrainedModel]
     hf_config: PretrainedConfig
-    parts: Outline
+    parts: LazyModel
     shards: Shards
     adapted: tuple[Adapted, ...] = ()
     base: str = ""
@@ -82,26 +82,26 @@ def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start
     if config.parallel.traits.shards_weights:
         if world.device.type == "cpu":
             return_freed_memory()
-        found = first_error(world, "loading the model", lambda: _outlined(config, tokenizer))
-        if isinstance(found, Outline):
+        found = first_error(world, "loading the model", lambda: _opened(config, tokenizer))
+        if isinstance(found, LazyModel):
             return _load_sharded(found, config, world)
         note = f"the weights are read whole on every rank: {found}"
     return _load_whole(config, world, tokenizer, start, note)
 
 
-def _outlined(config: Config, tokenizer: PreTrainedTokenizerFast) -> Outline | str:
+def _opened(config: Config, tokenizer: PreTrainedTokenizerFast) -> LazyModel | str:
     """What a model in parts is built from; or the reason why this model must be loaded whole."""
     if config.model.lora.rank is not None:
         return "LoRA puts layers of its own into the model"
     try:
-        return outline(
+        return open_lazy_model(
             config.model, seed=config.run.seed, vocabulary=len(tokenizer), pad_token_id=_pad_token_id(tokenizer)
         )
-    except Whole as reason:
+    except NeedsWholeModel as reason:
         return str(reason)
 
 
-def _load_sharded(parts: Outline, config: Config, world: World) -> ShardedModel:
+def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedModel:
     mesh = device_mesh(world, by_host=config.parallel.traits.by_host)
     skeleton = parts.build()
     model = _reward_model(skeleton, Objective.of(config.loss), parts.pad_token_id)

@@ -19,7 +19,7 @@ from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, ch
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
 from rmcore.host.memory import available_memory
-from rmcore.model.lazy_model import exported
+from rmcore.model.lazy_model import open_exported
 from rmcore.model.lora import merged
 from rmcore.parallel.fsdp import materialise, shard
 from rmcore.parallel.strategy import Strategy
@@ -48,7 +48,7 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             config,
             wants_text=run.data.template.wants_text,
             data=run.data.train,
-            figures=evaluation.figures if evaluation else None,
+            metrics=evaluation.figures if evaluation else None,
         ),
         config_yaml=config.dump_yaml(),
     )
@@ -115,7 +115,7 @@ def exported_shards(directory: Path, config: Config, world: World) -> PreTrained
     Raises ExportError if the files do not hold exactly the weights of the model's class.
     """
     try:
-        parts = exported(directory)
+        parts = open_exported(directory)
     except UserError as error:
         raise ExportError(str(error)) from error
     model = parts.build()

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rmcore.evaluate import main
 from rmcore.evaluation.trained import evaluation_config
-from tests.hf_export.test_directory import export
+from tests.harness.exporting import export
 
 
 def test_the_evaluate_command_reads_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

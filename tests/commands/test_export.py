@@ -116,7 +116,7 @@ def test_without_its_data_a_checkpoint_still_exports_and_says_so(tmp_path: Path)
     assert any(line.startswith("note: checked on built-in texts: ") for line in lines)
     with pytest.raises(UserError, match="--normalise needs the run's held-out data"):
         export(str(folder), str(tmp_path / "n"), ["data.cache=" + str(tmp_path / "nothing")], normalise=True)
-    assert "counts were not at hand" in (tmp_path / "out" / "README.md").read_text()
+    assert "counts were not available" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         folder / "model" / "model.safetensors"
     ).read_bytes()

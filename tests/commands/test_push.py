@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.exporting import export
 from tests.harness.hub_standin import TOKEN, Hub
 from tests.harness.paths import ROOT
-from tests.hf_export.test_directory import export
 
 
 @pytest.fixture
@@ -78,4 +78,4 @@ def test_a_hub_that_is_not_there_and_a_directory_without_a_model(tmp_path: Path)
     down = push(address, str(tmp_path / "model"), "me/rm")
     assert down.returncode == 1 and "could not push to me/rm" in down.stderr and "Traceback" not in down.stderr
     none = push(address, str(tmp_path), "me/rm")
-    assert none.returncode == 2 and "holds no exported model" in none.stderr
+    assert none.returncode == 2 and "is not an exported model" in none.stderr

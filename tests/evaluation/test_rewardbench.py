@@ -14,7 +14,7 @@ from rmcore.evaluate import main
 from rmcore.evaluation.rewardbench import ROWS_2, SECTIONS, SUBSETS, scores_1, scores_2, ties, top_share
 from rmcore.evaluation.rewardbench_data import version_of
 from rmcore.evaluation.trained import evaluation_config
-from tests.hf_export.test_directory import export
+from tests.harness.exporting import export
 
 # Once more, from the table of the data set's card, so that a slip in one place is not a slip in both.
 CHAT_HARD = {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,

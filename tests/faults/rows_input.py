@@ -210,7 +210,13 @@ def row_32(folder: Path) -> str:
     for key, value in {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}.items():
         config[key] = value
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    seen = refused(folder / "b", None, f"model.name={other}", "model.init=pretrained", contains=("lacks weights",))
+    seen = refused(
+        folder / "b",
+        None,
+        f"model.name={other}",
+        "model.init=pretrained",
+        contains=("are missing from the checkpoint",),
+    )
     broken = variant("broken")
     (broken / "tokenizer.json").write_text('{"version": ', encoding="utf-8")
     refused(folder / "c", None, f"model.name={broken}", "model.init=pretrained", contains=(str(broken),))

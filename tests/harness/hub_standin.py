@@ -1,8 +1,10 @@
 """A stand-in for the Hugging Face hub: the HTTP requests of a push, on loopback, answered from memory.
 
-Enters: what huggingface_hub's own client sends (repositories, branches, pre-upload, LFS batch, PUT, commit). Leaves:
-`repos[name]`, with the visibility asked for and, by branch, every file's bytes as they came over the wire. LFS objects
-are kept under the SHA-256 of what arrived, so a commit that names another does not find its bytes.
+Input: the requests of huggingface_hub's own client (repositories, branches, pre-upload, LFS batch, PUT, commit).
+Output: `repos[name]`, with the requested visibility and, per branch, the bytes of every file as they arrived. LFS
+objects are kept under the SHA-256 of the bytes that arrived, so a commit with another hash does not find them.
+Example: after `rmcore push DIR me/rm`, `repos["me/rm"]["branches"]["main"]["config.json"]` has the bytes of the file.
+
 Written from the requests of huggingface_hub 2.4 (hf_api.py, _commit_api.py, lfs.py).
 """
 

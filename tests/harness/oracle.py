@@ -1,5 +1,5 @@
-"""The end-to-end specification: plain transformers, padded, one process; and small models and data to hold rmcore
-against it.
+"""The end-to-end specification: plain transformers, padded, in one process; with small models and data to compare
+rmcore with it.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,18 @@ from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.reward_model import RewardModel
 
 PAD = 1
-SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-         "max_position_embeddings": 96, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 0,
-         "num_labels": 1}  # fmt: skip
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 96,
+    "pad_token_id": PAD,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "num_labels": 1,
+}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 FAMILIES = {
     "gpt_neox": ("GPTNeoXConfig", {**SMALL, "rotary_pct": 0.25}),
@@ -32,10 +41,20 @@ FAMILIES = {
     "gpt2": ("GPT2Config", {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96}),
     "bloom": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}),
 }
+# The families whose attention can share a prompt exactly.
+EXACT_SHARED = ["gpt_neox", "llama", "mistral", "mistral_window", "qwen2", "qwen3", "gpt2"]
+# fp64: 3 layers of sums of about 100 terms, each rounded at 1.1e-16, through gradients of order 10. fp32: at 6e-8.
+BOUND = {torch.float64: 1e-12, torch.float32: 5e-5}
+
+
+def assert_close(ours: Tensor, theirs: Tensor, bound: float, what: object) -> None:
+    """The largest difference is at most `bound`, relative to the largest value where that exceeds 1."""
+    scale = max(1.0, theirs.abs().max().item())
+    assert (ours - theirs).abs().max().item() <= bound * scale, what
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A sequence-classification model of the family with random weights, dropout off."""
+    """A sequence-classification model of the family with random weights and without dropout."""
     config_class, arguments = FAMILIES[family]
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(
@@ -53,7 +72,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 
 
 def _rms_norm_in_its_own_dtype(module: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """Transformers' RMSNorm rounds to fp32 whatever comes in, which would hide errors below 1e-7 in fp64."""
+    """Transformers' RMSNorm always rounds to fp32, which would hide errors below 1e-7 in fp64."""
     return module.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
 
 
@@ -70,7 +89,7 @@ class Item(TokenizedComparison):
 
 
 class Items(list):
-    """Comparisons in memory, as batches are built from."""
+    """Comparisons in memory, from which batches can be built."""
 
     def comparison(self, number: int) -> Item:
         return self[number]
@@ -83,13 +102,16 @@ def item(prefix: int, *tails: int, seed: int = 0, pairs: Sequence[tuple[int, int
     for place, answer in enumerate(answers):
         answer[:1] = 2 + place
     return Item(
-        generator.integers(20, 61, size=prefix), answers, np.array(pairs, dtype=np.int64).reshape(-1, 2),
-        np.zeros(len(pairs), dtype=np.float32), np.ones(len(pairs), dtype=np.float32),
-    )  # fmt: skip
+        prefix=generator.integers(20, 61, size=prefix),
+        tails=answers,
+        pairs=np.array(pairs, dtype=np.int64).reshape(-1, 2),
+        margin=np.zeros(len(pairs), dtype=np.float32),
+        weight=np.ones(len(pairs), dtype=np.float32),
+    )
 
 
 def odd_items() -> Items:
-    """The cases in which packing goes wrong when it goes wrong: see the names."""
+    """The cases in which packing is most likely to go wrong; the keys describe them."""
     seven = [(a, b) for a in range(7) for b in range(a + 1, 7)]
     cases = {
         "plain": item(12, 5, 9, seed=1),

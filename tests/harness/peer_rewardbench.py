@@ -1,16 +1,16 @@
-"""python tests/harness/peer_rewardbench.py MODEL ROWS, by a Python that has rewardbench: rewards of its default
-pipeline.
+"""Computes rewards with RewardBench's default pipeline: python tests/harness/peer_rewardbench.py MODEL ROWS, with a
+Python that has rewardbench.
 
-Enters: a model directory whose tokenizer has a chat template, a JSON file of conversations. Leaves: a JSON object on
-the last line of standard output: rewardbench's version, `rewards` by conversation, and whether the package imports.
-Nothing of rmcore is here.
+Input: a model directory whose tokenizer has a chat template, and a JSON file of conversations. Output: a JSON object on
+the last line of standard output: rewardbench's version, `rewards` per conversation, and why the package cannot be
+imported (empty if it can). This file uses nothing of rmcore.
 
 rewardbench 0.1.4 cannot be imported as a package with transformers 5: its models/beaver.py imports _CONFIG_FOR_DOC from
-modeling_llama.py, which is gone. So the file of its default pipeline is loaded by itself, and what
-rewardbench/rewardbench.py does around it for a model that is in no list of its own is done here, in its order: the
-tokenizer padded on the left, AutoModelForSequenceClassification.from_pretrained, RewardBenchPipeline, raw logits. The
-texts are those of its utils.prepare_dialogue_from_tokenizer: the chat template, then BOS taken off. The pipeline sends
-its inputs to "cuda"; without a GPU they stay.
+modeling_llama.py, where it no longer exists. So this script loads the file of the default pipeline by itself, and
+repeats the steps of rewardbench/rewardbench.py for a model without an entry of its own: the tokenizer padded on the
+left, AutoModelForSequenceClassification.from_pretrained, RewardBenchPipeline, raw logits. The texts are those of its
+utils.prepare_dialogue_from_tokenizer: the chat template, with BOS removed. The pipeline sends its inputs to "cuda";
+without a GPU they stay on the CPU.
 """
 
 import importlib

@@ -1,10 +1,11 @@
-"""python tests/harness/peer_trl.py MODEL ROWS, by a Python that has TRL: rewards as TRL's own evaluation computes them.
+"""Computes rewards with TRL's own evaluation: python tests/harness/peer_trl.py MODEL ROWS, with a Python that has TRL.
 
-Enters: a model directory, a JSON file of rows {"chosen": turns, "rejected": turns}. Leaves: a JSON object on the last
-line of standard output: TRL's version, `rewards` [[chosen, rejected], ...] and its figures. Nothing of rmcore is here.
+Input: a model directory, and a JSON file of rows {"chosen": turns, "rejected": turns}. Output: a JSON object on the
+last line of standard output: TRL's version, `rewards` [[chosen, rejected], ...] and TRL's metrics. This file uses
+nothing of rmcore.
 
-RewardTrainer loads the directory by its name, renders the rows with its chat template and tokenises them; `evaluate`
-runs padded batches of 5 pairs, whose logits are looked at as they leave the model.
+RewardTrainer loads the directory by its path, renders the rows with its chat template and tokenises them. `evaluate`
+runs padded batches of 5 pairs; a hook reads their logits.
 """
 
 import json
@@ -27,14 +28,21 @@ def main(model: str, rows: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         config = RewardConfig(
-            output_dir=folder, per_device_eval_batch_size=5, max_length=None, report_to=[], use_cpu=True, bf16=False,
-            disable_dropout=True, model_init_kwargs={"dtype": "float32"}, dataloader_pin_memory=False,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_eval_batch_size=5,
+            max_length=None,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_dropout=True,
+            model_init_kwargs={"dtype": "float32"},
+            dataloader_pin_memory=False,
+        )
         trainer = RewardTrainer(model=model, args=config, train_dataset=data, eval_dataset=data)
         trainer.model.register_forward_hook(look)
         found = trainer.evaluate()
-    figures = {name: value for name, value in found.items() if isinstance(value, float)}
-    print(json.dumps({"trl": trl.__version__, "rewards": seen, "figures": figures}))
+    metrics = {name: value for name, value in found.items() if isinstance(value, float)}
+    print(json.dumps({"trl": trl.__version__, "rewards": seen, "metrics": metrics}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is exported is what was trained: real tiny models of each family, reloaded by plain transformers."""
+"""The exported model is the trained one: tiny models of each family, reloaded by plain transformers."""
 
 import importlib
 import json
@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,83 +15,17 @@ import torch
 import transformers
 from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from rmcore.config import Config, UserError, load_config
-from rmcore.data.batches.batch import build_batch
+from rmcore.config import UserError, load_config
 from rmcore.data.synthetic import byte_tokenizer
-from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
-from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.data.tokens.templates import load_template
-from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import ExportError, Probe, check_export, check_tokenizer, reloaded
-from rmcore.model.backbone import turn_dropout_off
-from rmcore.model.reward_model import PADDED, SHARED, RewardModel
-from tests.harness.oracle import FAMILIES
+from rmcore.model.reward_model import SHARED
+from tests.harness.exporting import classifier, engine, export, texts
 from tests.harness.paths import ROOT
 
 NAMES = ["gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gpt2", "bloom"]
-
-
-def classifier(family: str, tokenizer: Any) -> PreTrainedModel:
-    """A small random model of the family over the tokenizer's vocabulary, dropout off."""
-    class_name, arguments = FAMILIES[family]
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = getattr(transformers, class_name)(**{**arguments, "vocab_size": len(tokenizer), **ids})
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_config(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
-    turn_dropout_off(model)
-    return model
-
-
-def texts(tokenizer: Any) -> TokenizedComparisons:
-    """Three comparisons of unequal lengths, as token ids with EOS."""
-    rows = []
-    for prompt, answers in (("Hello ", ("there", "you")), ("A much longer prompt: ", ("x", "y z")), ("", ("a", "bc"))):
-        ids = [
-            np.array([*tokenizer.encode(prompt + a, add_special_tokens=False), tokenizer.eos_token_id], np.int32)
-            for a in answers
-        ]
-        rows.append(EncodedRow(ids[0][:0], ids, [(0, 1)], [0.0], [1.0]))
-    return in_memory(rows, LengthLimits(96))
-
-
-def engine(model: PreTrainedModel, data: TokenizedComparisons, path: str) -> tuple[dict[str, torch.Tensor], Probe]:
-    """The weights under the engine's names, and its rewards for every text: what a run hands to the export."""
-    assert isinstance(model.base_model, PreTrainedModel) and isinstance(model.score, torch.nn.Linear)
-    pad = model.config.pad_token_id
-    reward_model = RewardModel(model.base_model, model.score, pad_token_id=pad)
-    reward_model.use(path)
-    with torch.no_grad():
-        rewards = reward_model(build_batch(data, range(len(data)), share=path == SHARED)).rewards_A
-    token_ids = [data.comparison(n).text(answer).tolist() for n in range(len(data)) for answer in (0, 1)]
-    return reward_model.state_dict(), Probe(token_ids, rewards.tolist())
-
-
-def export(
-    directory: Path, family: str = "llama", template: str = "simple_chat", tokenizer: Any = None, **changes: Any
-) -> Probe:
-    """Export a tiny model; `changes` replace arguments of `export_model`. Returns the probe."""
-    tokenizer = tokenizer or byte_tokenizer()
-    model = classifier(family, tokenizer)
-    state, probe = engine(model, texts(tokenizer), PADDED if family == "bloom" else SHARED)
-    state, probe = changes.pop("state", state), changes.pop("probe", probe)
-    arguments: dict[str, Any] = {
-        "model_class": type(model), "hf_config": model.config, "tokenizer": tokenizer,
-        "template": load_template(template, tokenizer), "dtype": torch.float32,
-        "card": "a card\n", "config_yaml": run_config().dump_yaml(),
-    }  # fmt: skip
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    parity = export_model(shapes, state.items(), Package(**{**arguments, **changes}), directory, probe)
-    assert 0 <= parity.difference <= parity.allowed
-    return probe
-
-
-def run_config(*overrides: str) -> Config:
-    needed = ["model.name=synthetic", "model.init=random", "data.train.path=synthetic", "data.template=simple_chat"]
-    return load_config(None, [*needed, "data.max_tokens=90", "parallel.precision=fp32", *overrides])
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -106,10 +39,12 @@ def test_plain_transformers_gives_the_engines_rewards(family: str, tmp_path: Pat
     # fp32: rewards of size 1, three layers.
     assert alone == pytest.approx(list(probe.rewards), abs=1e-5)
     assert together == pytest.approx(list(probe.rewards), abs=1e-5)
-    assert np.std(probe.rewards) > 1e-2, "the rewards differ by more than the tolerance: the comparison says something"
+    assert np.std(probe.rewards) > 1e-2, (
+        "the rewards differ by more than the tolerance, so the comparison is not trivial"
+    )
 
 
-def test_the_directory_holds_what_others_look_for(tmp_path: Path) -> None:
+def test_the_directory_holds_what_other_programs_read(tmp_path: Path) -> None:
     old_mask = os.umask(0o022)
     try:
         export(tmp_path / "runs" / "model")
@@ -142,7 +77,7 @@ def test_the_directory_holds_what_others_look_for(tmp_path: Path) -> None:
 
 
 def test_the_pipeline_gives_the_reward_itself(tmp_path: Path) -> None:
-    """No sigmoid: a reward beyond 0..1 comes through."""
+    """Without a sigmoid, which would change rewards outside of 0..1."""
     export(tmp_path / "model")
     scorer = pipeline("text-classification", str(tmp_path / "model"), device="cpu")
     ids = scorer.tokenizer("Hello there", return_tensors="pt").input_ids
@@ -158,7 +93,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
 def test_servers_find_what_they_read(family: str, tmp_path: Path) -> None:
-    """What vLLM and SGLang read of the directory, as their sources stood in 2026; neither can be run here.
+    """What vLLM and SGLang read of the directory, according to their sources in 2026; neither can run in this test.
 
     vLLM: an architecture that ends in ForSequenceClassification makes a pooling model with task classify
     (vllm/config/model.py); `score.weight` is read into a linear layer without bias of `num_labels` outputs and applied
@@ -213,7 +148,7 @@ def test_a_nan_reward_is_wrong(tmp_path: Path) -> None:
         )
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     state, _ = engine(classifier("llama", tokenizer), texts(tokenizer), SHARED)
     wrapped = {name.replace("backbone.", "backbone._orig_mod."): tensor for name, tensor in state.items()}
@@ -232,7 +167,7 @@ def test_padding_that_equals_eos_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "model", tokenizer=tokenizer)
 
 
-def test_a_directory_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_model_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not an exported model"):
         export(tmp_path)
@@ -251,7 +186,7 @@ def test_an_altered_tokenizer_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", ["simple_chat", "none"])
 def test_a_tokenizer_that_adds_bos_by_itself(template: str, tmp_path: Path) -> None:
-    """Training texts begin with one BOS; so does what the exported chat template makes, and nothing has two."""
+    """Training texts begin with one BOS, and so do the texts of the exported chat template; no text has two."""
     tokenizer = byte_tokenizer()
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -271,7 +206,7 @@ def test_a_tokenizer_that_adds_bos_by_itself(template: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_a_tokenizer_that_fills_the_embedding_and_pads_with_eos(tmp_path: Path, strategy: str) -> None:
-    """SmolLM2 is such a model: the padding token that rmcore adds has no row until the embedding grows."""
+    """As SmolLM2: the padding token that rmcore adds has no row until the embedding grows."""
     tokenizer = byte_tokenizer()
     full = re.sub(r"<pad>", "<other>", tokenizer.backend_tokenizer.to_str())
     stored = transformers.PreTrainedTokenizerFast(
@@ -279,15 +214,23 @@ def test_a_tokenizer_that_fills_the_embedding_and_pads_with_eos(tmp_path: Path, 
     )
     stored.save_pretrained(tmp_path / "model")
     config = transformers.LlamaConfig(
-        vocab_size=len(stored), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, pad_token_id=stored.eos_token_id, eos_token_id=stored.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(stored),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=stored.eos_token_id,
+        eos_token_id=stored.eos_token_id,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    words = [f"model.name={tmp_path / 'model'}", "data.train.path=synthetic", "data.limit=8", "data.template=none",
-             "batch.pairs=4", "parallel.precision=fp32", f"parallel.strategy={strategy}", "run.max_steps=1",
-             f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}", "log.report=none"]  # fmt: skip
-    told = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr[-2000:]
+    words = [
+        *(f"model.name={tmp_path / 'model'}", "data.train.path=synthetic", "data.limit=8", "data.template=none"),
+        *("batch.pairs=4", "parallel.precision=fp32", f"parallel.strategy={strategy}", "run.max_steps=1"),
+        *(f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}", "log.report=none"),
+    ]
+    done = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     rows = exported.get_input_embeddings().weight.shape[0]
     assert rows == 264 > exported.config.pad_token_id == len(stored), "259 tokens and <pad>, to a multiple of 8"

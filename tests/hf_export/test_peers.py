@@ -1,9 +1,9 @@
-"""The exported directory as others load it: TRL's evaluation and RewardBench's default pipeline, for real, in a Python
-environment of their own.
+"""Other programs load the exported directory: TRL's evaluation and RewardBench's default pipeline, each in a Python
+environment of its own.
 
     RMCORE_TRL=/path/to/venv RMCORE_REWARDBENCH=/path/to/venv python -m pytest -m slow tests/hf_export/test_peers.py
 
-Plain transformers (alone, padded on the right, padded on the left, the pipeline) needs nothing and is tried first.
+Plain transformers (each text by itself, padded right, padded left, the pipeline) needs no environment and runs first.
 """
 
 import json
@@ -24,8 +24,8 @@ from tests.harness.crash import run
 from tests.harness.paths import ROOT
 from tests.harness.small_run import arguments
 
-CLOSE = 1e-5  # fp32, two layers, rewards of order 1
-pytestmark = pytest.mark.distributed  # it trains, in a process of its own
+CLOSE = 1e-5  # two layers in fp32, rewards of order 1
+pytestmark = pytest.mark.distributed  # it trains in a process of its own
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rewards(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[dict[str, str]]], np.ndarray]:
-    """Conversations of unequal lengths, and what `rmcore score` gives them: the reward to be found everywhere."""
+    """Conversations of unequal lengths, and the rewards of `rmcore score`, which all programs must give."""
     words = ["so", "it", "is", "said", "and", "done", "by", "those", "who", "know", "of", "it"]
     conversations = [
         [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": " ".join(words[: 1 + n % 9])}]
@@ -52,7 +52,7 @@ def rewards(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[li
     with running_world() as world:
         score(world, str(trained), str(folder / "in.jsonl"), str(folder / "out.jsonl"))
     found = np.array([json.loads(line)["reward"] for line in (folder / "out.jsonl").read_text().splitlines()])
-    assert np.std(found) > 100 * CLOSE, "another text's reward would show"
+    assert np.std(found) > 100 * CLOSE, "the reward of another text is noticed"
     return conversations, found
 
 
@@ -75,7 +75,7 @@ def test_plain_transformers_padded_on_either_side(trained: Path, rewards: Any, s
 
 
 def test_the_pipeline_and_the_bare_backbone(trained: Path, rewards: Any) -> None:
-    """The pipeline one by one and in padded batches; AutoModel gives the backbone, whose last state the head reads."""
+    """The pipeline, text by text and in padded batches; and the head applied to the last state of AutoModel."""
     _, texts = texts_of(trained, rewards[0])
     pipe = pipeline("text-classification", str(trained), device="cpu", dtype=torch.float32)
     for size in (1, 4):
@@ -91,13 +91,13 @@ def test_the_pipeline_and_the_bare_backbone(trained: Path, rewards: Any) -> None
 
 
 def by_peer(name: str, script: str, model: Path, rows: Any, folder: Path) -> dict[str, Any]:
-    """What tests/SCRIPT prints, run by the environment that the variable names."""
+    """The output of tests/harness/SCRIPT, run by the environment in the variable `name`."""
     place = os.environ.get(name)
     python = Path(place or "nowhere") / "bin" / "python"
     if not python.is_file():
         pytest.skip(f"needs the peer in an environment of its own: set {name} to it")
     (folder / "rows.json").write_text(json.dumps(rows))
-    command = [str(python), str(ROOT / "tests" / script), str(model), str(folder / "rows.json")]
+    command = [str(python), str(ROOT / "tests" / "harness" / script), str(model), str(folder / "rows.json")]
     surroundings = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=surroundings, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -107,15 +107,15 @@ def by_peer(name: str, script: str, model: Path, rows: Any, folder: Path) -> dic
 
 @pytest.mark.slow
 def test_trl_evaluates_it_with_the_same_rewards(trained: Path, rewards: Any, tmp_path: Path) -> None:
-    """Pairs of conversations through RewardTrainer.evaluate, in padded batches of 5 pairs; its figures follow."""
+    """Pairs of conversations through RewardTrainer.evaluate, in padded batches of 5 pairs; its metrics follow."""
     conversations, expected = rewards
     pairs = [(n, (n + 3) % 10) for n in range(10)]
     rows = [{"chosen": conversations[a], "rejected": conversations[b]} for a, b in pairs]
     found = by_peer("RMCORE_TRL", "peer_trl.py", trained, rows, tmp_path)
     np.testing.assert_allclose(found["rewards"], [[expected[a], expected[b]] for a, b in pairs], atol=CLOSE, rtol=0)
     margins = np.array([expected[a] - expected[b] for a, b in pairs])
-    assert found["figures"]["eval_accuracy"] == pytest.approx(np.mean(margins > 0), abs=1e-6)
-    assert found["figures"]["eval_loss"] == pytest.approx(np.mean(np.log1p(np.exp(-margins))), abs=CLOSE)
+    assert found["metrics"]["eval_accuracy"] == pytest.approx(np.mean(margins > 0), abs=1e-6)
+    assert found["metrics"]["eval_loss"] == pytest.approx(np.mean(np.log1p(np.exp(-margins))), abs=CLOSE)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The model card, and the push to the hub: what it asks for, and what is said when it fails."""
+"""The model card, and the push to the hub: the calls of the client, and the messages when it fails."""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,25 @@ from rmcore.data.synthetic import byte_tokenizer
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.upload import PushError, push
 from rmcore.scoring.normalisation import Normalisation
-from tests.hf_export.test_directory import export, run_config, texts
+from tests.harness.exporting import export, run_config, texts
 
 
 def test_the_card_says_where_it_comes_from() -> None:
     data = texts(byte_tokenizer())
     data.report["dropped"]["prompt too long"] = 1234
-    figures: dict[str, Any] = {
-        "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8, "length_accuracy": 0.55, "loss": 0.5,
-        "ece": 0.03, "brier": 0.21, "count": 2000,
-    }  # fmt: skip
-    figures["sources"] = {"helpful": figures, "harmless": {**figures, "count": 7}}
+    metrics: dict[str, Any] = {
+        "accuracy": 0.75,
+        "accuracy_low": 0.7,
+        "accuracy_high": 0.8,
+        "length_accuracy": 0.55,
+        "loss": 0.5,
+        "ece": 0.03,
+        "brier": 0.21,
+        "count": 2000,
+    }
+    metrics["sources"] = {"helpful": metrics, "harmless": {**metrics, "count": 7}}
     config = run_config("model.name=EleutherAI/pythia-1b", "model.init=pretrained", "hub.repo=me/rm")
-    card = model_card(config, wants_text=False, data=data, figures=figures, normalisation=Normalisation(0.5, 4.0))
+    card = model_card(config, wants_text=False, data=data, metrics=metrics, normalisation=Normalisation(0.5, 4.0))
     assert card.startswith("---\nlibrary_name: transformers\n") and "base_model: EleutherAI/pythia-1b\n" in card
     assert 'from_pretrained("me/rm")' in card and "apply_chat_template" in card and 'runner="pooling"' in card
     assert "- dropped, prompt too long: 1,234" in card
@@ -30,22 +36,22 @@ def test_the_card_says_where_it_comes_from() -> None:
     assert "| all | 2,000 | 0.7500 | 0.7000 to 0.8000 | 0.5500 | 0.5000 |" in card and "| harmless | 7 |" in card
     assert """--pooler-config '{"logit_mean": 0.5, "logit_sigma": 4.0}'""" in card
     local = model_card(run_config(), wants_text=True)
-    assert "base_model" not in local and "evaluated nothing" in local and "eos_token" in local
-    assert "counts were not at hand" in local and "pooler" not in local.replace('runner="pooling"', "")
+    assert "base_model" not in local and "had no evaluation" in local and "eos_token" in local
+    assert "counts were not available" in local and "pooler" not in local.replace('runner="pooling"', "")
 
 
 def test_a_push_that_fails_says_where_the_model_is(tmp_path: Path) -> None:
     export(tmp_path / "model")
     with pytest.raises(PushError, match=rf"could not push to me/rm: .*saved in {tmp_path / 'model'}"):
         push(tmp_path / "model", HubConfig(push=True, repo="me/rm"))  # the tests run with the hub offline
-    with pytest.raises(PushError, match="no exported model"):
+    with pytest.raises(PushError, match="not an exported model"):
         push(tmp_path, HubConfig(push=True, repo="me/rm"))
 
 
 def test_a_push_makes_repository_and_branch_and_uploads_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the hub's client is asked to do; the hub itself cannot be reached from a test."""
+    """The calls of the hub's client; a test cannot reach the hub itself."""
     calls: list[tuple[str, Any]] = []
 
     class Client:

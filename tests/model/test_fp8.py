@@ -1,4 +1,4 @@
-"""FP8 linear layers: what is converted and what is not, and what a wrong machine is told."""
+"""FP8 linear layers: which layers are converted, and the error on a machine that cannot run them."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_fp8_is_for_bf16_runs(tmp_path):
         ("found", "cuda", (8, 9), None),
     ],
 )
-def test_a_machine_that_cannot_is_told_what_lacks(monkeypatch, package, device, capability, message):
+def test_the_error_on_a_wrong_machine_says_what_is_missing(monkeypatch, package, device, capability, message):
     monkeypatch.setattr(fp8, "find_spec", lambda name: package)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
@@ -41,7 +41,7 @@ def test_a_machine_that_cannot_is_told_what_lacks(monkeypatch, package, device, 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_all_layers_but_the_last_multiply_in_fp8(family):
-    """The same weights under the same names; gradients in the direction of the unconverted model's, pruned as ever."""
+    """Weights and names stay; gradients point in the direction of the unconverted model's; the last layer is pruned."""
     pytest.importorskip("torchao.float8")
     plain, ours = (reward_model(tiny_model(family), SHARED) for _ in range(2))
     names = list(ours.state_dict())
@@ -59,6 +59,6 @@ def test_all_layers_but_the_last_multiply_in_fp8(family):
         model(batch).loss_sum.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     exact, found = gradients
-    # A product's factors are off by at most 2^-4 (e4m3) or 2^-3 (a gradient's e5m2) and err either way: through a few
-    # layers that stays well within half of the gradient; one in another direction misses by 1.4 of it.
+    # The factors of a product are off by at most 2^-4 (e4m3) or 2^-3 (e5m2 of gradients), up or down. Through a few
+    # layers that stays well within half of the gradient's norm; a gradient in a random direction is off by 1.4 of it.
     assert 0 < (found - exact).norm() < 0.5 * exact.norm()

@@ -1,4 +1,4 @@
-"""Models in parts: what ranks read row by row is what one process loads whole; what they export too."""
+"""Lazy models: the rows that ranks read are those that one process loads whole, and so is what they export."""
 
 import json
 from functools import partial
@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
+from rmcore.data.synthetic import byte_tokenizer
 from rmcore.model.backbone import load_model
-from rmcore.model.lazy_model import Outline, Whole, outline
+from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from tests.harness.oracle import FAMILIES
 from tests.harness.ranks import run_ranks, train_rank
 
@@ -23,7 +24,7 @@ ARGUMENTS: dict[str, Any] = {"seed": 7, "vocabulary": 70, "pad_token_id": 1}  # 
 
 
 def stored(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, tied: bool = False) -> Path:
-    """A causal language model in several files, as a base model lies on the hub."""
+    """A causal language model in several files, as base models are on the hub."""
     class_name, arguments = FAMILIES[family]
     torch.manual_seed(3)
     config = getattr(transformers, class_name)(**arguments, tie_word_embeddings=tied)
@@ -31,7 +32,7 @@ def stored(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, 
     return directory
 
 
-def in_parts(parts: Outline, ranks: int) -> dict[str, torch.Tensor]:
+def in_parts(parts: LazyModel, ranks: int) -> dict[str, torch.Tensor]:
     """Every weight, filled as `ranks` ranks would, each with a separate call."""
     shapes = {name: tuple(p.shape) for name, p in parts.build().named_parameters()}
     whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
@@ -41,7 +42,7 @@ def in_parts(parts: Outline, ranks: int) -> dict[str, torch.Tensor]:
     return whole
 
 
-def assert_equal(parts: Outline, whole: PreTrainedModel, ranks: int) -> None:
+def assert_equal(parts: LazyModel, whole: PreTrainedModel, ranks: int) -> None:
     expected = dict(whole.named_parameters())
     found = in_parts(parts, ranks)
     assert found.keys() == expected.keys()
@@ -54,10 +55,10 @@ def assert_equal(parts: Outline, whole: PreTrainedModel, ranks: int) -> None:
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_read_from_files_are_those_of_the_whole_model(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
-    """Bit for bit: weights, the drawn head, the drawn rows of the grown embedding, rotary and mask buffers."""
+    """Bit for bit: stored weights, the drawn head, the added rows of the embedding, rotary and mask buffers."""
     config = ModelConfig(name=str(stored(family, tmp_path / "base", dtype=dtype)))
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
-    assert_equal(outline(config, **ARGUMENTS), load_model(config, **ARGUMENTS), ranks=3)
+    assert_equal(open_lazy_model(config, **ARGUMENTS), load_model(config, **ARGUMENTS), ranks=3)
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -65,7 +66,7 @@ def test_random_weights_do_not_depend_on_the_number_of_ranks(tmp_path: Path, fam
     config = ModelConfig(name=str(stored(family, tmp_path / "base")), init="random")
     whole = load_model(config, **ARGUMENTS)
     for ranks in (1, 4):
-        assert_equal(outline(config, **ARGUMENTS), whole, ranks)
+        assert_equal(open_lazy_model(config, **ARGUMENTS), whole, ranks)
     assert not any(parameter.isnan().any() for parameter in whole.parameters())
 
 
@@ -85,34 +86,34 @@ def test_random_weights_are_distributed_as_transformers_draws_them(tmp_path: Pat
             assert float(mine.detach().std()) == pytest.approx(spread, rel=tolerance), name
 
 
-def test_a_tied_checkpoint_may_name_its_head_alone(tmp_path: Path) -> None:
+def test_a_tied_checkpoint_may_hold_the_weight_under_the_heads_name_only(tmp_path: Path) -> None:
     base = stored("llama", tmp_path / "base", tied=True)
-    (file,) = base.glob("*.safetensors") if len(list(base.glob("*.safetensors"))) == 1 else [None]
-    files = [file] if file else sorted(base.glob("*.safetensors"))
+    files = sorted(base.glob("*.safetensors"))
     expected = load_model(ModelConfig(name=str(base)), **ARGUMENTS)
     tensors = {key: tensor for path in files for key, tensor in load_file(path).items()}
     for path in base.glob("model*"):
         path.unlink()
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    assert_equal(outline(ModelConfig(name=str(base)), **ARGUMENTS), expected, ranks=2)
+    assert_equal(open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS), expected, ranks=2)
 
 
-@pytest.mark.parametrize("loader", [outline, load_model])
+@pytest.mark.parametrize("loader", [open_lazy_model, load_model])
 def test_missing_and_unexpected_weights_are_one_message(tmp_path: Path, loader: Any) -> None:
     base = stored("llama", tmp_path / "base")
     tensors = {key: tensor for path in base.glob("*.safetensors") for key, tensor in load_file(path).items()}
     for path in base.glob("model*"):
         path.unlink()
-    tensors["model.layers.0.mlp.stranger"] = torch.zeros(2)
+    tensors["model.layers.0.mlp.extra"] = torch.zeros(2)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"holds weights that Llama\w+ has not: model.layers.0.mlp.stranger; is it"):
+    with pytest.raises(UserError, match=r"weights that Llama\w+ does not have: model.layers.0.mlp.extra; is it"):
         loader(ModelConfig(name=str(base)), **ARGUMENTS)
-    del tensors["model.layers.0.mlp.stranger"], tensors["model.norm.weight"]
+    del tensors["model.layers.0.mlp.extra"], tensors["model.norm.weight"]
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks weights of Llama\w+: model.norm.weight; is it the right checkpoint"):
+    missing = r"weights of Llama\w+ are missing from the checkpoint: model.norm.weight"
+    with pytest.raises(UserError, match=missing + "; is it the right checkpoint"):
         loader(ModelConfig(name=str(base)), **ARGUMENTS)
-    with pytest.raises(UserError, match=r"lacks weights of Llama\w+: model.norm.weight.*score.weight"):
+    with pytest.raises(UserError, match=missing + ".*score.weight"):
         loader(ModelConfig(name=str(base), head="stored"), **ARGUMENTS)
 
 
@@ -120,24 +121,24 @@ def test_shapes_and_files_that_do_not_fit(tmp_path: Path) -> None:
     base = stored("llama", tmp_path / "base")
     wide = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**wide, "intermediate_size": 64}))
-    with pytest.raises(UserError, match=r"of another shape or type: model.layers.0.mlp.\w+.weight \[48, 32\]"):
-        outline(ModelConfig(name=str(base)), **ARGUMENTS)
+    with pytest.raises(UserError, match=r"weights of another shape or type: model.layers.0.mlp.\w+.weight \[48, 32\]"):
+        open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS)
     (base / "config.json").write_text(json.dumps(wide))
     cut = sorted(base.glob("*.safetensors"))[0]
     cut.write_bytes(cut.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be loaded"):
-        outline(ModelConfig(name=str(base)), **ARGUMENTS)
+        open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS)
     for path in base.glob("model*"):
         path.unlink()
-    with pytest.raises(Whole, match="no safetensors"):
-        outline(ModelConfig(name=str(base)), **ARGUMENTS)
+    with pytest.raises(NeedsWholeModel, match="no safetensors"):
+        open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS)
 
 
 def test_fused_experts_are_loaded_whole(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(**FAMILIES["llama"][1], num_local_experts=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    with pytest.raises(Whole, match="mixtral"):
-        outline(ModelConfig(name=str(tmp_path / "base")), **ARGUMENTS)
+    with pytest.raises(NeedsWholeModel, match="mixtral"):
+        open_lazy_model(ModelConfig(name=str(tmp_path / "base")), **ARGUMENTS)
 
 
 RUN = [
@@ -158,7 +159,7 @@ RUN = [
 
 
 def export_from_shards(rendezvous: str, arguments: list[str]) -> None:
-    """A run whose export is checked by all ranks, and written in small files."""
+    """A run whose export is written in small files and checked by all ranks together."""
     import rmcore.training.publish
 
     rmcore.training.publish.RELOAD_SHARE = 0.0
@@ -177,9 +178,7 @@ def trained(tmp_path: Path, size: int, function: Any, *overrides: str, hosts: in
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy, hosts, precision", [("zero3", 1, "fp32"), ("hsdp", 2, "bf16")])
 def test_the_export_from_shards_is_that_of_one_rank(tmp_path: Path, strategy: str, hosts: int, precision: str) -> None:
-    """Weights read from files in parts, trained, and checked in parts; ddp on one rank loads and reloads whole."""
-    from rmcore.data.synthetic import byte_tokenizer
-
+    """The ranks read, train and check their parts; ddp on one rank loads and reloads the whole model."""
     tokenizer = byte_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "hidden_size": 64}
     shape = {**FAMILIES["llama"][1], "vocab_size": len(tokenizer), "max_position_embeddings": 512, **ids}

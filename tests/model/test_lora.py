@@ -1,4 +1,4 @@
-"""LoRA: rewards and gradients equal peft's own, the export is plain and merged, what is frozen costs nothing."""
+"""LoRA: rewards and gradients equal peft's own, the export is plain and merged, frozen weights are not stored."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.harness.oracle import PAD, odd_items, padded, tiny_model
 from tests.harness.ranks import run_ranks, train_rank
 
 RANK, ALPHA = 3, 12.0
-# What peft itself is given; GPT-2 stores its weights transposed.
+# The targets for peft and for rmcore; GPT-2 stores its weights transposed.
 TARGETS = {"llama": "all-linear", "gpt_neox": ["query_key_value", "dense_4h_to_h"], "gpt2": ["c_attn", "c_proj"]}
 
 
@@ -35,7 +35,7 @@ def settings(family: str) -> LoraConfig:
 
 
 def theirs(family: str) -> Any:
-    """peft's own classifier, its B drawn at random, as after some training."""
+    """peft's own classifier, with B drawn at random, as after some training."""
     model = tiny_model(family, torch.float64)
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS[family], lora_dropout=0.0
@@ -49,9 +49,12 @@ def theirs(family: str) -> Any:
 
 
 def adapters(named: Any) -> dict[str, Tensor]:
-    """The adapters' weights by what their names have in common here and in peft."""
-    return {name[name.index(".", name.index("layers") if "layers" in name else name.index("h.")) :]: p
-            for name, p in named if ".lora_" in name}  # fmt: skip
+    """The adapters' weights, by the part of their names that is the same in rmcore and in peft."""
+    return {
+        name[name.index(".", name.index("layers") if "layers" in name else name.index("h.")) :]: p
+        for name, p in named
+        if ".lora_" in name
+    }
 
 
 def ours(family: str, like: Any, path: str = SHARED, pruned: bool = False) -> tuple[RewardModel, PreTrainedModel, list]:
@@ -70,14 +73,14 @@ def ours(family: str, like: Any, path: str = SHARED, pruned: bool = False) -> tu
 @pytest.mark.parametrize("family", list(TARGETS))
 def test_rewards_and_gradients_equal_pefts_padded_forward(family: str, path: str, pruned: bool) -> None:
     if pruned and family == "gpt2":
-        pytest.skip("its last layer does not run on scored tokens alone, with LoRA or without")
+        pytest.skip("its last layer does not run on scored tokens only, with LoRA or without")
     items, like = odd_items(), theirs(family)
     loss, rewards = padded(like, items)
     loss.backward()
     model, _, _ = ours(family, like, path, pruned)
     out = model(build_batch(items, range(len(items)), share=path == SHARED))
     out.loss_sum.backward()
-    # fp64: as in test_model.py
+    # fp64: as BOUND in tests/harness/oracle.py
     torch.testing.assert_close(out.rewards_A, torch.cat(rewards), rtol=1e-12, atol=1e-12)
     expected = {name: p.grad for name, p in adapters(like.named_parameters()).items()}
     found = {name: p.grad for name, p in adapters(model.backbone.named_parameters()).items()}
@@ -94,9 +97,11 @@ def test_the_merged_state_is_pefts_and_the_plain_model_computes_the_same(family:
     like = theirs(family)
     model, _, adapted = ours(family, like)
     plain = tiny_model(family, torch.float64)
-    state = {name.replace("backbone.", f"{plain.base_model_prefix}.", 1): tensor
-             for name, tensor in merged(model.state_dict(), adapted).items()}  # fmt: skip
-    plain.load_state_dict(state)  # strict: every name and shape is the model's own
+    state = {
+        name.replace("backbone.", f"{plain.base_model_prefix}.", 1): tensor
+        for name, tensor in merged(model.state_dict(), adapted).items()
+    }
+    plain.load_state_dict(state)  # strict: all names and shapes are the model's own
     _, expected = padded(like, odd_items())
     _, found = padded(plain, odd_items())
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-12, atol=1e-12)
@@ -128,13 +133,13 @@ def test_a_rank_without_work_has_zero_gradients() -> None:
         assert parameter.grad is None or not parameter.grad.any()
 
 
-@pytest.mark.parametrize("targets, named", [(["q_proj", "quary"], "quary"), ([], "an empty list"), (["norm"], "norm")])
-def test_targets_that_name_nothing(targets: list[str], named: str) -> None:
+@pytest.mark.parametrize("targets, shown", [(["q_proj", "quary"], "quary"), ([], "an empty list"), (["norm"], "norm")])
+def test_targets_that_match_no_layer(targets: list[str], shown: str) -> None:
     with pytest.raises(
-        UserError, match=f"model.lora.targets: {named} is no linear layer of LlamaModel.*q_proj"
-    ) as told:
+        UserError, match=f"model.lora.targets: {shown} is not a linear layer of LlamaModel.*q_proj"
+    ) as error:
         add_lora(tiny_model("llama").base_model, LoraConfig(rank=2, targets=targets), 0)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_section(tmp_path: Path) -> None:
@@ -149,10 +154,12 @@ def test_the_section(tmp_path: Path) -> None:
 
 # ---- whole runs
 
-RUN = ["model.name=synthetic", "model.init=random", "data.train.path=synthetic", "data.template=none",
-       "data.max_tokens=512", "data.limit=40", "data.eval_fraction=0.2", "optim.lr=1e-2", "parallel.precision=fp32",
-       "log.every=1", "log.tensorboard=false", "batch.pairs=8", "batch.tokens=500", "run.epochs=2", "run.save_every=3",
-       "model.lora.rank=4", "model.lora.targets=[q_proj, v_proj, down_proj]"]  # fmt: skip
+RUN = [
+    *("model.name=synthetic", "model.init=random", "data.train.path=synthetic", "data.template=none"),
+    *("data.max_tokens=512", "data.limit=40", "data.eval_fraction=0.2", "optim.lr=1e-2", "parallel.precision=fp32"),
+    *("log.every=1", "log.tensorboard=false", "batch.pairs=8", "batch.tokens=500", "run.epochs=2", "run.save_every=3"),
+    *("model.lora.rank=4", "model.lora.targets=[q_proj, v_proj, down_proj]"),
+]
 
 
 def train(tmp_path: Path, name: str, size: int, *overrides: str) -> list[dict[str, Any]]:
@@ -173,14 +180,14 @@ def test_every_strategy_follows_one_rank(tmp_path: Path, one_rank: Any, strategy
     two = train(tmp_path, strategy, 2, f"parallel.strategy={strategy}")
     for key in ("train/rm/loss", "grad_norm", "eval/rm/loss"):
         a, b = ([line[key] for line in lines if key in line] for lines in (one_rank[1], two))
-        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5, err_msg=key)  # lr 1e-2 amplifies fp32's 1e-7 some
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5, err_msg=key)  # lr 1e-2 amplifies the 1e-7 of fp32
     assert files(tmp_path / strategy / "model").keys() == files(one_rank[0] / "model").keys()
 
 
 def test_the_export_is_plain_and_differs_from_the_base_where_it_was_adapted(one_rank: Any) -> None:
     directory = one_rank[0] / "model"
-    _, told = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    _, info = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     exported = files(directory)
     pad = AutoConfig.from_pretrained(directory).pad_token_id
     base = load_model(load_config(None, RUN).model, seed=1, vocabulary=0, pad_token_id=pad).state_dict()
@@ -208,7 +215,7 @@ def test_a_checkpoint_holds_what_is_trained_and_the_run_resumes_bitwise(tmp_path
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_a_checkpoint_goes_on_from_its_own_base_alone(one_rank: Any) -> None:
+def test_a_checkpoint_continues_only_from_its_own_base(one_rank: Any) -> None:
     path = one_rank[0] / "checkpoints" / "step-6"
     start = Start(path, read_manifest(path))
     start.check_base(read_manifest(path).base)

@@ -1,7 +1,7 @@
-"""Every objective against its formula written otherwise, in fp64: value, gradient, what it counts, and that it learns.
+"""Every objective equals its formula written in another way, in fp64: value, gradient, counts; and it learns.
 
-The formulas here are those of the papers, in strengths pi = e^r or as products of choices, one row at a time;
-gradients are autograd's of them.
+The formulas here are those of the papers, in strengths pi = e^r or as products of choices, one row at a time. Autograd
+gives their gradients.
 """
 
 import itertools
@@ -30,8 +30,12 @@ from rmcore.model.reward_model import SHARED, RewardModel
 from tests.harness.oracle import PAD, tiny_model
 from tests.harness.ranks import run_ranks, train_rank
 
-EXTRAS = {"bradley_terry": {"label_smoothing": 0.1, "centering": 0.01}, "hinge": {"label_smoothing": 0.2},
-          "rao_kupper": {"tie_rate": 0.3, "centering": 0.02}, "davidson": {"tie_rate": 0.4}}  # fmt: skip
+EXTRAS = {
+    "bradley_terry": {"label_smoothing": 0.1, "centering": 0.01},
+    "hinge": {"label_smoothing": 0.2},
+    "rao_kupper": {"tie_rate": 0.3, "centering": 0.02},
+    "davidson": {"tie_rate": 0.4},
+}
 EVERY = [
     Objective(name, **extras)
     for name in TRAITS
@@ -43,20 +47,20 @@ every_objective = pytest.mark.parametrize("objective", EVERY, ids=lambda o: f"{o
 
 
 def comparisons(seed: int = 0) -> TokenizedComparisons:
-    """Comparisons of 2 to 5 answers: scores that tie now and then, margins, soft labels, answers without a score."""
+    """Comparisons of 2 to 5 answers: scores with some ties, margins, soft labels, answers without a score."""
     generator = np.random.Generator(np.random.PCG64(seed))
     rows = []
     for number in range(9):
-        K = 2 + number % 4
-        levels = generator.integers(0, 4, size=K)
-        every = list(itertools.combinations(range(K), 2))
+        count = 2 + number % 4
+        levels = generator.integers(0, 4, size=count)
+        every = list(itertools.combinations(range(count), 2))
         pairs = [(i, j) if levels[i] > levels[j] else (j, i) for i, j in every if levels[i] != levels[j]]
         ties = [(i, j) for i, j in every if levels[i] == levels[j]]
         if number == 4:  # soft: both directions
             pairs, ties = [(0, 1), (1, 0)], []
         head = generator.integers(20, 61, size=6)
         answers = [
-            np.concatenate([head, [2 + k], generator.integers(20, 61, size=3)]).astype(np.int32) for k in range(K)
+            np.concatenate([head, [2 + k], generator.integers(20, 61, size=3)]).astype(np.int32) for k in range(count)
         ]
         scores = [float(level) if k or number % 3 else math.nan for k, level in enumerate(levels)]
         margin, weight, tie_weight = ((0.1 + generator.random(len(x))).tolist() for x in (pairs, pairs, ties))
@@ -69,7 +73,7 @@ def rewards_of(data: TokenizedComparisons, seed: int = 1) -> Tensor:
     return 3 * torch.randn(int(data.answer_offset[-1]), generator=generator, dtype=torch.float64)
 
 
-# ---- the formulas, written otherwise
+# ---- the formulas, written in another way
 
 
 def in_strengths(kind: str, r: Tensor, data: TokenizedComparisons, o: Objective) -> Tensor:
@@ -132,11 +136,13 @@ def regression(r: Tensor, data: TokenizedComparisons, o: Objective) -> Tensor:
 
 FORMULAS = {
     **{kind: lambda *a, kind=kind: in_strengths(kind, *a) for kind in ("bradley_terry", "rao_kupper", "davidson")},
-    "hinge": hinge, "plackett_luce": plackett_luce, "regression": regression,
-}  # fmt: skip
+    "hinge": hinge,
+    "plackett_luce": plackett_luce,
+    "regression": regression,
+}
 
 
-def test_every_objective_is_named_everywhere() -> None:
+def test_every_objective_is_in_all_tables() -> None:
     assert set(TRAITS) == set(OBJECTIVES) == set(FORMULAS) == set(get_args(Name)) == {o.name for o in EVERY}
     assert all(re.search(r"\b(19|20)\d\d\b|arXiv", function.__doc__ or "") for function in OBJECTIVES.values())
     assert all(set(traits.keys) < set(LossConfig.model_fields) for traits in TRAITS.values())
@@ -152,7 +158,7 @@ def test_value_and_gradient_equal_the_formula(objective: Objective) -> None:
     # fp64 sums of about 100 terms of order 1 to 10, each rounded at 1.1e-16
     assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
-    assert loss.item() > 1.0 and grad.abs().max() > 0.1  # neither is trivially equal
+    assert loss.item() > 1.0 and grad.abs().max() > 0.1  # so that neither comparison is trivial
 
 
 @every_objective
@@ -189,8 +195,8 @@ def judged_two(pairs=(), ties=(), answers=2) -> Judged:
     return Judged.of(in_memory([row], LengthLimits(9)))
 
 
-def test_two_answers_are_bradley_terry_to_all() -> None:
-    """Plackett-Luce of two is Bradley-Terry; Rao-Kupper and Davidson without ties come to it as the rate goes to 0."""
+def test_two_answers_give_bradley_terry() -> None:
+    """Plackett-Luce of two answers is Bradley-Terry; Rao-Kupper and Davidson approach it as the tie rate goes to 0."""
     rewards, judged = torch.tensor([0.4, -0.8], dtype=torch.float64), judged_two(pairs=[(0, 1)])
     expected = Objective().loss_sum(rewards, judged).item()
     assert Objective("plackett_luce").loss_sum(rewards, judged).item() == pytest.approx(expected, abs=1e-15)
@@ -207,7 +213,7 @@ def test_large_rewards_neither_overflow_nor_lose_their_loss() -> None:
 
 
 @every_objective
-def test_a_reward_that_is_no_number_is_never_hidden(objective: Objective) -> None:
+def test_a_reward_that_is_not_finite_is_never_hidden(objective: Objective) -> None:
     data = comparisons()
     for bad in (math.nan, math.inf, -math.inf):
         rewards = rewards_of(data)
@@ -223,7 +229,7 @@ def test_a_reward_that_is_no_number_is_never_hidden(objective: Objective) -> Non
 
 @every_objective
 def test_the_engine_gives_the_formula_and_its_gradients(objective: Objective) -> None:
-    """Shared prompts, the last layer on scored tokens alone, the fused op where it serves: all equal plain autograd."""
+    """Shared prompts, the pruned last layer and the fused op give the loss and gradients of plain autograd."""
     data = comparisons()
     plain, ours = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
     texts = [one.text(k) for _, one in by_comparison(rewards_of(data), data) for k in range(len(one.tails))]
@@ -257,7 +263,7 @@ def test_micro_batches_add_up_and_a_rank_without_work_adds_nothing(objective: Ob
     assert parts[3].loss_sum.item() == 0.0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_what_a_step_and_its_mean_count() -> None:
+def test_the_counts_of_a_step_and_of_its_mean() -> None:
     data = comparisons()
     assert size_N(data, "pairs").tolist() == [
         len(one.pairs) + len(one.ties) for _, one in by_comparison(rewards_of(data), data)
@@ -279,11 +285,11 @@ def test_the_objectives_own_loss_in_evaluation() -> None:
     assert objective_loss(Objective("regression"), in_memory([row], LengthLimits(9)), rewards[:2]) == {}
 
 
-# ---- whole runs on the embedded task
+# ---- whole runs on the synthetic task
 
 
 def write_rows(path: Path, count: int, layout: str) -> None:
-    """The embedded task as rows of `layout`: pairs, pairs and ties, scores of two answers, or ranks of three."""
+    """The synthetic task as rows of `layout`: pairs, pairs and ties, scores of two answers, or ranks of three."""
     lines = []
     for number, row in enumerate(synthetic_rows(count, 5, "train")):
         if layout == "scores":
@@ -292,7 +298,7 @@ def write_rows(path: Path, count: int, layout: str) -> None:
             answers = [row["rejected"], row["chosen"], " Nobody knows."]
             lines.append({"prompt": row["prompt"], "answers": answers, "ranks": [2, 1, 3]})
         elif layout == "ties":
-            tie = number % 4 == 0  # the same right answer, said twice in other words
+            tie = number % 4 == 0  # two versions of the same right answer
             second = f"{row['chosen']}." if tie else row["rejected"]
             lines.append(
                 {
@@ -312,8 +318,14 @@ RUN = [
     *("data.eval={path: synthetic, split: test, amount: 256}", "optim.lr=2e-3", "optim.warmup_steps=8"),
     *("batch.pairs=32", "parallel.precision=fp32", "log.tensorboard=false", "log.samples=2", "run.save_minutes=null"),
 ]
-LAYOUT = {"bradley_terry": "pairs", "hinge": "pairs", "rao_kupper": "ties", "davidson": "ties",
-          "plackett_luce": "ranks", "regression": "scores"}  # fmt: skip
+LAYOUT = {
+    "bradley_terry": "pairs",
+    "hinge": "pairs",
+    "rao_kupper": "ties",
+    "davidson": "ties",
+    "plackett_luce": "ranks",
+    "regression": "scores",
+}
 
 
 def run(tmp_path: Path, name: str, rows: int, *overrides: str, size: int = 1) -> tuple[list[dict], dict]:
@@ -336,14 +348,15 @@ FAST = ("bradley_terry", "hinge")
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in TRAITS])
-def test_it_learns_the_embedded_task(tmp_path: Path, name: str) -> None:
+def test_it_learns_the_synthetic_task(tmp_path: Path, name: str) -> None:
     epochs = {"bradley_terry": 3, "hinge": 3, "regression": 8}.get(name, 6)
     logged, last = run(tmp_path, name, 1000, f"run.epochs={epochs}")
     print(f"{name}: held-out accuracy {last['eval/rm/accuracy']:.3f} of {last['eval/rm/count']} pairs")
-    # The same pairs for all, never ties or third answers; at chance 0.5 with a standard error of 0.031: 3.8 of them.
+    # All objectives get the same pairs, without ties or third answers. Chance is 0.5 with a standard error of 0.031, so
+    # the bound is 3.8 of them above it.
     assert last["eval/rm/count"] == 256 and last["eval/rm/accuracy"] > 0.62, last
     assert all(math.isfinite(line["train/rm/loss"]) for line in logged if "train/rm/loss" in line)
-    # left out where it is eval/rm/loss, and where the evaluation data have no scores
+    # It is missing where it equals eval/rm/loss, and where the evaluation data have no scores.
     assert ("eval/rm/objective_loss" in last) == (name not in ("bradley_terry", "regression"))
 
 
@@ -352,7 +365,7 @@ def test_it_learns_the_embedded_task(tmp_path: Path, name: str) -> None:
 def test_world_size_two_follows_one(tmp_path: Path, name: str, strategy: str) -> None:
     few = ["run.max_steps=4", "log.every=1", "batch.tokens=500", f"parallel.strategy={strategy}"]
     one, two = (run(tmp_path, name, 60, *few, size=size)[0] for size in (1, 2))
-    # fp32 sums in another order differ by some 1e-7 relative; AdamW (eps 1e-5) does not amplify that in 4 steps.
+    # fp32 sums in another order differ by about 1e-7 relative; AdamW (eps 1e-5) does not amplify that in 4 steps.
     for key in ("train/rm/loss", "grad_norm", "eval/rm/accuracy", "eval/rm/objective_loss"):
         a, b = ([line[key] for line in lines if key in line] for lines in (one, two))
         assert a and a == pytest.approx(b, rel=1e-5, abs=1e-6), key

@@ -1,4 +1,4 @@
-"""The last layer on scored tokens alone = the padded oracle: rewards and every gradient, whatever runs around it."""
+"""The pruned last layer equals the padded oracle: rewards and every gradient, with recompute and autocast too."""
 
 import pytest
 import torch
@@ -8,8 +8,17 @@ from rmcore.model.backbone import recompute_activations
 from rmcore.model.pruning import scored_attention
 from rmcore.model.reward_model import PACKED, PADDED, SHARED
 from rmcore.model.selftest import choose_path
-from tests.harness.oracle import Items, item, odd_items, padded, reward_model, tiny_model
-from tests.model.test_reward_model import BOUND, EXACT_SHARED, close
+from tests.harness.oracle import (
+    BOUND,
+    EXACT_SHARED,
+    Items,
+    assert_close,
+    item,
+    odd_items,
+    padded,
+    reward_model,
+    tiny_model,
+)
 
 
 def pruned_model(model, path=SHARED):
@@ -26,7 +35,7 @@ def gradients(model):
 @pytest.mark.parametrize("path", [SHARED, PACKED])
 @pytest.mark.parametrize("family", [family for family in EXACT_SHARED if family != "gpt2"])
 def test_pruned_equals_the_padded_oracle(family, path):
-    """Odd items hold answers that are scored at one row, rows of a prefix that are scored, and windows."""
+    """odd_items() has answers that are scored at the same row, and scored rows inside a prefix."""
     items = odd_items()
     model = tiny_model(family, torch.float64)
     loss, rewards = padded(model, items)
@@ -37,9 +46,9 @@ def test_pruned_equals_the_padded_oracle(family, path):
     out = pruned_model(model, path)(build_batch(items, range(len(items)), share=path == SHARED))
     out.loss_sum.backward()
 
-    close(out.rewards_A, torch.cat(rewards), BOUND[torch.float64], "rewards")
+    assert_close(out.rewards_A, torch.cat(rewards), BOUND[torch.float64], "rewards")
     for name, gradient in gradients(model).items():
-        close(gradient, expected[name], BOUND[torch.float64], name)
+        assert_close(gradient, expected[name], BOUND[torch.float64], name)
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
@@ -57,7 +66,7 @@ def test_recompute_changes_no_gradient(family, how):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3"])
 def test_autocast_costs_no_more_than_without_pruning(family):
-    """Both round to bf16 (2^-8) at every layer; they may differ by twice what bf16 itself costs."""
+    """Both round to bf16 (2^-8) at every layer; they may differ by twice the error of bf16 itself."""
     batch = build_batch(odd_items(), range(8))
     model = reward_model(tiny_model(family), SHARED)
     exact = model(batch).rewards_A
@@ -68,7 +77,7 @@ def test_autocast_costs_no_more_than_without_pruning(family):
     assert (ours - exact).abs().max() <= 2 * (whole - exact).abs().max()
 
 
-def test_the_last_layer_sees_the_scored_rows_alone():
+def test_the_last_layer_sees_only_the_scored_rows():
     rows = {}
     model = pruned_model(tiny_model("llama"))
     for place, layer in enumerate(model.backbone.layers):
@@ -88,7 +97,7 @@ def test_a_rank_without_work_has_zero_gradients():
 
 
 def test_a_forward_that_fails_leaves_no_state_behind():
-    """The next, unpruned forward is whole even when a pruned one broke off inside the layer."""
+    """The next, unpruned forward is right even if a pruned one failed inside the layer."""
     items = odd_items()
     model = pruned_model(tiny_model("llama"))
     batch = build_batch(items, range(8))
@@ -98,16 +107,16 @@ def test_a_forward_that_fails_leaves_no_state_behind():
     handle.remove()
     model.use(SHARED)
     _, rewards = padded(tiny_model("llama"), items)
-    close(model(batch).rewards_A, torch.cat(rewards), BOUND[torch.float32], "rewards")
+    assert_close(model(batch).rewards_A, torch.cat(rewards), BOUND[torch.float32], "rewards")
 
 
 @pytest.mark.parametrize("family, pruned", [("gpt_neox", True), ("qwen3", True), ("gpt2", False)])
 def test_the_self_test_prunes_where_that_is_exact(family, pruned):
-    """GPT-2's own code insists on as many final states as tokens: its last layer runs whole, and it is said."""
+    """GPT-2's own code needs as many final states as tokens: its last layer is not pruned, and the line says so."""
     model = reward_model(tiny_model(family), PADDED)
     path, line = choose_path(model, odd_items(), [0, 6])
     assert (path, model.pruned) == (SHARED, pruned)
-    assert ("last layer on scored tokens alone" in line) == pruned
+    assert ("last layer on scored tokens only" in line) == pruned
     assert ("not shared, last layer on scored tokens: RuntimeError" in line) != pruned
 
 
@@ -122,4 +131,4 @@ def test_scored_attention_is_the_softmax_over_visible_rows():
         for head in range(4):
             rows = visible[answer].nonzero()[:, 0]
             chance = (0.3 * key[rows, head // 2] @ query[answer, head]).softmax(0)
-            close(ours[answer, head], chance @ value[rows, head // 2], 1e-14, (answer, head))
+            assert_close(ours[answer, head], chance @ value[rows, head // 2], 1e-14, (answer, head))

@@ -1,4 +1,4 @@
-"""Packed and shared = the padded oracle: rewards and every gradient, in fp32 and fp64, for each family and odd case."""
+"""The packed and shared paths equal the padded oracle: rewards and every gradient, for each family and odd case."""
 
 import numpy as np
 import pytest
@@ -10,16 +10,18 @@ from rmcore.model.attention import composed_attention
 from rmcore.model.reward_model import PACKED, PADDED, PATHS, SHARED
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.ops.ragged_attention import ragged_attention
-from tests.harness.oracle import FAMILIES, Items, item, odd_items, padded, reward_model, tiny_model
-
-# fp64: 3 layers of sums of about 100 terms, each rounded at 1.1e-16, through gradients of order 10. fp32: at 6e-8.
-BOUND = {torch.float64: 1e-12, torch.float32: 5e-5}
-EXACT_SHARED = ["gpt_neox", "llama", "mistral", "mistral_window", "qwen2", "qwen3", "gpt2"]
-
-
-def close(ours, theirs, bound, what):
-    scale = max(1.0, theirs.abs().max().item())
-    assert (ours - theirs).abs().max().item() <= bound * scale, what
+from tests.harness.oracle import (
+    BOUND,
+    EXACT_SHARED,
+    FAMILIES,
+    Items,
+    assert_close,
+    item,
+    odd_items,
+    padded,
+    reward_model,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
@@ -36,23 +38,23 @@ def test_packed_and_shared_equals_the_padded_oracle(family, path, dtype):
     out = reward_model(model, path)(build_batch(items, range(len(items)), share=path == SHARED))
     out.loss_sum.backward()
 
-    close(out.rewards_A, torch.cat(rewards), BOUND[dtype], "rewards")
-    close(out.loss_sum, loss, BOUND[dtype], "loss")
+    assert_close(out.rewards_A, torch.cat(rewards), BOUND[dtype], "rewards")
+    assert_close(out.loss_sum, loss, BOUND[dtype], "loss")
     for name, parameter in model.named_parameters():
-        close(parameter.grad, expected[name], BOUND[dtype], name)
+        assert_close(parameter.grad, expected[name], BOUND[dtype], name)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_each_odd_case_alone_equals_the_oracle(family):
+def test_each_odd_case_by_itself_equals_the_oracle(family):
     plain, ours = tiny_model(family, torch.float64), reward_model(tiny_model(family, torch.float64), SHARED)
     for number, one in enumerate(odd_items()):
         _, rewards = padded(plain, [one])
         out = ours(build_batch(Items([one]), [0]))
-        close(out.rewards_A, rewards[0], BOUND[torch.float64], number)
+        assert_close(out.rewards_A, rewards[0], BOUND[torch.float64], number)
 
 
 def test_an_answer_does_not_see_its_siblings():
-    """Other tokens in the first answer leave the second one's reward as it was, bit for bit."""
+    """Other tokens in the first answer do not change the reward of the second one, bit for bit."""
     model = reward_model(tiny_model("llama"), SHARED)
     first, second = item(9, 6, 5, seed=1), item(9, 6, 5, seed=1)
     second.tails[0] = second.tails[0][::-1].copy()
@@ -70,7 +72,7 @@ def test_a_rank_without_work_has_zero_loss_and_zero_gradients():
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_self_test_finds_an_exact_path_and_says_which(family):
+def test_the_self_test_finds_an_exact_path(family):
     items = odd_items()
     model = tiny_model(family)
     _, rewards = padded(model, items)
@@ -79,16 +81,16 @@ def test_the_self_test_finds_an_exact_path_and_says_which(family):
     assert path == (SHARED if family in EXACT_SHARED else PADDED)
     assert line.startswith(f"attention {path}: ") and "\n" not in line
     out = ours(build_batch(items, range(len(items)), share=path == SHARED))
-    close(out.rewards_A, torch.cat(rewards), BOUND[torch.float32], family)
+    assert_close(out.rewards_A, torch.cat(rewards), BOUND[torch.float32], family)
 
 
-def test_a_path_that_is_not_exact_is_refused_when_asked_for():
+def test_a_chosen_path_that_is_not_exact_is_an_error():
     with pytest.raises(UserError, match=r"model\.attention=shared"):
         choose_path(reward_model(tiny_model("bloom"), PADDED), odd_items(), [0, 1], wanted=SHARED)
 
 
 def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
-    """A layout that lets an answer see one token too few is found out: the next path is taken."""
+    """With a layout that hides one token from an answer, the self-test takes the next path."""
     import rmcore.model.selftest as selftest
 
     def wrong(data, numbers, share):
@@ -106,11 +108,11 @@ def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
 @pytest.mark.parametrize("window", [0, 1, 5])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_composition_and_the_op_agree(window, groups):
-    """The path without an own kernel computes what the op's contract says."""
+    """The composition of PyTorch calls computes what the contract of the op specifies."""
     layout = build_batch(odd_items(), range(8)).layout
     rows = int(layout.segments_S4[:, 1].max())
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(rows, 4, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, rows, 4 // groups, 8, generator=generator, dtype=torch.float64)
     ours = composed_attention(query, key, value, layout.segments_S4, 0.3, window)
-    close(ours, ragged_attention(query, key, value, layout.segments_S4, 0.3, window), 1e-12, "attention")
+    assert_close(ours, ragged_attention(query, key, value, layout.segments_S4, 0.3, window), 1e-12, "attention")

@@ -1,4 +1,4 @@
-"""Every speed option computes what the plain path computes: compiled layers, variable-length attention's arguments."""
+"""Every speed option computes the same as the plain path: compiled layers, arguments of variable-length attention."""
 
 import resource
 import subprocess
@@ -15,9 +15,8 @@ from rmcore.model.attention import compile_layers, composed_attention
 from rmcore.model.reward_model import SHARED
 from rmcore.ops.gather_prefix import gather_plan
 from rmcore.parallel.world import running_world
-from tests.harness.oracle import odd_items, reward_model, tiny_model
+from tests.harness.oracle import BOUND, assert_close, odd_items, reward_model, tiny_model
 from tests.harness.paths import ROOT
-from tests.model.test_reward_model import BOUND, close
 
 
 def losses_and_gradients(model, batch):
@@ -27,7 +26,7 @@ def losses_and_gradients(model, batch):
 
 
 def test_compiled_layers_compute_the_same(monkeypatch):
-    """The graphs are made and differentiated (backend aot_eager); a second length needs no second compilation."""
+    """Compiled and differentiated with the backend aot_eager; a second length needs no second compilation."""
     torch._dynamo.reset()
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(
@@ -41,9 +40,9 @@ def test_compiled_layers_compute_the_same(monkeypatch):
         for numbers in (range(8), range(4)):
             batch = build_batch(odd_items(), numbers)
             (expected, gradients), (out, found) = (losses_and_gradients(model, batch) for model in (plain, ours))
-            close(out.rewards_A, expected.rewards_A, BOUND[torch.float32], "rewards")
+            assert_close(out.rewards_A, expected.rewards_A, BOUND[torch.float32], "rewards")
             for name, gradient in found.items():
-                close(gradient, gradients[name], BOUND[torch.float32], name)
+                assert_close(gradient, gradients[name], BOUND[torch.float32], name)
         assert torch._dynamo.utils.counters["frames"]["ok"] > 0
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
     finally:
@@ -52,7 +51,7 @@ def test_compiled_layers_compute_the_same(monkeypatch):
 
 
 def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn documents: each sequence causal, aligned at the bottom right."""
+    """As torch.nn.attention.varlen.varlen_attn is documented: each sequence causal, aligned at the bottom right."""
     assert window_size[1] == 0
     out = []
     for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
@@ -86,7 +85,7 @@ def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups,
     ):
         results.append([out, *torch.autograd.grad((out * upstream).sum(), (query, key, value))])
     for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs, 1e-12, "varlen")
+        assert_close(ours, theirs, 1e-12, "varlen")
 
 
 def test_a_batch_for_cuda_brings_the_plan_of_the_gather():
@@ -108,20 +107,20 @@ def test_a_batch_for_cuda_brings_the_plan_of_the_gather():
 
 
 def test_freed_memory_is_kept():
-    """A large tensor made and dropped again and again faults its pages in once, not every time."""
+    """A large tensor that is made and freed repeatedly faults its pages in once, not every time."""
     if not keep_freed_memory():
         pytest.skip("not glibc")
-    torch.ones(32 << 20, dtype=torch.uint8)  # the first use takes the pages
+    torch.ones(32 << 20, dtype=torch.uint8)  # the first use faults the pages in
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.ones(32 << 20, dtype=torch.uint8)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < 20 * (32 << 20) // 4096 // 4  # mapped afresh it would be all of them
+    assert faults < 20 * (32 << 20) // 4096 // 4  # with a new mapping each time it would be all of them
 
 
 RETURNING = """
 import torch
-from rmcore.cost.memory import return_freed_memory
+from rmcore.host.memory import return_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -138,7 +137,7 @@ print(full - before, resident() - before)
 
 
 def test_freed_memory_is_given_back_where_memory_counts():
-    """Large tensors that small ones lie between leave nothing behind when they are freed."""
+    """Large tensors with small ones between them leave nothing behind when they are freed."""
     if not keep_freed_memory():
         pytest.skip("not glibc")
     done = subprocess.run([sys.executable, "-c", RETURNING], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -148,7 +147,7 @@ def test_freed_memory_is_given_back_where_memory_counts():
 
 @pytest.mark.gpu
 def test_a_step_on_the_gpu_never_waits_for_it():
-    """PyTorch raises at whatever would make the host wait; a wait in the step would be one at every step."""
+    """PyTorch raises for every call that would make the host wait; a wait in the step would occur in every step."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     with running_world(60.0, 0) as world:

@@ -1,4 +1,4 @@
-"""What runs the ops: the line that says so, the switch, and every way in which compiled kernels can be absent."""
+"""The choice of the kernels: the line about them, the switch, and how compiled kernels can be missing."""
 
 import os
 import subprocess
@@ -24,21 +24,19 @@ print(out.flatten().tolist())
 
 
 def attend(**environment: str) -> tuple[str, torch.Tensor]:
-    """(describe(), the output) of a fresh process that attends, for the given environment variables."""
+    """(describe(), the attention output) of a new process with the given environment variables."""
     command = [sys.executable, "-W", "error", "-c", ATTEND]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
-    )  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    said, numbers = done.stdout.splitlines()
-    return said, torch.tensor([float(n) for n in numbers.strip("[]").split(",")])
+    line, numbers = done.stdout.splitlines()
+    return line, torch.tensor([float(n) for n in numbers.strip("[]").split(",")])
 
 
-def test_the_environment_chooses_the_reference_and_says_so():
-    said, out = attend(RMCORE_OPS="reference")
-    assert said == "ops: the PyTorch reference runs (chosen by RMCORE_OPS or use())"
-    said, default = attend()
-    assert said.startswith("ops: CPU runs ")
+def test_the_environment_chooses_the_reference():
+    line, out = attend(RMCORE_OPS="reference")
+    assert line == "ops: the PyTorch reference runs (chosen by RMCORE_OPS or use())"
+    line, default = attend()
+    assert line.startswith("ops: CPU runs ")
     torch.testing.assert_close(out, default)
 
 
@@ -48,12 +46,12 @@ def test_kernels_of_another_instruction_set_are_not_loaded():
         ops.cpu_library().parent / ops.cpu_library().name.replace("avx512", "default").replace("avx2", "default")
     ).exists():
         pytest.skip("kernels for DEFAULT are built too")
-    said, out = attend(ATEN_CPU_CAPABILITY="default")
-    assert "the PyTorch reference (no rmcore_cpu_default_torch" in said and "pip install" in said
+    line, out = attend(ATEN_CPU_CAPABILITY="default")
+    assert "the PyTorch reference (no rmcore_cpu_default_torch" in line and "pip install" in line
     torch.testing.assert_close(out, attend()[1])
 
 
-def test_a_library_that_does_not_load_is_told(tmp_path, monkeypatch):
+def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
     broken = tmp_path / ops.cpu_library().name
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(ops, "cpu_library", lambda: broken)
@@ -67,7 +65,7 @@ def test_an_unknown_choice_is_refused():
 
 @pytest.mark.skipif("C++" not in ops.describe(), reason="the C++ kernels are not in use")
 def test_the_switch_reaches_the_dispatcher_and_back():
-    """Kernels are told apart by their words for the same mistake: a segment that begins at row 1."""
+    """The kernels have different messages for the same mistake, a segment that begins at row 1."""
     q, segments = torch.zeros(3, 1, 8), torch.tensor([[1, 3, 0, 0]], dtype=torch.int32)
     in_cpp, in_python = r"segment 0 covers rows 1 to 3", r"segment 0 \(1, 3, 0, 0\) must begin"
     for mode, words in (("fused", in_cpp), ("reference", in_python), ("reference", in_python), ("fused", in_cpp)):
@@ -78,16 +76,16 @@ def test_the_switch_reaches_the_dispatcher_and_back():
 
 @pytest.mark.parametrize("without", ["cmake", "compiler"])
 def test_an_install_without_build_tools_succeeds_and_says_so(tmp_path, without):
-    """setup.py build_ext as pip calls it, where CMake or the compiler cannot be run: one line, exit code 0."""
+    """setup.py build_ext as pip calls it, without CMake or without a compiler: one line, exit code 0."""
     environment = os.environ | {"CXX": "/nonexistent/c++"}
     if without == "cmake":
         if (Path(sys.executable).parent / "cmake").exists():
-            pytest.skip("cmake is installed beside this Python")
+            pytest.skip("cmake is installed next to this Python")
         environment["PATH"] = str(tmp_path)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")]
     command += ["--build-temp", str(tmp_path / "temp")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("rmcore: C++ kernels not built")]
-    assert len(said) == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("rmcore: C++ kernels not built")]
+    assert len(lines) == 1
     assert not list(tmp_path.rglob("*.so"))

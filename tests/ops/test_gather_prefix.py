@@ -1,4 +1,4 @@
-"""The gather of shared keys and values: against indexing and autograd, in PyTorch and in Triton (interpreted)."""
+"""The gather of shared keys and values equals indexing and autograd, in PyTorch and in Triton (interpreted)."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from hypothesis import given, settings
 
 from rmcore.ops import gather_prefix
 from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
+from tests.harness.segments import comparisons_strategy, segments_of
 from tests.harness.triton_interpreter import triton_kernel
-from tests.ops.test_ragged_attention import comparisons_strategy, segments_of
 
 COMPARISONS = [(5, [3, 2, 4]), (0, [2, 3]), (3, [0, 4]), (2, [4, 0])]
 TOKENS = sum(prefix + sum(tails) for prefix, tails in COMPARISONS)

@@ -1,7 +1,7 @@
-"""The pairwise op: the specification against PyTorch's own autograd, and C++ and Triton against fp64.
+"""The pairwise op: the specification equals PyTorch's own autograd, and C++ and Triton are as exact as PyTorch.
 
-Triton runs interpreted (on CPU tensors) unless a GPU is there. Tolerances: an implementation's error against fp64 is at
-most twice that of the same arithmetic in PyTorch at that precision, plus a rounding of the result.
+Triton runs interpreted (on CPU tensors) on machines without a GPU. Tolerances: the error of an implementation against
+fp64 is at most twice that of the same arithmetic in PyTorch at that precision, plus one rounding of the result.
 """
 
 import functools
@@ -24,7 +24,7 @@ SMOOTHING, CENTERING = 0.1, 0.01
 
 @functools.cache
 def kernels(name):
-    """(forward, backward) of an implementation, called as the dispatcher calls them."""
+    """(forward, backward) of an implementation, with the arguments of the dispatcher."""
     if name == "reference":
         return pairwise.reference_forward, pairwise.reference_backward
     if name == "C++":
@@ -82,7 +82,7 @@ def same_precision(inputs: Inputs, grad_rewards: torch.Tensor):
 
 
 def sizes_of_terms(inputs: Inputs, grad_rewards: torch.Tensor):
-    """For each of the four results, the sum of the absolute terms that it is summed from: what roundings scale with."""
+    """For each of the four results, the sum of its absolute terms, which its rounding error is proportional to."""
     hidden, weight, index, winner, loser, margin, pair_weight = (t.abs().double() for t in inputs)
     index, winner, loser = (t.long() for t in (index, winner, loser))
     rewards = hidden[index] @ weight
@@ -161,7 +161,7 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize("trouble", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("role", ["winner", "loser"])
 @every_implementation
-def test_trouble_in_a_row_reaches_the_loss(name, role, trouble):
+def test_a_row_that_is_not_finite_reaches_the_loss(name, role, trouble):
     hidden, weight, *_ = random_inputs(4, 8, 1, 1)
     hidden[2, 3] = trouble
     pair = (torch.tensor([0]), torch.tensor([1])) if role == "winner" else (torch.tensor([1]), torch.tensor([0]))
@@ -236,7 +236,7 @@ def test_compile_autocast_and_inference_give_the_eager_numbers(mode):
 
 @pytest.mark.parametrize("mode", ops.MODES)
 def test_strides_and_mixed_dtypes(mode):
-    """A transposed hidden state, a strided weight and a weight of another precision give what contiguous ones give."""
+    """A transposed hidden state, a strided weight and a weight of another precision give the same numbers."""
     try:
         ops.use(mode)
         hidden, weight, *rest = random_inputs(12, 16, 6, 9)

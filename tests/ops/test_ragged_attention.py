@@ -1,7 +1,7 @@
-"""Ragged shared-prefix attention: against scaled_dot_product_attention, fp64 and itself.
+"""Ragged attention with shared prompts: as exact as scaled_dot_product_attention, and repeatable.
 
-The oracle is PyTorch's own attention on each answer's unshared text (prompt and answer in one sequence), in fp64: it
-knows neither segments nor shared rows. Gradients of the shared rows are the sums over the answers' copies.
+The oracle is PyTorch's own attention on the unshared text of each answer (prompt and answer in one sequence), in fp64,
+without segments and shared rows. The gradients of shared rows are the sums over the answers' copies.
 """
 
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import rmcore.ops as ops
 from rmcore.ops.ragged_attention import ragged_attention
+from tests.harness.segments import Comparisons, comparisons_strategy, segments_of
 
-Comparisons = list[tuple[int, list[int]]]  # (prefix length, tail lengths)
 MIXED: Comparisons = [(37, [20, 13]), (0, [9, 4, 30]), (200, [1, 70]), (5, [0, 3]), (16, [0, 0]), (1, [1])]
 
 
@@ -26,20 +26,8 @@ def mode(request):
     ops.use("fused")
 
 
-def segments_of(comparisons: Comparisons) -> torch.Tensor:
-    rows, start = [], 0
-    for prefix, tails in comparisons:
-        at = start + prefix + tails[0]
-        rows.append((start, at, start, start))
-        for tail in tails[1:]:
-            rows.append((at, at + tail, start, start + prefix))
-            at += tail
-        start = at
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
-
-
 def answers_of(comparisons: Comparisons):
-    """For each answer, the packed rows of its whole text, and how many of them are its first copy of the prompt."""
+    """For each answer, the packed rows of its whole text, and how many of them an earlier answer has covered."""
     start = 0
     for prefix, tails in comparisons:
         at = start + prefix
@@ -50,7 +38,7 @@ def answers_of(comparisons: Comparisons):
 
 
 def random_qkv(comparisons, heads, kv_heads, size, dtype=torch.float32, seed=0):
-    """q laid out head by head, k and v as halves of one tensor: the strides that models give."""
+    """q stored head by head, k and v as halves of one tensor: strides as in a model."""
     tokens = sum(prefix + sum(tails) for prefix, tails in comparisons)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(heads, tokens, size, generator=generator).to(dtype).transpose(0, 1)
@@ -65,10 +53,10 @@ def unshared(q, k, v, grad_out, comparisons, scale, window, dtype):
     out = torch.zeros(q.shape, dtype=dtype)
     total = torch.zeros((), dtype=torch.float64)
     for rows, seen_before in answers_of(comparisons):
-        q_HNK, k_HNK, v_HNK = (t[rows].transpose(0, 1)[None] for t in leaves)
+        q_HLK, k_HLK, v_HLK = (t[rows].transpose(0, 1)[None] for t in leaves)
         distance = torch.arange(len(rows))[:, None] - torch.arange(len(rows))[None]
         mask = (distance >= 0) & (distance < window) if window else distance >= 0
-        answer = F.scaled_dot_product_attention(q_HNK, k_HNK, v_HNK, attn_mask=mask, scale=scale, enable_gqa=True)
+        answer = F.scaled_dot_product_attention(q_HLK, k_HLK, v_HLK, attn_mask=mask, scale=scale, enable_gqa=True)
         answer = answer[0].transpose(0, 1)[seen_before:]
         rows = rows[seen_before:]
         out[rows] = answer.detach()
@@ -117,11 +105,6 @@ def test_long_prompt(mode):
     assert_no_worse([(1100, [60, 90])], 2, 2, 32, torch.float32, 0)
 
 
-comparisons_strategy = st.lists(
-    st.tuples(st.integers(0, 40), st.lists(st.integers(0, 30), min_size=1, max_size=4)), min_size=1, max_size=4
-)
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     comparisons=comparisons_strategy,
@@ -148,7 +131,7 @@ def test_no_tokens(mode):
 
 
 def test_a_prefix_does_not_depend_on_what_follows(mode):
-    """Rows of the prompt are bitwise the same whatever the answers are: the premise of sharing it."""
+    """The rows of the prompt are bitwise the same for any answers, which is the premise of sharing it."""
     q, k, v, _ = random_qkv([(50, [30, 40])], 2, 2, 32)
     alone = ragged_attention(q[:50], k[:50], v[:50], segments_of([(50, [0])]), 0.2, 0)
     with_answers = ragged_attention(q, k, v, segments_of([(50, [30, 40])]), 0.2, 0)
@@ -168,7 +151,7 @@ def test_reruns_and_threads_give_the_same_bits(mode):
             results.append(packed(q, k, v, grad_out, segments_of(comparisons), 0.2, 0))
     finally:
         torch.set_num_threads(threads)
-    # PyTorch's matrix products promise nothing across thread counts; reruns alone hold for the reference.
+    # PyTorch's matrix products may differ across thread counts, so only reruns are equal for the reference.
     pairs = [(0, 1), (2, 3)] + ([(0, 2)] if mode == "fused" else [])
     for i, j in pairs:
         assert all(torch.equal(a, b) for a, b in zip(results[i], results[j], strict=True))
@@ -204,13 +187,13 @@ def test_compile_and_mixed_dtypes(mode):
 
 
 @pytest.mark.parametrize("size", [8, 44, 7])
-def test_fp32_queries_and_keys_beside_bf16_values(mode, size):
-    """As under autocast, where rotary embeddings leave q and k in fp32: they are taken as they are, or all in bf16."""
+def test_fp32_queries_and_keys_with_bf16_values(mode, size):
+    """As under autocast, where the rotary embedding returns fp32 q and k: kernels use them as they are, or in bf16."""
     q, k, v, grad_out = random_qkv(MIXED, 4, 2, size)
     segments, half = segments_of(MIXED), torch.bfloat16
     results = packed(q, k, v.to(half), grad_out.to(half), segments, 0.5, 0)
     assert [r.dtype for r in results] == [half, torch.float32, torch.float32, half]
-    whole = packed(q, k, v.to(half).float(), grad_out.to(half).float(), segments, 0.5, 0)  # v and out alone are rounded
+    whole = packed(q, k, v.to(half).float(), grad_out.to(half).float(), segments, 0.5, 0)  # only v and out are rounded
     rounded = packed(*(t.to(half) for t in (q, k, v, grad_out)), segments, 0.5, 0)
     assert any(
         all(torch.equal(mine.to(half), other.to(half)) for mine, other in zip(results, results_of, strict=True))
@@ -218,7 +201,7 @@ def test_fp32_queries_and_keys_beside_bf16_values(mode, size):
     )
 
 
-def test_a_nan_key_is_seen_by_those_who_see_it(mode):
+def test_a_nan_key_reaches_only_the_queries_that_see_it(mode):
     q, k, v, _ = random_qkv([(4, [3, 2])], 1, 1, 8)
     k[6, 0, 0] = float("nan")  # the last row of the first answer: the second answer never sees it
     out = ragged_attention(q, k, v, segments_of([(4, [3, 2])]), 0.5, 0)

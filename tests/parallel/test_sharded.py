@@ -10,7 +10,7 @@ import transformers
 from rmcore.config import UserError, load_config
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.meta_model import empty_model
+from rmcore.model.meta_model import model_on_meta
 from tests.harness.oracle import FAMILIES, GROUPED, SMALL
 from tests.harness.ranks import run_ranks
 
@@ -209,7 +209,7 @@ MORE_FAMILIES = {
 def test_every_decoder_layer_is_wrapped_by_itself(family: str) -> None:
     """As many as in the config, and everything except embeddings, norms and heads is inside them."""
     class_name, arguments = MORE_FAMILIES[family]
-    model = empty_model(getattr(transformers, class_name)(**arguments))
+    model = model_on_meta(getattr(transformers, class_name)(**arguments))
     layers = decoder_layers(model)
     assert len(layers) == model.config.num_hidden_layers == 3
     inside = {parameter for layer in layers for parameter in layer.parameters()}

@@ -19,9 +19,9 @@ from rmcore.evaluation.samples import SampleRow
 from rmcore.report.content import Report, read_history
 from rmcore.report.draw import INK
 from rmcore.report.write import OF_A_RUN, OF_PAIRS, write_report
+from tests.harness.exporting import export
 from tests.harness.paths import ROOT
 from tests.harness.ranks import run_ranks, train_rank
-from tests.hf_export.test_directory import export
 
 NASTY = "<script>alert('1')</script> & <img src=x onerror=\"go()\"> $x^2$ \x1b[31m 日本 \ud800"
 SVG_TAGS = {"svg", "defs", "g", "path", "use", "clippath", "rect", "style", "image"}

@@ -1,12 +1,14 @@
-// The gradient of rmcore::pairwise_forward for CPU tensors: the same two ops that rmcore/ops/pairwise.py joins in
-// Python, joined without the interpreter, which takes longer than the kernels do (16 answers, D = 512: 0.1 ms a step).
+// Registers the CPU kernels with PyTorch's dispatcher, and the autograd formula of rmcore::pairwise_forward in C++.
 //
-// Enters: the op's arguments. Leaves: its results; in the backward, d hidden and d weight from
-// d loss * (d loss / d rewards) + d rewards. Both ops go through the dispatcher, so that the references serve here too.
+// Input: the arguments of the op. Output: its results; in the backward, d hidden and d weight, computed from
+// d loss * (d loss / d rewards) + d rewards.
+// Example: 16 answers with D = 512 save 0.1 ms per step compared with the same formula in rmcore/ops/pairwise.py, where
+// the Python interpreter takes longer than the kernels.
+//
+// Both ops are called through the dispatcher, so this formula works with the references too.
+#include "kernels.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addcmul.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -43,7 +45,7 @@ struct PairwiseLoss : public torch::autograd::Function<PairwiseLoss> {
     auto [loss, rewards, reward_grad] =
         below_autograd(hidden, score_weight, index, winner, loser, margin, weight, label_smoothing, centering);
     at::AutoDispatchBelowADInplaceOrView guard;
-    // Only the scored rows are kept: the [T, D] hidden states may be freed before the backward.
+    // Only the scored rows are saved, so that the [T, D] hidden states can be freed before the backward.
     ctx->save_for_backward({hidden.index_select(0, index), score_weight, index, reward_grad});
     ctx->saved_data["tokens"] = hidden.sym_size(0);
     ctx->mark_non_differentiable({reward_grad});
@@ -60,9 +62,9 @@ struct PairwiseLoss : public torch::autograd::Function<PairwiseLoss> {
     Tensor grad_reward = grad_rewards;
     if (grad_loss.defined()) {
       grad_reward =
-          grad_rewards.defined() ? at::addcmul(grad_rewards, grad_loss, reward_grad) : at::mul(reward_grad, grad_loss);
+          grad_rewards.defined() ? grad_rewards.addcmul(grad_loss, reward_grad) : reward_grad.mul(grad_loss);
     }
-    // A second derivative is refused by the op's autograd key, which is in Python: entered only when one is asked for.
+    // The op's autograd formula, which is in Python, raises for a second derivative: call it only when one is wanted.
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
     auto [grad_hidden, grad_weight] =
@@ -84,5 +86,12 @@ std::tuple<Tensor, Tensor, Tensor> with_autograd(const Tensor& hidden, const Ten
 
 }  // namespace
 }  // namespace rmcore
+
+TORCH_LIBRARY_IMPL(rmcore, CPU, m) {
+  m.impl("pairwise_forward", TORCH_FN(rmcore::pairwise_forward));
+  m.impl("pairwise_backward", TORCH_FN(rmcore::pairwise_backward));
+  m.impl("ragged_attention", TORCH_FN(rmcore::attention_forward));
+  m.impl("ragged_attention_backward", TORCH_FN(rmcore::attention_backward));
+}
 
 TORCH_LIBRARY_IMPL(rmcore, AutogradCPU, m) { m.impl("pairwise_forward", TORCH_FN(rmcore::with_autograd)); }
