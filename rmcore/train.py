@@ -157,8 +157,8 @@ def run(config: Config, world: World, pulse: Pulse, signals: Signals) -> None:
         publish(state, evaluation, tracker)
         report_run(state, evaluation, tracker)
     last = state.plan.step(state.plan.steps - 1)
-    figures = evaluation.figures if evaluation else None
-    write_status(world, directory, "completed", step=last.index + 1, episode=last.episode, evaluation=figures)
+    metrics = evaluation.metrics if evaluation else None
+    write_status(world, directory, "completed", step=last.index + 1, episode=last.episode, evaluation=metrics)
 
 
 def attempt(config: Config, world: World, signals: Signals) -> None:

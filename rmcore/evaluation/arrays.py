@@ -1,4 +1,9 @@
-"""Rewards beside what the data say of them, as flat arrays."""
+"""Puts the rewards of an evaluation next to lengths, weights and sources of the data, as flat arrays.
+
+Input: tokenised comparisons and the reward of each answer. Output: `PairArrays` and `AnswerArrays`.
+Example: one comparison of three answers with rewards [0.5, 1.5, 1.0], the second beats the others -> chosen_P
+[1.5, 1.5], rejected_P [0.5, 1.0], comparison_P [0, 0].
+"""
 
 from __future__ import annotations
 
@@ -40,9 +45,10 @@ def answer_arrays(data: TokenizedComparisons, rewards_A: np.ndarray) -> AnswerAr
 
 
 def answer_lengths(data: TokenizedComparisons) -> np.ndarray:
-    """Tokens behind the prompt of each answer, int64 [A], what the template writes around it among them.
+    """Tokens behind the prompt of each answer, int64 [A], including what the template writes around the answer.
 
-    A rendered prompt may be longer than what the texts have in common (a cue that an answer's text writes otherwise).
+    A rendered prompt may be longer than the prefix that the texts share (a cue that an answer's text writes otherwise);
+    the shorter of the two counts as the prompt.
     """
     prompt_N = np.minimum(data.prompt_length, data.prefix_length).astype(np.int64)
     return data.text_length_A - np.repeat(prompt_N, np.diff(data.answer_offset))

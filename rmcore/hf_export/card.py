@@ -16,6 +16,7 @@ import yaml
 
 from rmcore import __version__
 from rmcore.config import Config
+from rmcore.evaluation.metrics import sentences, table
 
 if TYPE_CHECKING:
     from rmcore.data.tokens.comparisons import TokenizedComparisons
@@ -92,7 +93,7 @@ def model_card(
     *,
     wants_text: bool,
     data: TokenizedComparisons | None = None,
-    figures: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     normalisation: Normalisation | None = None,
 ) -> str:
     """README.md of the exported directory.
@@ -101,7 +102,7 @@ def model_card(
         config: the resolved configuration of the run.
         wants_text: the template takes plain texts, not turns.
         data: what was trained on, as prepared; None where that is not at hand any more.
-        figures: of the last evaluation (`pair_figures`), None or empty where there was none.
+        metrics: of the last evaluation (`pair_metrics`), None or empty if there was none.
         normalisation: what config.json holds.
     """
     base = config.model.name
@@ -120,7 +121,7 @@ def model_card(
         f"Trained by rmcore {__version__} with the objective `{config.loss.name}`.",
         "## Use\n\n" + use.rstrip(),
         "## Data\n\n" + _data(config, data),
-        "## Figures\n\n" + _figures(figures or {}),
+        "## Figures\n\n" + _metrics(metrics or {}),
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
         "## Training\n\n" + TRAINING.format(yaml=config.dump_yaml().strip()),
     ]
@@ -140,30 +141,9 @@ def _data(config: Config, data: TokenizedComparisons | None) -> str:
     return "\n".join(lines)
 
 
-def _figures(figures: Mapping[str, Any]) -> str:
-    if "accuracy" not in figures:
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    if "accuracy" not in metrics:
         return "The run evaluated nothing."
-    lines = ["| data | pairs | accuracy | 95 % interval | longer answer | loss |", "|---|---|---|---|---|---|"]
-    rows = {"all": figures, **figures.get("sources", {})}
-    if len(rows) == 2:  # one source: the line for it would repeat the first
-        rows = {"all": figures}
-    for name, row in rows.items():
-        if "accuracy" not in row:  # no pair of any weight
-            continue
-        interval = f"{row['accuracy_low']:.4f} to {row['accuracy_high']:.4f}"
-        lines.append(
-            f"| {name} | {row['count']:,} | {row['accuracy']:.4f} | {interval} | {row['length_accuracy']:.4f} "
-            f"| {row['loss']:.4f} |"
-        )
-    told = ["Longer answer: the accuracy of always preferring the longer answer."]
-    if "ece" in figures:
-        told.append(
-            f"Calibration of sigmoid(r_chosen - r_rejected): ECE {figures['ece']:.4f}, "
-            f"Brier score {figures['brier']:.4f} (0.25 is chance)."
-        )
-    if "best_of_k_accuracy" in figures:
-        told.append(
-            f"Best of 3 answers or more: {figures['best_of_k_accuracy']:.4f} of {figures['best_of_k_count']:,} "
-            f"comparisons (chance {figures['best_of_k_chance']:.4f})."
-        )
-    return "\n".join([*lines, "", *told])
+    heads, rows = table(metrics, "card")
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in [["data", *heads[1:]], *rows]]
+    return "\n".join([head, "|---" * len(heads) + "|", *lines, "", *sentences(metrics, card=True)])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rmcore.checkpoint.manifest import Manifest
 from rmcore.config import Config, UserError, load_config
 from rmcore.data.prepare import PreparedData
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.templates import Template
+from rmcore.evaluation.trained import TrainedModel
 from rmcore.model.lora import Adapted
 from rmcore.model.reward_model import RewardModel
 from rmcore.scoring.normalisation import Normalisation
@@ -24,8 +26,6 @@ def export(
     run: str, out: str, overrides: Sequence[str] = (), normalise: bool = False, max_shard_size: str = "5GB"
 ) -> list[str]:
     """Write and check the directory; lines about what was done. Raises UserError, ExportError."""
-    import torch
-
     from rmcore.hf_export.card import model_card
     from rmcore.hf_export.directory import Package, export_model
     from rmcore.model.lora import merged
@@ -35,28 +35,28 @@ def export(
     loaded = load(config, checkpoint, manifest)
     if loaded.data is None:
         lines.append(f"note: checked on built-in texts: {loaded.lacking}")
-    normalisation = measured(loaded, config) if normalise else None
-    bf16 = config.parallel.precision == "bf16"
+    normalisation = measured(loaded) if normalise else None
+    trained = loaded.trained
     package = Package(
-        model_class=type(loaded.hf_model),
-        hf_config=loaded.hf_model.config,
-        tokenizer=loaded.tokenizer,
+        model_class=type(trained.hf_model),
+        hf_config=trained.hf_model.config,
+        tokenizer=trained.tokenizer,
         template=loaded.template,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=trained.dtype,
         card=model_card(
             config,
             wants_text=loaded.template.wants_text,
             data=loaded.data.train if loaded.data else None,
-            figures={name.removeprefix("eval/rm/"): value for name, value in (manifest.figures or {}).items()},
+            metrics={name.removeprefix("eval/rm/"): value for name, value in (manifest.figures or {}).items()},
             normalisation=normalisation,
         ),
         config_yaml=config.dump_yaml(),
         normalisation=normalisation,
         max_shard_size=max_shard_size,
     )
-    state = merged(loaded.model.state_dict(), loaded.adapted)
+    state = merged(trained.model.state_dict(), loaded.adapted)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    parity = export_model(shapes, state.items(), package, out, probe(loaded, config))
+    parity = export_model(shapes, state.items(), package, out, probe(loaded))
     if normalisation is not None:
         lines.append(f"held-out rewards: mean {normalisation.mean:.6g}, deviation {normalisation.deviation:.6g}")
     told = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
@@ -95,16 +95,13 @@ def config_of(manifest: Manifest, overrides: Sequence[str]) -> Config:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as a model, with its tokenizer, template and, where they can be read, its data."""
+    """A checkpoint as a model, with its template and, where they can be read, its data."""
 
-    model: RewardModel
-    hf_model: Any
-    tokenizer: Any
+    trained: TrainedModel
     template: Template
     data: PreparedData | None
     lacking: str  # why there are no data
     trial: TokenizedComparisons  # what the self-test and the check of the export look at
-    share: bool
     adapted: Sequence[Adapted]  # the layers that LoRA trained, none without it
 
 
@@ -116,8 +113,6 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     from rmcore.data.tokens.tokenizer import load_tokenizer
     from rmcore.model.backbone import load_model, load_model_config
     from rmcore.model.lora import add_lora, frozen_fingerprint
-    from rmcore.model.reward_model import SHARED, RewardModel
-    from rmcore.model.selftest import choose_path, trial_comparisons
 
     tokenizer = load_tokenizer(config)
     template = load_template(config.data.template, tokenizer)
@@ -135,11 +130,11 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     adapted = add_lora(hf_model.base_model, lora, seed) if lora.rank else []
     if adapted:
         Start(checkpoint, manifest).check_base(frozen_fingerprint(hf_model.base_model))
-    model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=pad).eval()
-    read_weights(model, checkpoint, manifest)
+    trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
+    read_weights(trained.model, checkpoint, manifest)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)
-    path, _ = choose_path(model, trial, trial_comparisons(trial.tokens_N), config.model.attention)
-    return Loaded(model, hf_model, tokenizer, template, data, lacking, trial, path == SHARED, adapted)
+    trained.choose_path(trial)
+    return Loaded(trained, template, data, lacking, trial, adapted)
 
 
 def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest) -> None:
@@ -167,24 +162,17 @@ def built_in(template: Template, tokenizer: Any, positions: int | None) -> Token
     return pack([[ids[:positions] for ids in encoder.encode(pair)] for pair in pairs])
 
 
-def probe(loaded: Loaded, config: Config) -> Any:
+def probe(loaded: Loaded) -> Any:
     """The texts of the check and the engine's rewards for them, in the arithmetic of the training."""
-    import torch
-
     from rmcore.hf_export.probe import probe_of
 
-    bf16 = config.parallel.precision == "bf16"
-    with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
-        precision = torch.bfloat16 if bf16 else torch.float32
-        return probe_of(loaded.model, loaded.trial, torch.device("cpu"), loaded.share, precision)
+    trained = loaded.trained
+    with trained.autocast():
+        return probe_of(trained.model, loaded.trial, trained.device, trained.share, trained.dtype)
 
 
-def measured(loaded: Loaded, config: Config) -> Normalisation:
+def measured(loaded: Loaded) -> Normalisation:
     """Of the rewards of all held-out answers. Raises UserError where there are none, or they cannot be read."""
-    import torch
-
-    from rmcore.evaluation.evaluate import evaluate
-    from rmcore.evaluation.trained import ENOUGH_TOKENS
     from rmcore.parallel.world import running_world
     from rmcore.scoring.normalisation import measure
 
@@ -192,19 +180,11 @@ def measured(loaded: Loaded, config: Config) -> Normalisation:
         raise UserError(f"--normalise needs the run's held-out data: {loaded.lacking}")
     if loaded.data.eval is None:
         raise UserError("--normalise needs held-out data: set data.eval_fraction=0.1, or data.eval.path")
-
-    def half() -> Any:
-        bf16 = config.parallel.precision == "bf16"
-        return torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext()
-
+    trained = loaded.trained
     with running_world() as world:
-        found = evaluate(
-            loaded.model.to(world.device),
-            loaded.data.eval,
-            world,
-            token_budget=ENOUGH_TOKENS,
-            share=loaded.share,
-            autocast=half,
-        )
-    loaded.model.cpu()
-    return measure(found.rewards_A)
+        if world.device != trained.device:
+            trained.to(world.device)
+            trained.choose_path(loaded.data.eval)
+        evaluation = trained.evaluate(loaded.data.eval, world)
+    trained.to(torch.device("cpu"))
+    return measure(evaluation.rewards_A)

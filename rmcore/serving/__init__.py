@@ -1,1 +1,1 @@
-"""Rewards over HTTP: one queue, the endpoints, their limits, the metrics for Prometheus."""
+"""Serves rewards over HTTP."""

@@ -37,11 +37,11 @@ def report_run(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> Non
 def gather(run: Run, evaluation: Evaluation | None) -> Report:
     """What the report tells of a run."""
     config, held_out = run.config, run.data.eval
-    judged: dict[str, Any] = {"figures": {}, "pairs": None, "answers": None, "samples": ()}
+    judged: dict[str, Any] = {"metrics": {}, "pairs": None, "answers": None, "samples": ()}
     if evaluation is not None and held_out is not None:
         rewards_A = evaluation.rewards_A
         judged = {
-            "figures": evaluation.figures,
+            "metrics": evaluation.metrics,
             "pairs": pair_arrays(held_out, rewards_A),
             "answers": answer_arrays(held_out, rewards_A),
             "samples": sample_rows(held_out, rewards_A, run.tokenizer, config.log.samples),

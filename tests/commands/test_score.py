@@ -21,7 +21,8 @@ import rmcore.host.faults
 import rmcore.scoring.files
 from rmcore.config import UserError
 from rmcore.parallel.world import running_world
-from rmcore.score import main, score
+from rmcore.score import main
+from rmcore.scoring.score import score
 from rmcore.scoring.scorer import Scorer, Text, grouped
 from tests.harness.paths import ROOT, SHARED, needs_shared
 from tests.harness.ranks import run_ranks
@@ -238,7 +239,7 @@ def test_json_lines_to_parquet(tmp_path, monkeypatch):
     assert [row["n"] for row in out] == [1, None, None] and out[2]["late"] == {"x": [1.5]}
     assert out[0]["reward"] is not None and out[0]["rewards"] is None and out[2]["reward"] is None
     mixed = written(tmp_path / "mixed.jsonl", [{"text": "One.", "n": 1}, {"text": "Two.", "n": "two"}])
-    with pytest.raises(UserError, match=r"make no Parquet table .*write JSON lines"):
+    with pytest.raises(UserError, match=r"cannot be a Parquet table .*write JSON lines"):
         run(mixed, tmp_path / "mixed.parquet")
 
 
@@ -276,7 +277,7 @@ def test_standard_input_and_output(tmp_path, monkeypatch, capsysbinary):
 def test_normalised_rewards(tmp_path, monkeypatch):
     rows = questions(3)
     raw = [reward for row in scored(tmp_path, rows) for reward in row["rewards"]]
-    with pytest.raises(UserError, match="holds no pooler_config"):
+    with pytest.raises(UserError, match="contains no pooler_config"):
         run(tmp_path / "in.jsonl", tmp_path / "n.jsonl", normalise=True)
     model = tmp_path / "model"
     model.mkdir()
@@ -310,7 +311,7 @@ def test_a_bad_row_is_named(tmp_path, row, message):
 def test_the_command_says_what_it_refuses(tmp_path, capsys):
     same = written(tmp_path / "in.jsonl", [{"text": "a"}])
     for rows, out, message in (
-        (str(tmp_path / "none.jsonl"), str(tmp_path / "out"), "there is no such file"),
+        (str(tmp_path / "none.jsonl"), str(tmp_path / "out"), "no such file"),
         (same, same, "is the input"),
         (same, str(tmp_path / "out.csv"), "writes JSON lines"),
         (same, str(tmp_path), "is a directory"),

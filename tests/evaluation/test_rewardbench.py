@@ -46,7 +46,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def figures_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def metrics_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -88,7 +88,7 @@ def test_version_1_against_plain_transformers(model: Path, tmp_path: Path, capsy
     safety = np.average([accuracy[name] for name in sizes], weights=list(sizes.values()))
 
     arguments = [str(model), write(tmp_path / "filtered.jsonl", rows), f"data.cache={tmp_path / 'cache'}"]
-    alone = figures_of(capsys, *arguments)["rewardbench"]
+    alone = metrics_of(capsys, *arguments)["rewardbench"]
     assert alone["version"] == 1 and not alone["complete"] and alone["other_counts"]["math-prm"][1] == 447
     sections = alone["sections"]
     assert (sections["Chat Hard"], sections["Reasoning"], sections["Safety"]) == pytest.approx(
@@ -97,7 +97,7 @@ def test_version_1_against_plain_transformers(model: Path, tmp_path: Path, capsy
     assert alone["score"] == pytest.approx((sections["Chat"] + hard + reasoning + safety) / 4)
 
     flags = ["--prior-sets", write(tmp_path / "prior.jsonl", prior)]
-    both = figures_of(capsys, *arguments, *flags)
+    both = metrics_of(capsys, *arguments, *flags)
     sets = sum(accuracy[name] for name in ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")) / 4
     assert both["rewardbench"]["sections"]["Prior Sets"] == pytest.approx(sets)
     assert both["rewardbench"]["score"] == pytest.approx((4 * alone["score"] + sets / 2) / 4.5)
@@ -140,15 +140,15 @@ def test_version_2_against_plain_transformers(model: Path, tmp_path: Path, capsy
     expected["Ties"] = tie_score(tie_rows)
 
     path = write(tmp_path / "test.jsonl", rows)
-    figures = figures_of(capsys, str(model), path, f"data.cache={tmp_path / 'cache'}")
-    assert figures["rewardbench"]["sections"] == pytest.approx(expected)
-    assert figures["rewardbench"]["score"] == pytest.approx(sum(expected.values()) / 6)
-    assert figures["rewardbench"]["other_counts"]["Focus"] == [3, 495]
-    assert figures["sources"].keys() == ROWS_2.keys(), "the ties are one source"
-    assert figures["sources"]["Math"]["best_of_k_accuracy"] == pytest.approx(expected["Math"])
+    metrics = metrics_of(capsys, str(model), path, f"data.cache={tmp_path / 'cache'}")
+    assert metrics["rewardbench"]["sections"] == pytest.approx(expected)
+    assert metrics["rewardbench"]["score"] == pytest.approx(sum(expected.values()) / 6)
+    assert metrics["rewardbench"]["other_counts"]["Focus"] == [3, 495]
+    assert metrics["sources"].keys() == ROWS_2.keys(), "the ties are one source"
+    assert metrics["sources"]["Math"]["best_of_k_accuracy"] == pytest.approx(expected["Math"])
     assert main([str(model), path, f"data.cache={tmp_path / 'cache'}"]) == 0
     printed = capsys.readouterr().out
-    assert f"RewardBench 2: {figures['rewardbench']['score']:.4f}" in printed and "Factuality 3 of 475" in printed
+    assert f"RewardBench 2: {metrics['rewardbench']['score']:.4f}" in printed and "Factuality 3 of 475" in printed
 
 
 def tie_score(rows: dict[str, tuple[list[float], list[float]]]) -> float:

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from rmcore.data.synthetic import synthetic_rows
 from rmcore.parallel.world import running_world
-from rmcore.score import score
+from rmcore.scoring.score import score
 from tests.faults.rows_run import arguments
 from tests.harness.crash import run
 from tests.harness.paths import ROOT

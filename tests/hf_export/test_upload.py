@@ -16,13 +16,13 @@ from tests.hf_export.test_directory import export, run_config, texts
 def test_the_card_says_where_it_comes_from() -> None:
     data = texts(byte_tokenizer())
     data.report["dropped"]["prompt too long"] = 1234
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8, "length_accuracy": 0.55, "loss": 0.5,
         "ece": 0.03, "brier": 0.21, "count": 2000,
     }  # fmt: skip
-    figures["sources"] = {"helpful": figures, "harmless": {**figures, "count": 7}}
+    metrics["sources"] = {"helpful": metrics, "harmless": {**metrics, "count": 7}}
     config = run_config("model.name=EleutherAI/pythia-1b", "model.init=pretrained", "hub.repo=me/rm")
-    card = model_card(config, wants_text=False, data=data, figures=figures, normalisation=Normalisation(0.5, 4.0))
+    card = model_card(config, wants_text=False, data=data, metrics=metrics, normalisation=Normalisation(0.5, 4.0))
     assert card.startswith("---\nlibrary_name: transformers\n") and "base_model: EleutherAI/pythia-1b\n" in card
     assert 'from_pretrained("me/rm")' in card and "apply_chat_template" in card and 'runner="pooling"' in card
     assert "- dropped, prompt too long: 1,234" in card

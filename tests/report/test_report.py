@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from rmcore.evaluate import main
 from rmcore.evaluation.answer_metrics import AnswerArrays
-from rmcore.evaluation.pair_metrics import PairArrays, pair_figures
+from rmcore.evaluation.pair_metrics import PairArrays, pair_metrics
 from rmcore.evaluation.samples import SampleRow
 from rmcore.report.content import Report, read_history
 from rmcore.report.draw import INK
@@ -70,11 +70,11 @@ def judged(rewards: np.ndarray, sources: tuple[str, ...] = ("one",)) -> dict[str
         loser_P=2 * np.arange(count) + 1, source_P=source, sources=sources,
     )  # fmt: skip
     answers = AnswerArrays(rewards.ravel(), lengths.ravel(), np.repeat(np.arange(count), 2), np.repeat(source, 2))
-    return {"pairs": pairs, "answers": answers, "figures": pair_figures(pairs, answers)}
+    return {"pairs": pairs, "answers": answers, "metrics": pair_metrics(pairs, answers)}
 
 
 def a_report(name: str = "name", history: list[dict[str, Any]] | None = None, **found: Any) -> Report:
-    nothing = {"pairs": None, "answers": None, "figures": {}}
+    nothing = {"pairs": None, "answers": None, "metrics": {}}
     return Report(
         title=name, facts={"model": name}, samples=[SampleRow(name, name, name, 0.5, -0.25)] * 2,
         drops={name: {"rows": 3, "kept": 2, "dropped": {name: 1}, "pairs": 2}}, notes=[name], config_yaml=name,
@@ -200,9 +200,9 @@ def test_the_evaluate_command_writes_a_report(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = [str(tmp_path / "model"), str(tmp_path / "rows.jsonl"), f"data.cache={tmp_path / 'cache'}", "--json"]
     assert main([*common, "--report", str(tmp_path / "out.html"), "--png", str(tmp_path / "plots")]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     page = Page(tmp_path / "out.html")
-    assert f"{figures['accuracy']:.4f}" in page.text and "A <b>number</b>." in page.text
+    assert f"{metrics['accuracy']:.4f}" in page.text and "A <b>number</b>." in page.text
     assert {path.stem for path in (tmp_path / "plots").iterdir()} <= OF_PAIRS.keys()
     assert main([*common, "--report", str(tmp_path / "model")]) == 2, "a directory is no file to write"
     assert "cannot write the report" in capsys.readouterr().err

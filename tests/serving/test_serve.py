@@ -201,7 +201,7 @@ def test_every_shape_of_request_has_the_rewards_of_plain_transformers(served: Se
         ("/get_reward", {"query": [1]}, 422, "query"),
         ("/get_reward", {}, 422, "query: Field required"),
         ("/get_reward", {"query": []}, 422, "0 texts"),
-        ("/get_reward", {"query": ["a"] * 301}, 422, "a request has 1 to 300"),
+        ("/get_reward", {"query": ["a"] * 301}, 422, "a request may have 1 to 300"),
         ("/get_reward", {"query": ["a", "b"], "prompts": ["a"]}, 422, "1 prompts for 2 texts"),
         ("/get_reward", {"query": ["fine", " word" * 3000]}, 422, "text 1 has 3001 tokens"),
         ("/get_reward", b'{"query": ["half \\ud800"]}', 422, "lone surrogate"),
@@ -374,7 +374,7 @@ def test_normalised_rewards_on_request(tmp_path: Path, plain: Any, capsys: pytes
     """With --normalise (reward - mean) / deviation of the model's config.json; without them in it, a sentence."""
     texts = ["Why is the sky blue? Because.", "Why is the sky blue? Light scatters."]
     assert main([MODEL, "--port", "0", "--normalise", *SETTINGS]) == 2
-    assert "holds no pooler_config" in capsys.readouterr().err
+    assert "contains no pooler_config" in capsys.readouterr().err
     model = shutil.copytree(MODEL, tmp_path / "model", copy_function=os.symlink)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").unlink()
