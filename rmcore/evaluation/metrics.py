@@ -100,7 +100,7 @@ TRAINING = (
     Metric("step_seconds", "Mean time of a step in seconds.", prefix=""),
     Metric(
         "mfu",
-        "Model FLOP/s utilisation: 6 FLOPs per parameter and computed token, plus causal attention, "
+        "Model FLOP/s utilisation: 6 FLOP per parameter and computed token, plus causal attention, "
         "divided by the dense bf16 peak of the GPUs. Only on GPUs whose peak is known.",
         prefix="",
         sometimes=True,
@@ -118,15 +118,15 @@ EVALUATION = (
     ),
     Metric(
         "accuracy_low",
-        "Lower end of the 95 % interval of the accuracy (Wilson). Several pairs of one comparison count as few trials.",
+        "Lower end of the 95 % interval of the accuracy (Wilson). Pairs of one comparison are not independent trials.",
         console=("from", ".4f"),
         column=("95 % interval", ".4f"),  # the cell holds both ends: see `_cell`
         tables=ALL_TABLES,
     ),
-    Metric("accuracy_high", "Upper end of the same interval.", console=("to", ".4f")),
+    Metric("accuracy_high", "Upper end of this interval.", console=("to", ".4f")),
     Metric(
         "length_accuracy",
-        "Accuracy of always preferring the longer answer; a model that is not better has learnt nothing else.",
+        "Accuracy of always preferring the longer answer. A model that is not better has learnt no more than that.",
         console=("length_alone", ".4f"),
         column=("longer answer", ".4f"),
         tables=ALL_TABLES,
@@ -142,7 +142,9 @@ EVALUATION = (
         tables=("page",),
         sentence="Lengths within 10 %: accuracy {length_matched_accuracy:.4f} ({length_matched_count:,} pairs).",
     ),
-    Metric("length_matched_count", "Number of these pairs.", logged=False),
+    Metric(
+        "length_matched_count", "Number of pairs whose lengths differ by at most a tenth of the longer.", logged=False
+    ),
     Metric(
         "accuracy_chosen_longer",
         "Accuracy on the pairs whose preferred answer is the longer one.",
@@ -194,8 +196,8 @@ EVALUATION = (
     ),
     Metric(
         "ece",
-        "Expected calibration error: mean distance of sigmoid(|r_chosen - r_rejected|) from the share of correct "
-        "pairs, over ten bins.",
+        "Expected calibration error: mean distance of the confidence, sigmoid of the size of the margin, from the "
+        "share of correct pairs, over ten bins.",
         column=("ECE", ".3f"),
         tables=("page",),
         tile="0: confidence is accuracy",
@@ -218,7 +220,11 @@ EVALUATION = (
         sentence="Reward and length within a prompt: Spearman {length_spearman_within:+.4f}, "
         "Pearson {length_pearson_within:+.4f}.",
     ),
-    Metric("length_pearson_within", "Linear correlation of the same.", logged=False),
+    Metric(
+        "length_pearson_within",
+        "Linear correlation of reward and length, after the same subtraction as for `length_spearman_within`.",
+        logged=False,
+    ),
     Metric("length_spearman", "Rank correlation of reward and length over all answers.", logged=False),
     Metric("length_pearson", "Linear correlation of reward and length over all answers.", logged=False),
     Metric(
@@ -233,8 +239,18 @@ EVALUATION = (
         "(chance {best_of_k_chance:.4f}).",
         on_card=True,
     ),
-    Metric("best_of_k_chance", "What an answer drawn at random would reach.", logged=False, sometimes=True),
-    Metric("best_of_k_count", "Number of these comparisons.", logged=False, sometimes=True),
+    Metric(
+        "best_of_k_chance",
+        "The `best_of_k_accuracy` that answers drawn at random would reach.",
+        logged=False,
+        sometimes=True,
+    ),
+    Metric(
+        "best_of_k_count",
+        "Number of comparisons of three or more answers that count for `best_of_k_accuracy`.",
+        logged=False,
+        sometimes=True,
+    ),
     Metric(
         "count",
         "Number of pairs.",

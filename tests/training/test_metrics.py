@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rmcore.cost.flops import device_peak_flops, model_flops_per_token
+from rmcore.evaluation.metrics import TRAINING
 from rmcore.parallel.world import World, running_world
 from rmcore.training.metrics import Metrics
 from tests.harness.ranks import run_ranks
@@ -200,3 +201,4 @@ def test_mfu_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     metrics.add(*micro_batch(0, 0, 3))
     reduced = metrics.reduce()
     assert reduced["mfu"] == pytest.approx(reduced["tokens_per_second"] / 1e3)
+    assert reduced.keys() <= {metric.log_name for metric in TRAINING}, "each metric is in the table"
