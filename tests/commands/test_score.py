@@ -23,7 +23,6 @@ from rmcore.config import UserError
 from rmcore.parallel.world import running_world
 from rmcore.score import main
 from rmcore.scoring.score import score
-from rmcore.scoring.scorer import Scorer, Text, grouped
 from tests.harness.paths import ROOT, SHARED, needs_shared
 from tests.harness.ranks import run_ranks
 
@@ -112,21 +111,6 @@ def test_rewards_equal_the_padded_forward_whatever_the_batch(tmp_path, plain, bu
     expected = np.concatenate([plain(*texts[start : start + 60]) for start in range(0, len(texts), 60)])
     assert np.std(expected) > 1e-2, "the rewards differ by more than the tolerance"
     np.testing.assert_allclose(rewards, expected, atol=CLOSE, rtol=0)
-
-
-def test_groups_share_a_prompt_and_keep_to_the_budget():
-    def text(head, tail, prompt):
-        return Text(np.array([*range(head), *range(100, 100 + tail)], dtype=np.int32), prompt)
-
-    three = [text(30, 20, "p"), text(30, 30, "p"), text(30, 10, "p")]
-    assert [len(group) for group in grouped(three, 70, share=True)] == [3], "they share 40: 40 + 10 + 20 + 0"
-    for number, one in enumerate(three):
-        one.ids[30] = 200 + number
-    assert [len(group) for group in grouped(three, 90, share=True)] == [3]  # 30 + 20 + 30 + 10
-    assert [len(group) for group in grouped(three, 89, share=True)] == [2, 1]
-    assert [len(group) for group in grouped(three, 110, share=False)] == [2, 1]
-    assert [len(group) for group in grouped([*three, *three], 90, share=True)] == [3], "each text once"
-    assert [len(group) for group in grouped([three[0], three[1]._replace(prompt="q")], 90, share=True)] == [1, 1]
 
 
 def test_turns_are_rendered_with_the_template(tmp_path, plain):
@@ -319,10 +303,3 @@ def test_the_command_says_what_it_refuses(tmp_path, capsys):
     ):
         assert main([MODEL, rows, "-o", out, "data.template=none"]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_one_choice_of_path_for_all_rows(tmp_path):
-    """The first chunk decides, so that a run that goes on computes as it began."""
-    scorer = Scorer(MODEL, FP32)
-    scorer.choose_path([({"text": "a b c"}, "")])
-    assert scorer.path.startswith("attention shared")
