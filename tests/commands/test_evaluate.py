@@ -1,4 +1,4 @@
-"""`rmcore evaluate MODEL DATA` on an exported model, against plain transformers."""
+"""Compares `rmcore evaluate MODEL DATA` on an exported model with plain transformers."""
 
 import json
 from pathlib import Path

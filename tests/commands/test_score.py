@@ -1,4 +1,4 @@
-"""`rmcore score`: the rewards that padded transformers gives each text, rows in order, stopped runs that go on."""
+"""Checks `rmcore score`: the rewards of padded transformers, rows in order, stopped runs that are resumed."""
 
 import datetime
 import gzip
@@ -64,7 +64,7 @@ def scored(tmp_path, rows, overrides=FP32):
 
 
 def questions(count):
-    """Rows of one to five answers, of unequal lengths; every third asks what the one before asked."""
+    """Rows of one to five answers, of unequal lengths; every third has the prompt of the row before."""
     rows = []
     for number in range(count):
         asked = number - 1 if number % 3 == 2 else number
@@ -134,7 +134,7 @@ def test_a_text_beyond_the_positions_has_no_reward_and_costs_no_other(tmp_path, 
 
 
 def score_chunks_of_four(rendezvous, source, out, kill_at):
-    """In a process of its own, which dies by SIGKILL before the chunk of that number is on the disk."""
+    """In a process of its own, which kills itself before it writes the chunk of that number."""
     torch.set_num_threads(1)
     rmcore.scoring.files.CHUNK_ROWS = 4
     passed = []
@@ -150,8 +150,8 @@ def score_chunks_of_four(rendezvous, source, out, kill_at):
 
 
 @pytest.mark.distributed
-def test_a_killed_run_goes_on_and_writes_the_same_bytes_at_any_number_of_ranks(tmp_path):
-    """Six chunks of at most 4 rows: uninterrupted; on three ranks; killed at the third chunk and ended by two ranks."""
+def test_a_killed_run_resumes_and_writes_the_same_bytes_at_any_number_of_ranks(tmp_path):
+    """Six chunks of at most 4 rows: uninterrupted; on three ranks; killed at the third chunk, finished by two ranks."""
     source = written(tmp_path / "in.jsonl", questions(22))
     whole, three, again = (tmp_path / f"{name}.jsonl" for name in ("whole", "three", "again"))
     [done] = run_ranks(score_chunks_of_four, 1, tmp_path / "a", source, str(whole), 0)
@@ -190,7 +190,7 @@ def test_under_torchrun(tmp_path):
     assert refused.returncode == 1 and refused.stderr.count("in.jsonl:1031: a row needs") == 1, refused.stderr[-2000:]
 
 
-def test_another_model_or_file_starts_anew(tmp_path):
+def test_another_model_or_file_starts_from_the_first_chunk(tmp_path):
     parts = tmp_path / "out.jsonl.parts"
     parts.mkdir()
     (parts / "of.json").write_text('{"model": "another"}')
@@ -286,13 +286,13 @@ def test_normalised_rewards(tmp_path, monkeypatch):
         ({"text": 3}, "in.jsonl:1: text must be text"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, row, message):
+def test_the_place_of_a_bad_row_is_reported(tmp_path, row, message):
     with pytest.raises(UserError) as caught:
         scored(tmp_path, [row])
     assert message in str(caught.value)
 
 
-def test_the_command_says_what_it_refuses(tmp_path, capsys):
+def test_the_command_reports_why_it_refuses(tmp_path, capsys):
     same = written(tmp_path / "in.jsonl", [{"text": "a"}])
     for rows, out, message in (
         (str(tmp_path / "none.jsonl"), str(tmp_path / "out"), "no such file"),

@@ -1,4 +1,4 @@
-"""Exact evaluation: every comparison once, the same rewards and metrics at any world size."""
+"""Checks the exact evaluation: every comparison once, the same rewards and metrics at any world size."""
 
 import json
 from pathlib import Path
@@ -53,8 +53,7 @@ def mixed_comparisons() -> TokenizedComparisons:
 
 
 def evaluate_on(world: World, token_budget: int = 40) -> list[dict[str, Any]]:
-    """All seven comparisons, then one alone: fewer than ranks, so that two of three have nothing to do; then many
-    answers and soft labels."""
+    """Seven comparisons; then one, so that two of three ranks have nothing to do; then many answers and soft labels."""
     model = reward_model(tiny_model("llama"), SHARED)
     sets = [comparisons(LENGTHS), comparisons(LENGTHS[:1]), mixed_comparisons()]
     results = [evaluate(model.train(), data, world, token_budget=token_budget) for data in sets]
@@ -69,7 +68,7 @@ def evaluate_on_ranks(rendezvous: str) -> list[dict[str, Any]]:
 
 @pytest.mark.distributed
 def test_the_same_to_the_last_bit_at_any_world_size(tmp_path: Path) -> None:
-    """Every reward and every figure (they came as JSON)."""
+    """Every reward and every metric, as JSON."""
     alone = evaluate_on(ONE)
     assert [one["metrics"]["count"] for one in alone] == [7, 1, 45]
     assert alone[2]["metrics"]["best_of"].keys() == {"4", "5"}

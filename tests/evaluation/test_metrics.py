@@ -1,4 +1,4 @@
-"""The metrics of an evaluation against scikit-learn and SciPy on the same numbers."""
+"""Compares the metrics of an evaluation with scikit-learn and SciPy on the same numbers."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ def test_plain_pairs_have_plain_means() -> None:
 
 
 def test_the_two_directions_of_a_soft_label_count_as_one_comparison() -> None:
-    """Labels p and rewards of 400 rows; the mean over rows of what each direction is worth."""
+    """Labels p and rewards of 400 rows: the mean over rows, each direction weighted."""
     generator = np.random.Generator(np.random.PCG64(3))
     p, first, second = generator.uniform(0.1, 0.9, 400), generator.normal(size=400), generator.normal(size=400)
     ones = np.ones(800, dtype=np.int64)
@@ -80,7 +80,7 @@ def test_the_two_directions_of_a_soft_label_count_as_one_comparison() -> None:
 
 
 def test_the_interval_of_many_answers_against_the_bootstrap() -> None:
-    """300 comparisons of 6 answers, all 15 pairs: a resampling of comparisons knows what the pairs have in common."""
+    """300 comparisons of 6 answers, all 15 pairs: resampling comparisons keeps the correlation between their pairs."""
     generator = np.random.Generator(np.random.PCG64(4))
     quality = generator.normal(size=(300, 6))
     rewards = quality + generator.normal(size=(300, 6)) * generator.exponential(2.0, size=(300, 1))
@@ -97,7 +97,7 @@ def test_the_interval_of_many_answers_against_the_bootstrap() -> None:
     assert (narrow[1] - narrow[0]) < 0.7 * width
 
 
-def test_a_tie_is_no_success() -> None:
+def test_a_tie_is_an_error() -> None:
     metrics = pair_metrics(random_pairs(30, ties=30))
     assert metrics["accuracy"] == 0.0 and metrics["loss"] == pytest.approx(np.log(2))
 
@@ -120,7 +120,7 @@ def test_the_interval_against_scipy(successes: int, count: int) -> None:
 
 
 def test_calibration_against_scikit_learn() -> None:
-    """Both orders of each pair, as forecasts of "the first is better": symmetric, so the upper half says it all."""
+    """Both orders of each pair, as forecasts of "the first is better": symmetric, so the upper half is enough."""
     generator = np.random.Generator(np.random.PCG64(7))
     margin = np.concatenate([generator.normal(0.7, 1.5, size=3000), np.zeros(40)])  # some ties
     found = calibration(margin, np.ones(3040))
@@ -187,7 +187,7 @@ def test_correlations_with_length_against_scipy() -> None:
     assert ranks(length).tolist() == rankdata(length).tolist()
 
 
-def test_accuracy_where_lengths_say_nothing() -> None:
+def test_accuracy_by_length() -> None:
     pairs = random_pairs(600, ties=0)
     metrics, right = pair_metrics(pairs), pairs.chosen_P > pairs.rejected_P
     chosen, rejected = pairs.chosen_length_P, pairs.rejected_length_P

@@ -1,4 +1,4 @@
-"""The table of metrics against the log of a run, README.md of the folder, and the places that print metrics."""
+"""Compares the table of metrics with README.md of its folder and the log of a run, and checks how it prints metrics."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""RewardBench 1 and 2: rows of their schemas through `rmcore evaluate`, against plain transformers and plain loops."""
+"""Compares `rmcore evaluate` on rows of RewardBench 1 and 2 with plain transformers and plain loops."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def words(generator: np.random.Generator, most: int = 4) -> str:
 
 
 def rows_1(generator: np.random.Generator) -> list[dict[str, Any]]:
-    """Two or three rows a subset, with all the columns of the published set."""
+    """Two or three rows per subset, with all the columns of the published set."""
     rows = []
     for subset in SUBSETS:
         for _ in range(generator.integers(2, 4)):
@@ -180,7 +180,7 @@ def test_shares_of_the_top() -> None:
     assert [top_share([2.0], wrong) for wrong in ([1.0, 0.0], [2.0, 0.0], [2.0, 2.0], [3.0])] == [1, 0.5, 1 / 3, 0]
 
 
-def test_complete_sets_say_so() -> None:
+def test_complete_sets_are_reported_as_complete() -> None:
     full = {name: {"accuracy": 0.5, "count": 447 if name == "math-prm" else rows} for name, rows in SUBSETS.items()}
     assert scores_1(full)["complete"] and scores_1(full)["score"] == 0.5
     assert sum(row["count"] for row in full.values()) == 2985, "the rows of the published filtered split"
@@ -197,18 +197,18 @@ def test_which_version_rows_are_of() -> None:
     assert version_of([{**row, "chosen": [{"role": "user", "content": "c"}]}]) is None
 
 
-def test_mistakes_are_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = write(tmp_path / "own.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r", "subset": "mine"}])
     tie = rows_2(np.random.Generator(np.random.PCG64(14)))[-1]
     broken = write(tmp_path / "broken.jsonl", [{**tie, "id": "7"}])
     cache = f"data.cache={tmp_path / 'cache'}"
-    for arguments, told in (
+    for arguments, message in (
         ([own, "--rewardbench", "1"], "not those of RewardBench 1"),
         ([own, "--prior-sets", own], "a part of RewardBench 1"),
         ([broken], "broken.jsonl:1: the id of a tie is ref:N or tied:N, not '7'"),
     ):
         assert main([str(model), *arguments, cache]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main([str(model), own, cache, "--json"]) == 0 and "rewardbench" not in json.loads(capsys.readouterr().out)
 
 

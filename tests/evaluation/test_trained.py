@@ -1,4 +1,4 @@
-"""A trained model made ready: its token budget, precision and path, the same for every command that uses it."""
+"""Checks that all commands use a trained model with the same token budget, precision and path."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def loaded(model: str, *overrides: str) -> TrainedModel:
 
 
 def test_one_token_budget(model: str) -> None:
-    """Of `rmcore evaluate` and `rmcore score`; batch.tokens sets it."""
+    """`rmcore evaluate` and `rmcore score` have the same; batch.tokens sets it."""
     assert TOKEN_BUDGET == {"cpu": 4096, "cuda": 32768}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert loaded(model).token_budget == 4096 and Scorer(model).token_budget == TOKEN_BUDGET[device]
@@ -46,7 +46,7 @@ def test_the_precision_of_the_config(model: str) -> None:
 
 
 def test_the_path_is_chosen_and_used(model: str) -> None:
-    """The rewards of the shared path are those of the padded one."""
+    """The shared and the padded path give the same rewards."""
     generator = np.random.Generator(np.random.PCG64(2))
     texts = [generator.integers(20, 61, size=size, dtype=np.int32) for size in (9, 12, 7, 15)]
     rows = [EncodedRow(texts[0][:0], texts[i : i + 2], [(0, 1)], [0.0], [1.0]) for i in (0, 2)]

@@ -1,4 +1,4 @@
-"""Training metrics: sums over all ranks divided by counts over all ranks, without waiting for the device."""
+"""Checks training metrics: sums over all ranks divided by counts over all ranks, without waiting for the device."""
 
 from pathlib import Path
 from types import SimpleNamespace
