@@ -1,1 +1,1 @@
-"""Serves rewards over HTTP."""
+"""Serves the rewards of a trained model over HTTP."""
