@@ -261,8 +261,6 @@ EVALUATION = (
     ),
 )
 
-BY_NAME = {metric.name: metric for metric in EVALUATION}
-
 
 def logged(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of an evaluation under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
@@ -286,9 +284,9 @@ def table(metrics: Mapping[str, Any], place: Place) -> tuple[list[str], list[lis
     """
     sources = metrics.get("sources", {})
     rows = {"all": metrics, **(sources if len(sources) > 1 else {})}
-    columns = [BY_NAME["count"], *(metric for metric in EVALUATION if metric.name != "count")]
+    count_first = sorted(EVALUATION, key=lambda metric: metric.name != "count")
     columns = [
-        metric for metric in columns if place in metric.tables and any(metric.name in row for row in rows.values())
+        metric for metric in count_first if place in metric.tables and any(metric.name in row for row in rows.values())
     ]
     heads = ["", *(metric.column[0] for metric in columns)]
     return heads, [[name, *(_cell(row, metric) for metric in columns)] for name, row in rows.items()]
