@@ -1,15 +1,13 @@
-"""`rmcore evaluate MODEL DATA [--json] [key=value ...]`: figures of a trained reward model on a data set.
+"""`rmcore evaluate MODEL DATA [--json] [key=value ...]`: metrics of a trained reward model on a data set.
 
-In: a directory made by rmcore (or any *ForSequenceClassification directory or hub id with one output), and any data
-source. Out: a table, or with --json one JSON object: accuracy, loss, chosen_rewards, rejected_rewards, reward_margin,
-count, calibration, correlation with length, best of k (rmcore/evaluation/pair_metrics.py), and the same under
-`sources` by source.
-Runs on one process or under torchrun.
-
+Input: a directory made by rmcore (or any *ForSequenceClassification directory or hub id with one output), and any data
+source. Output: a table, or with --json one JSON object: the metrics of rmcore/evaluation/metrics.py, and the same by
+source under `sources`.
 Example: `rmcore evaluate runs/hh/model pairs.jsonl data.max_tokens=512 --json` prints
 {"accuracy": 0.684, "count": 190, ...}.
 
-The template, lengths and precision are those of the training (rmcore_config.yaml in MODEL) unless overridden.
+The template, lengths and precision are those of the training (rmcore_config.yaml in MODEL) unless overridden. Runs in
+one process or under torchrun.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rmcore.config import UserError
 from rmcore.config.schema import Config
+from rmcore.evaluation.metrics import sentences, table
 from rmcore.evaluation.rewardbench import rewardbench_lines
-from rmcore.evaluation.trained import evaluated, evaluation_config
 from rmcore.host.files import finite
 
 if TYPE_CHECKING:
@@ -44,16 +42,20 @@ def main(argv: list[str]) -> int:
         "--rewardbench",
         choices=("auto", "1", "2", "off"),
         default="auto",
-        help="score by RewardBench's rules; auto (default): where the columns are those of its data",
+        help="score by RewardBench's rules; auto (default): if the columns are those of its data",
     )
-    parser.add_argument("--report", metavar="FILE", help="write a page of figures and pictures (HTML), without network")
-    parser.add_argument("--png", metavar="DIRECTORY", help="write the pictures of the report as PNG files, too")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write a page of metrics and pictures (HTML), which needs no network"
+    )
+    parser.add_argument("--png", metavar="DIRECTORY", help="also write the pictures of the report as PNG files")
     parser.add_argument("--prior-sets", metavar="DATA", help="the prior sets of RewardBench 1: hub id, directory, file")
     arguments = parser.parse_intermixed_args(argv)
 
+    from rmcore.evaluation.trained import evaluation_config
+    from rmcore.parallel.world import RankError, running_world
+
     try:
         config = evaluation_config(arguments.model, arguments.data, arguments.overrides)
-        from rmcore.parallel.world import RankError, running_world
     except UserError as error:
         print(f"rmcore evaluate: {error}", file=sys.stderr)
         return 2
@@ -61,8 +63,7 @@ def main(argv: list[str]) -> int:
         with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
             report = evaluate_files(config, world, arguments.rewardbench, arguments.prior_sets)
             if world.is_main:
-                told = "\n".join([*report.notes, table(dict(report.figures))])
-                print(json.dumps(finite(report.figures)) if arguments.json else told)
+                print(json.dumps(finite(report.metrics)) if arguments.json else as_text(report))
                 if arguments.report or arguments.png:
                     write(report, arguments.report, arguments.png)
     except (UserError, RankError) as error:
@@ -72,17 +73,18 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior_sets: str | None = None) -> Report:
-    """Figures of `config.model` on `config.data.train`, the same on every rank, and notes on how they were made.
+    """Evaluate `config.model` on `config.data.train`; the report is the same on every rank. A collective.
 
-    rewardbench, prior_sets: see rmcore.evaluation.rewardbench_data.with_rewardbench; its scores stand under
+    rewardbench, prior_sets: see rmcore.evaluation.rewardbench_data.with_rewardbench; the scores are the metric
     `rewardbench`.
     """
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.tokenizer import load_tokenizer
     from rmcore.evaluation.arrays import answer_arrays, pair_arrays
-    from rmcore.evaluation.pair_metrics import pair_figures
-    from rmcore.evaluation.rewardbench_data import fold_ties, rewardbench_figures, with_rewardbench
+    from rmcore.evaluation.pair_metrics import pair_metrics
+    from rmcore.evaluation.rewardbench_data import fold_ties, rewardbench_scores, with_rewardbench
     from rmcore.evaluation.samples import sample_rows
+    from rmcore.evaluation.trained import TrainedModel
     from rmcore.model.backbone import load_model_config
     from rmcore.parallel.world import first_error
     from rmcore.report.content import Report, environment
@@ -92,21 +94,23 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
         world, "looking at the data", lambda: with_rewardbench(config, rewardbench, prior_sets)
     )
     tokenizer = first_error(world, "loading the tokenizer", lambda: load_tokenizer(config))
-    positions = first_error(world, "loading the model's config", lambda: load_model_config(config.model))
-    longest = getattr(positions, "max_position_embeddings", None)
-    prepared = first_error(world, "preparing the data", lambda: prepare_data(config, tokenizer, longest))
+    hf_config = first_error(world, "loading the model's config", lambda: load_model_config(config.model))
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    prepared = first_error(world, "preparing the data", lambda: prepare_data(config, tokenizer, positions))
     data = prepared.train
-    evaluation, line = evaluated(config, world, tokenizer, data)
-    rewards_A, told = evaluation.rewards_A, data if version is None else fold_ties(data)
-    pairs, answers = pair_arrays(told, rewards_A), answer_arrays(told, rewards_A)
-    figures = evaluation.figures
+    trained = first_error(world, "loading the model", lambda: TrainedModel.load(config, tokenizer, world.device))
+    line = first_error(world, "the self-test", lambda: trained.choose_path(data))
+    evaluation = trained.evaluate(data, world)
+    rewards_A, metrics = evaluation.rewards_A, evaluation.metrics
+    by_section = data if version is None else fold_ties(data)
+    pairs, answers = pair_arrays(by_section, rewards_A), answer_arrays(by_section, rewards_A)
     if version is not None:
-        figures = pair_figures(pairs, answers)
-        figures["rewardbench"] = rewardbench_figures(version, data, rewards_A, figures)
+        metrics = pair_metrics(pairs, answers)
+        metrics["rewardbench"] = rewardbench_scores(version, data, rewards_A, metrics)
     return Report(
         title=f"{config.model.name} on {source}",
         facts={"model": config.model.name, "data": source, "template": config.data.template},
-        figures=figures,
+        metrics=metrics,
         pairs=pairs,
         answers=answers,
         samples=sample_rows(data, rewards_A, tokenizer, config.log.samples),
@@ -118,7 +122,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
 
 
 def write(report: Report, page: str | None, pictures: str | None) -> None:
-    """The page and the pictures where they were asked for. Raises UserError where they cannot be written."""
+    """Write the page and the pictures, if they are wanted. Raises UserError if they cannot be written."""
     from rmcore.report.write import write_report
 
     try:
@@ -127,43 +131,17 @@ def write(report: Report, page: str | None, pictures: str | None) -> None:
         raise UserError(f"cannot write the report to {page or pictures}: {error.strerror or error}") from None
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The figures as lines of text, overall first, then by source when there are several."""
-    rows = {"all": figures, **(figures["sources"] if len(figures["sources"]) > 1 else {})}
-    width = max(map(len, rows))
-    lines = [f"{'':{width}}  {'pairs':>8} accuracy  95 % interval  longer     loss   chosen rejected   margin"]
-    for name, row in rows.items():
-        if "accuracy" not in row:
-            lines.append(f"{name:{width}}  {row['count']:>8,}   no pairs of any weight")
-            continue
-        interval = f"{row['accuracy_low']:.4f}-{row['accuracy_high']:.4f}"
-        means = " ".join(f"{row[key]:>8.4f}" for key in ("loss", "chosen_rewards", "rejected_rewards", "reward_margin"))
-        shares = f"{row['accuracy']:.4f} {interval}  {row['length_accuracy']:.4f}"
-        lines.append(f"{name:{width}}  {row['count']:>8,}   {shares} {means}")
-    return "\n".join([*lines, "longer: the accuracy of always preferring the longer answer", *_notes(figures)])
-
-
-def _notes(figures: dict[str, Any]) -> list[str]:
-    """Calibration, length and best of k, a line each."""
-    if "ece" not in figures:
-        return []
-    told = rewardbench_lines(figures["rewardbench"]) if "rewardbench" in figures else []
-    told += [
-        f"calibration: ECE {figures['ece']:.4f}, Brier {figures['brier']:.4f} (0.25 is what knowing nothing gives)"
-    ]
-    matched = figures["length_matched_count"]
-    if matched:
-        told.append(f"lengths within 10 %: accuracy {figures['length_matched_accuracy']:.4f} ({matched:,} pairs)")
-    told.append(
-        f"reward and length within a prompt: Spearman {figures['length_spearman_within']:+.4f}, "
-        f"Pearson {figures['length_pearson_within']:+.4f}"
-    )
-    if "best_of_k_accuracy" in figures:
-        told.append(
-            f"best of 3 answers or more: {figures['best_of_k_accuracy']:.4f} of {figures['best_of_k_count']:,} "
-            f"comparisons (blindly {figures['best_of_k_chance']:.4f})"
-        )
-    return told
+def as_text(report: Report) -> str:
+    """Notes, a table of the metrics overall and by source, RewardBench's scores, and a line each on further metrics."""
+    heads, rows = table(report.metrics, "evaluate")
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [*report.notes]
+    for first, *others in [heads, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    if "rewardbench" in report.metrics:
+        lines += rewardbench_lines(report.metrics["rewardbench"])
+    return "\n".join([*lines, *sentences(report.metrics)])
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
         publish(state, evaluation, tracker)
         report_run(state, evaluation, tracker)
     last = moment_after(state.plan.step(state.plan.steps - 1))
-    quality = evaluation.figures if evaluation else None
-    write_status(world, directory, "completed", step=last.step, episode=last.episode, evaluation=quality)
+    metrics = evaluation.metrics if evaluation else None
+    write_status(world, directory, "completed", step=last.step, episode=last.episode, evaluation=metrics)
 
 
 def attempt(config: Config, world: World, signals: Signals) -> None:

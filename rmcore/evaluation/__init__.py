@@ -1,1 +1,1 @@
-"""A trained model and held-out comparisons in, metrics out, the same at any world size."""
+"""Computes metrics of a model on held-out comparisons, the same at any world size."""

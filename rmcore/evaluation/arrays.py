@@ -1,4 +1,9 @@
-"""Rewards beside what the data say of them, as flat arrays."""
+"""Puts the rewards of an evaluation next to lengths, weights and sources of the data, as flat arrays.
+
+Input: tokenised comparisons and the reward of each answer. Output: `PairArrays` and `AnswerArrays`.
+Example: one comparison of three answers with rewards [0.5, 1.5, 1.0], the second beats the others -> chosen_P
+[1.5, 1.5], rejected_P [0.5, 1.0], comparison_P [0, 0].
+"""
 
 from __future__ import annotations
 

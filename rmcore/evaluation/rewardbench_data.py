@@ -1,12 +1,11 @@
-"""RewardBench's data: found out by their columns, read, and scored by the rules of rmcore/evaluation/rewardbench.py.
+"""Detects and reads the data of RewardBench, and scores them by the rules of rmcore/evaluation/rewardbench.py.
 
-In: a source of `rmcore evaluate` (a local file or a hub id). Out: which version it is; for version 2 and for the prior
-sets rows that every part of rmcore reads; the scores, once the rewards are there.
-
+Input: a source of `rmcore evaluate` (a local file or a hub id). Output: its version, detected from the columns; for
+version 2 and for the prior sets, rows in a format that rmcore reads; the scores, computed from the rewards.
 Example, version 2: {"id": "tied:3", "prompt": "A colour?", "chosen": ["red", "blue"], "rejected": ["dog"], "subset":
 "Ties", ...} is read as {"prompt": "A colour?", "answers": ["red", "blue", "dog"], "scores": [1, 1, 0], "source": "Ties
-tied:3"}. The id of a tie has to survive until the rewards are there, and the name of the source is what does.
-Version 1 has one chosen and one rejected text a row, and `subset` is one of 23 names.
+tied:3"}. The score of a tie needs its id and its rewards; the name of the source carries the id that far.
+Version 1 has one chosen and one rejected text per row, and `subset` is one of 23 names.
 """
 
 from __future__ import annotations
@@ -29,10 +28,13 @@ from rmcore.host.files import write_text_atomically
 
 
 def with_rewardbench(config: Config, wanted: str, prior_sets: str | None) -> tuple[Config, int | None]:
-    """-> the config to evaluate, its data rewritten where they must be, and the version of RewardBench (None: neither).
+    """The config to evaluate, its data rewritten where needed, and the version of RewardBench (None: another data set).
 
-    wanted: auto, 1, 2 or off. prior_sets: a hub id or files of the four prior sets, for version 1.
-    Raises UserError where the data are not what was asked for.
+    Args:
+        wanted: auto, 1, 2 or off.
+        prior_sets: a hub id or files of the four prior sets, for version 1.
+    Raises:
+        UserError: the data are not of the wanted version.
     """
     first = config.data.train[0]
     if wanted == "off" or first.path == "synthetic":
@@ -43,7 +45,7 @@ def with_rewardbench(config: Config, wanted: str, prior_sets: str | None) -> tup
     if wanted != "auto" and version != int(wanted):
         raise UserError(f"{first.path}: the rows are not those of RewardBench {wanted}; leave out --rewardbench")
     if prior_sets is not None and version != 1:
-        raise UserError("--prior-sets are a part of RewardBench 1, and the data are not")
+        raise UserError("--prior-sets are a part of RewardBench 1; the data are something else")
     sources: tuple[SourceConfig, ...] = (first,)
     if version == 2:
         sources = (_stored(readable_rows(source), root),)
@@ -54,7 +56,7 @@ def with_rewardbench(config: Config, wanted: str, prior_sets: str | None) -> tup
 
 
 def version_of(rows: list[dict[str, Any]]) -> int | None:
-    """1 or 2 when the first rows look like RewardBench's."""
+    """The version of RewardBench that the first rows look like, or None."""
     if not rows or not all({"prompt", "chosen", "rejected", "subset"} <= row.keys() for row in rows):
         return None
     if all(_texts(row["chosen"]) and _texts(row["rejected"]) for row in rows):
@@ -84,24 +86,24 @@ def readable_rows(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def prior_rows(path: str, config: Config, root: Path) -> Iterator[dict[str, Any]]:
-    """The rows of the four prior sets, one split each; or one file with the name of the set in `subset`."""
+    """The rows of the four prior sets: a split each, or one file with the name of the set in `subset`."""
     arguments: dict[str, Any] = {"seed": config.run.seed, "limit": None, "cache_dir": root, "key": "--prior-sets"}
-    named: tuple[str | None, ...] = (None,) if Path(path).is_file() else PRIOR_SETS
+    splits: tuple[str | None, ...] = (None,) if Path(path).is_file() else PRIOR_SETS
     parts: list[tuple[str | None, Source]] = []
-    for name in named:
+    for name in splits:
         source = SourceConfig(path=path) if name is None else SourceConfig(path=path, split=name)
         parts += [(name, part) for part in load_sources([source], whole=True, **arguments)]
     for name, rows in parts:
         for row, where in rows:
             subset = name or row.get("subset")
             if name is None and not isinstance(subset, str):
-                raise UserError(f"{where}: a row of the prior sets names its set in subset: {', '.join(PRIOR_SETS)}")
+                raise UserError(f"{where}: a row of the prior sets needs a subset: {', '.join(PRIOR_SETS)}")
             if subset in PRIOR_SETS:
                 yield {**{key: row.get(key) for key in ("prompt", "chosen", "rejected")}, "source": subset}
 
 
 def _stored(rows: Iterator[dict[str, Any]], root: Path) -> SourceConfig:
-    """The rows as a file of the cache, named by their content; every rank may write it."""
+    """The rows as a file in the cache, whose name is a hash of its content; any rank may write it."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path = root / "rewardbench" / f"{xxhash.xxh3_128_hexdigest(text.encode())}.jsonl"
     if not path.exists():
@@ -110,19 +112,19 @@ def _stored(rows: Iterator[dict[str, Any]], root: Path) -> SourceConfig:
 
 
 def fold_ties(data: TokenizedComparisons) -> TokenizedComparisons:
-    """The same data with the sources "Ties ref:1", "Ties tied:1", ... as one: figures by source speak of sections."""
+    """The data with the sources "Ties ref:1", "Ties tied:1", ... merged, so that metrics by source are by section."""
     section = [name.split(" ")[0] if name.startswith(f"{TIES} ") else name for name in data.sources]
     names = list(dict.fromkeys(section))
     place = np.array([names.index(name) for name in section], dtype=np.int32)
     return replace(data, sources=names, source_index=place[data.source_index])
 
 
-def rewardbench_figures(
-    version: int, data: TokenizedComparisons, rewards_A: np.ndarray, figures: Mapping[str, Any]
+def rewardbench_scores(
+    version: int, data: TokenizedComparisons, rewards_A: np.ndarray, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The scores of `version` from the rewards and the figures by source of an evaluation."""
+    """The scores of `version` from the rewards and the metrics by source of an evaluation."""
     if version == 1:
-        return scores_1({name: row for name, row in figures["sources"].items() if "accuracy" in row})
+        return scores_1({name: row for name, row in metrics["sources"].items() if "accuracy" in row})
     prompts = []
     for number in range(len(data)):
         label = data.sources[data.source_index[number]]

@@ -1,4 +1,8 @@
-"""Some pairs of a data set as text, with their rewards."""
+"""Shows some pairs of a data set as text, with their rewards.
+
+Input: tokenised comparisons, the rewards of all answers, a tokenizer. Output: a `SampleRow` per pair shown.
+Example: 10 of 1,000 comparisons -> the pairs of the comparisons 0, 111, 222, ..., 999.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One line of the samples table: a pair as text, its rewards, whether the model prefers the chosen answer."""
+    """One line of the samples table: a pair as text, and its rewards."""
 
     prompt: str
     chosen: str
@@ -22,11 +26,15 @@ class SampleRow:
 
     @property
     def correct(self) -> bool:
+        """Whether the model prefers the chosen answer."""
         return self.chosen_reward > self.rejected_reward
 
 
 def sample_rows(data: TokenizedComparisons, rewards_A: np.ndarray, tokenizer: Any, count: int) -> list[SampleRow]:
-    """`count` pairs (all, if there are fewer) spread evenly over the data, as text; the same at every evaluation."""
+    """`count` pairs (or all, if there are fewer) spread evenly over the data, as text; the same at every evaluation.
+
+    The prompt of a sample is the rendered prompt. If the texts share more than that, the rest belongs to both answers.
+    """
     rows = []
     paired = np.flatnonzero(data.pairs_N)
     total = len(paired)

@@ -1,26 +1,42 @@
-"""A trained model made ready: its config, its path, its rewards."""
+"""Loads a trained model and prepares it to compute rewards: for evaluation, scoring, serving and export.
+
+Input: the directory or hub id of a reward model, and overrides. Output: the `Config` under which it is used, and a
+`TrainedModel`.
+Example: runs/hh/model was trained in bf16 with the template simple_chat. evaluation_config("runs/hh/model",
+"pairs.jsonl", []) keeps both, and TrainedModel.load(config, cpu, tokenizer) computes micro batches of 4,096 tokens.
+"""
 
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from rmcore.config import load_config
 from rmcore.config.schema import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
-from rmcore.evaluation.evaluate import Evaluation
+from rmcore.evaluation.evaluate import Evaluation, evaluate
 from rmcore.evaluation.rewardbench import HUB_SPLITS
+from rmcore.host.memory import keep_freed_memory
+from rmcore.model.backbone import load_model
+from rmcore.model.reward_model import SHARED, RewardModel
+from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.parallel.world import World
 
-ENOUGH_TOKENS = 4096  # of a micro batch: more fills a device no better when nothing is kept for a backward
+# Tokens of a micro batch if batch.tokens is auto. Without a backward pass, more tokens make a device hardly faster.
+TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
 
-# What a model trained under some config still means when others evaluate it.
+# The keys of the training's config that an evaluation keeps.
 KEPT = {"data": ("template", "max_tokens", "max_prompt_tokens", "length_policy"), "parallel": ("precision",)}
 
 
 def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
-    """The config of an evaluation: `data.train` names the data, `model.head` is the stored one.
+    """The config of an evaluation: `data.train` is the data, `model.head` the stored one.
 
     `data.split`, `data.name`, `data.revision`, `data.amount` and `data.columns.*` override the source's own keys.
     Raises UserError listing every mistake.
@@ -32,7 +48,8 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
         for section, keys in KEPT.items():
             values[section] = {key: getattr(getattr(trained, section), key) for key in keys}
         if str(values["data"]["template"]).endswith((".jinja", ".jinja2", ".j2")):
-            values["data"]["template"] = "tokenizer"  # the file may be gone; the export holds what was in it
+            # The file may no longer exist; the tokenizer of the export holds its content.
+            values["data"]["template"] = "tokenizer"
     values["model"] = {"name": model, "head": "stored"}
     values["run"] = {"evals": 0}
     values["data"].update({"train.path": data, "shuffle": False})
@@ -45,35 +62,70 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
     return load_config(None, [*settings, *moved])
 
 
-def evaluated(config: Config, world: World, tokenizer: Any, data: TokenizedComparisons) -> tuple[Evaluation, str]:
-    """The evaluation of `config.model` on tokenised data, and the self-test's line on how it was computed."""
-    from contextlib import nullcontext
+class TrainedModel:
+    """A reward model on one device, in eval mode, with the settings under which it computes rewards.
 
-    import torch
+    Args:
+        config: its model, precision, attention and batch.tokens are used.
+        hf_model: the model as transformers loads it; it is moved to `device`.
+        tokenizer: only its padding token is used.
+        device: where rewards are computed.
 
-    from rmcore.data.tokens.comparisons import computed_tokens
-    from rmcore.evaluation.evaluate import evaluate
-    from rmcore.model.backbone import load_model
-    from rmcore.model.reward_model import SHARED, RewardModel
-    from rmcore.model.selftest import choose_path, trial_comparisons
-    from rmcore.parallel.world import first_error
+    Attributes:
+        model: the engine's model around `hf_model`.
+        share: whether texts of one prompt share it; False until `choose_path` has found a path that can.
+    """
 
-    pad = int(tokenizer.pad_token_id)
-    hf_model: Any = first_error(
-        world,
-        "loading the model",
-        lambda: load_model(config.model, seed=config.run.seed, vocabulary=len(tokenizer), pad_token_id=pad),
-    )
-    model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=pad).to(world.device)
+    def __init__(self, config: Config, hf_model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
+        self.config, self.hf_model, self.tokenizer, self.device = config, hf_model, tokenizer, device
+        backbone, score = cast(PreTrainedModel, hf_model.base_model), cast(nn.Linear, hf_model.score)
+        self.model = RewardModel(backbone, score, pad_token_id=int(tokenizer.pad_token_id)).to(device).eval()
+        self.share = False
 
-    def half() -> Any:
-        bf16 = config.parallel.precision == "bf16"
-        return torch.autocast(world.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    @classmethod
+    def load(cls, config: Config, tokenizer: Any, device: torch.device) -> TrainedModel:
+        """Read `config.model` from its files. Raises UserError if they cannot be used."""
+        pad = int(tokenizer.pad_token_id)
+        hf_model = load_model(config.model, seed=config.run.seed, vocabulary=len(tokenizer), pad_token_id=pad)
+        keep_freed_memory()
+        return cls(config, hf_model, tokenizer, device)
 
-    trial = half() if world.device.type == "cuda" and config.parallel.precision == "bf16" else None
-    numbers = trial_comparisons(computed_tokens(data, share=True))
-    path, line = first_error(
-        world, "the self-test", lambda: choose_path(model, data, numbers, config.model.attention, trial)
-    )
-    budget = ENOUGH_TOKENS if config.batch.tokens == "auto" else config.batch.tokens
-    return evaluate(model, data, world, token_budget=budget, share=path == SHARED, autocast=half), line
+    @property
+    def token_budget(self) -> int:
+        """Most computed tokens of a micro batch."""
+        tokens = self.config.batch.tokens
+        return TOKEN_BUDGET[self.device.type] if tokens == "auto" else tokens
+
+    def to(self, device: torch.device) -> None:
+        """Move the model; call `choose_path` again on a device of another type."""
+        self.device = device
+        self.model.to(device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's arithmetic."""
+        return torch.bfloat16 if self.config.parallel.precision == "bf16" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A context in which a forward runs in the precision of the config."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def choose_path(self, data: TokenizedComparisons) -> str:
+        """Take the fastest path that is exact on some of these data; return a line about it.
+
+        See rmcore.model.selftest. Raises UserError if no path is exact.
+        """
+        # On CUDA some kernels exist only in bf16, so that the self-test must use it.
+        half = self.autocast() if self.device.type == "cuda" and self.dtype == torch.bfloat16 else None
+        numbers = trial_comparisons(data.tokens_N)
+        path, line = choose_path(self.model, data, numbers, self.config.model.attention, half)
+        self.share = path == SHARED
+        return line
+
+    def evaluate(self, data: TokenizedComparisons, world: World) -> Evaluation:
+        """Score every comparison over all ranks. A collective."""
+        return evaluate(
+            self.model, data, world, token_budget=self.token_budget, share=self.share, autocast=self.autocast
+        )

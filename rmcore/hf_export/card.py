@@ -15,6 +15,7 @@ import yaml
 from rmcore import __version__
 from rmcore.config import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.evaluation.metrics import sentences, table
 from rmcore.scoring.normalisation import Normalisation
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -141,27 +142,6 @@ def _data(config: Config, data: TokenizedComparisons | None) -> str:
 def _metrics(metrics: Mapping[str, Any]) -> str:
     if "accuracy" not in metrics:
         return "The run had no evaluation."
-    lines = ["| data | pairs | accuracy | 95 % interval | longer answer | loss |", "|---|---|---|---|---|---|"]
-    rows = {"all": metrics, **metrics.get("sources", {})}
-    if len(rows) == 2:  # the line of an only source would repeat the first
-        rows = {"all": metrics}
-    for name, row in rows.items():
-        if "accuracy" not in row:  # no pair of this source has a weight
-            continue
-        interval = f"{row['accuracy_low']:.4f} to {row['accuracy_high']:.4f}"
-        lines.append(
-            f"| {name} | {row['count']:,} | {row['accuracy']:.4f} | {interval} | {row['length_accuracy']:.4f} "
-            f"| {row['loss']:.4f} |"
-        )
-    notes = ["Longer answer: the accuracy of always preferring the longer answer."]
-    if "ece" in metrics:
-        notes.append(
-            f"Calibration of sigmoid(r_chosen - r_rejected): ECE {metrics['ece']:.4f}, "
-            f"Brier score {metrics['brier']:.4f} (0.25 is chance)."
-        )
-    if "best_of_k_accuracy" in metrics:
-        notes.append(
-            f"Best of 3 answers or more: {metrics['best_of_k_accuracy']:.4f} of {metrics['best_of_k_count']:,} "
-            f"comparisons (chance {metrics['best_of_k_chance']:.4f})."
-        )
-    return "\n".join([*lines, "", *notes])
+    heads, rows = table(metrics, "card")
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in [["data", *heads[1:]], *rows]]
+    return "\n".join([head, "|---" * len(heads) + "|", *lines, "", *sentences(metrics, card=True)])

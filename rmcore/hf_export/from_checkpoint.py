@@ -13,7 +13,6 @@ counts of the model card; otherwise built-in texts are used.
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,21 @@ import torch
 
 from rmcore.checkpoint import directory
 from rmcore.checkpoint.manifest import FILE, Manifest, check_file, read_manifest
+from rmcore.checkpoint.resume import Start
 from rmcore.checkpoint.shards import Damaged, read_slices
 from rmcore.config import Config, UserError, load_config
-from rmcore.data.prepare import PreparedData
+from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.comparisons import TokenizedComparisons
-from rmcore.data.tokens.templates import Template
-from rmcore.data.tokens.tokenizer import TextEncoder
-from rmcore.evaluation.evaluate import evaluate
-from rmcore.evaluation.trained import ENOUGH_TOKENS
+from rmcore.data.tokens.templates import Template, load_template
+from rmcore.data.tokens.tokenizer import TextEncoder, load_tokenizer
+from rmcore.evaluation.trained import TrainedModel
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
-from rmcore.model.lora import Adapted, merged
+from rmcore.model.backbone import load_model, load_model_config
+from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.world import running_world
 from rmcore.scoring.normalisation import Normalisation, measure
@@ -52,15 +52,15 @@ def export(
     config = config_of(manifest, overrides)
     loaded = load(config, checkpoint, manifest)
     if loaded.data is None:
-        lines.append(f"note: checked on built-in texts: {loaded.lacking}")
-    normalisation = measured(loaded, config) if normalise else None
-    bf16 = config.parallel.precision == "bf16"
+        lines.append(f"note: checked on built-in texts: {loaded.no_data}")
+    normalisation = measured(loaded) if normalise else None
+    trained = loaded.trained
     package = Package(
-        model_class=type(loaded.hf_model),
-        hf_config=loaded.hf_model.config,
-        tokenizer=loaded.tokenizer,
+        model_class=type(trained.hf_model),
+        hf_config=trained.hf_model.config,
+        tokenizer=trained.tokenizer,
         template=loaded.template,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=trained.dtype,
         card=model_card(
             config,
             wants_text=loaded.template.wants_text,
@@ -72,9 +72,9 @@ def export(
         normalisation=normalisation,
         max_shard_size=max_shard_size,
     )
-    state = merged(loaded.model.state_dict(), loaded.adapted)
+    state = merged(trained.model.state_dict(), loaded.adapted)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    parity = export_model(shapes, state.items(), package, out, probe(loaded, config))
+    parity = export_model(shapes, state.items(), package, out, probe(loaded))
     if normalisation is not None:
         lines.append(f"held-out rewards: mean {normalisation.mean:.6g}, deviation {normalisation.deviation:.6g}")
     difference = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
@@ -113,39 +113,27 @@ def config_of(manifest: Manifest, overrides: Sequence[str]) -> Config:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as a model, with its tokenizer, template and, where they can be read, its data."""
+    """A checkpoint as a model, with its template and, where they can be read, its data."""
 
-    model: RewardModel
-    hf_model: Any
-    tokenizer: Any
+    trained: TrainedModel
     template: Template
     data: PreparedData | None
-    lacking: str  # why there are no data
-    trial: TokenizedComparisons  # what the self-test and the check of the export look at
-    share: bool
-    adapted: Sequence[Adapted]  # the layers that LoRA trained, none without it
+    no_data: str  # why `data` is None
+    trial: TokenizedComparisons  # comparisons for the self-test and for the check of the export
+    adapted: Sequence[Adapted]  # the layers that LoRA trained; empty without LoRA
 
 
 def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
-    """Raises UserError: base model's files or checkpoint do not fit each other."""
-    from rmcore.checkpoint.resume import Start
-    from rmcore.data.prepare import prepare_data
-    from rmcore.data.tokens.templates import load_template
-    from rmcore.data.tokens.tokenizer import load_tokenizer
-    from rmcore.model.backbone import load_model, load_model_config
-    from rmcore.model.lora import add_lora, frozen_fingerprint
-    from rmcore.model.reward_model import SHARED, RewardModel
-    from rmcore.model.selftest import choose_path, trial_comparisons
-
+    """The model of a checkpoint on the CPU. Raises UserError if the checkpoint does not fit the base model's files."""
     tokenizer = load_tokenizer(config)
     template = load_template(config.data.template, tokenizer)
     positions = getattr(load_model_config(config.model), "max_position_embeddings", None)
-    data, lacking = None, ""
+    data, no_data = None, ""
     try:
         data = prepare_data(config, tokenizer, positions)
     except UserError as error:
-        lacking = str(error)
-    # Every weight comes from the checkpoint: the base model's would be read for nothing. Not so with LoRA.
+        no_data = str(error)
+    # Every weight comes from the checkpoint, so the base model's are not read. With LoRA they are: it trains only some.
     lora, seed = config.model.lora, config.run.seed
     shape = config.model if lora.rank else config.model.model_copy(update={"init": "random", "head": "fresh"})
     pad = int(tokenizer.pad_token_id)
@@ -153,11 +141,11 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     adapted = add_lora(hf_model.base_model, lora, seed) if lora.rank else []
     if adapted:
         Start(checkpoint, manifest).check_base(frozen_fingerprint(hf_model.base_model))
-    model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=pad).eval()
-    read_weights(model, checkpoint, manifest)
+    trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
+    read_weights(trained.model, checkpoint, manifest)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)
-    path, _ = choose_path(model, trial, trial_comparisons(trial.tokens_N), config.model.attention)
-    return Loaded(model, hf_model, tokenizer, template, data, lacking, trial, path == SHARED, adapted)
+    trained.choose_path(trial)
+    return Loaded(trained, template, data, no_data, trial, adapted)
 
 
 def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest) -> None:
@@ -179,36 +167,27 @@ def built_in(template: Template, tokenizer: Any, positions: int | None) -> Token
     return pack([[ids[:positions] for ids in encoder.encode(pair)] for pair in pairs])
 
 
-def probe(loaded: Loaded, config: Config) -> Probe:
+def probe(loaded: Loaded) -> Probe:
     """The texts of the check and the engine's rewards for them, in the arithmetic of the training."""
-    precision = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-    with training_arithmetic(config):
-        return probe_of(loaded.model, loaded.trial, torch.device("cpu"), loaded.share, precision)
+    trained = loaded.trained
+    with trained.autocast():
+        return probe_of(trained.model, loaded.trial, trained.device, trained.share, trained.dtype)
 
 
-def training_arithmetic(config: Config) -> AbstractContextManager:
-    """A context on the CPU in which the model computes in the precision of the training."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if config.parallel.precision == "bf16" else nullcontext()
-
-
-def measured(loaded: Loaded, config: Config) -> Normalisation:
+def measured(loaded: Loaded) -> Normalisation:
     """Mean and deviation of the rewards of all held-out answers.
 
     Raises UserError if the run has no held-out data, or they cannot be read.
     """
     if loaded.data is None:
-        raise UserError(f"--normalise needs the run's held-out data: {loaded.lacking}")
+        raise UserError(f"--normalise needs the run's held-out data: {loaded.no_data}")
     if loaded.data.eval is None:
         raise UserError("--normalise needs held-out data: set data.eval_fraction=0.1, or data.eval.path")
-
+    trained = loaded.trained
     with running_world() as world:
-        found = evaluate(
-            loaded.model.to(world.device),
-            loaded.data.eval,
-            world,
-            token_budget=ENOUGH_TOKENS,
-            share=loaded.share,
-            autocast=lambda: training_arithmetic(config),
-        )
-    loaded.model.cpu()
-    return measure(found.rewards_A)
+        if world.device != trained.device:
+            trained.to(world.device)
+            trained.choose_path(loaded.data.eval)
+        evaluation = trained.evaluate(loaded.data.eval, world)
+    trained.to(torch.device("cpu"))
+    return measure(evaluation.rewards_A)

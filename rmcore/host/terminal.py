@@ -10,6 +10,7 @@ def visible(text: str) -> str:
     return text.translate(CONTROL_CHARACTERS)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration: 83.4 -> "0:01:23"."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

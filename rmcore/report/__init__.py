@@ -1,1 +1,1 @@
-"""report.html: what a run or an evaluation found, in one file that needs no network."""
+"""Writes report.html: the findings of a run or an evaluation in one file that needs no network."""

@@ -1,6 +1,6 @@
-"""What a report tells: everything that the page and the pictures read, gathered in one place.
+"""Gathers what a report shows, for the page and the pictures.
 
-In: an evaluation with its data, and of a run its log. Out: a `Report`.
+Input: an evaluation with its data, and the log of a run. Output: a `Report`.
 Example: metrics.jsonl with the lines {"episode": 64, "train/rm/loss": 0.69} and {"episode": 64, "eval/rm/loss": 0.68}
 gives series("train/rm/loss") == ([64], [0.69]).
 """
@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 
+from rmcore import __version__
 from rmcore.evaluation.answer_metrics import AnswerArrays
 from rmcore.evaluation.pair_metrics import PairArrays
 from rmcore.evaluation.samples import SampleRow
@@ -26,12 +29,20 @@ from rmcore.evaluation.samples import SampleRow
 
 @dataclass(frozen=True)
 class Report:
-    """`facts`: short lines about model and data, by name; `drops`: the counts of the data's preparation by part, as
-    `TokenizedComparisons.report` has them; `history`: the lines of metrics.jsonl."""
+    """The content of a report.
+
+    Args:
+        facts: short lines about model and data, by name.
+        metrics: of the evaluation; {} if there was none.
+        drops: the counts of the data preparation for each part, as in `TokenizedComparisons.report`.
+        notes: lines about the data and how rewards were computed.
+        history: the lines of metrics.jsonl.
+        environment: versions, machine and command.
+    """
 
     title: str
     facts: Mapping[str, str]
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     pairs: PairArrays | None
     answers: AnswerArrays | None
     samples: Sequence[SampleRow]
@@ -42,7 +53,7 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs seen and values of one logged figure, where it is a finite number."""
+        """Pairs seen and values of a logged metric, where the value is a finite number."""
         found = [(line["episode"], line[name]) for line in self.history if isinstance(line.get(name), int | float)]
         points = np.array(found, dtype=np.float64).reshape(-1, 2)
         points = points[np.isfinite(points).all(axis=1)]
@@ -50,18 +61,18 @@ class Report:
 
     @property
     def evaluated(self) -> bool:
-        """Whether there are figures of pairs."""
-        return self.pairs is not None and "accuracy" in self.figures
+        """Whether there are metrics of pairs."""
+        return self.pairs is not None and "accuracy" in self.metrics
 
     @property
     def finite(self) -> bool:
-        """Whether there are pairs and every reward is a number; the others cannot be drawn."""
+        """Whether there are pairs and all rewards are finite; others cannot be drawn."""
         pairs = self.pairs
         return self.evaluated and pairs is not None and bool(np.isfinite([pairs.chosen_P, pairs.rejected_P]).all())
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole; none where there is no file."""
+    """The complete lines of a metrics.jsonl; none if the file does not exist."""
     lines: list[dict[str, Any]] = []
     if not path.is_file():
         return lines
@@ -77,19 +88,13 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 def environment(device: str, ranks: int) -> dict[str, str]:
     """Versions, machine and command of this process."""
-    import numpy
-    import torch
-    import transformers
-
-    from rmcore import __version__
-
     return {
         "command": shlex.join(sys.orig_argv),
         "ranks": f"{ranks} x {device}",
         "rmcore": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "Python": platform.python_version(),
         "system": platform.platform(),
         "written": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),

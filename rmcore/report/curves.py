@@ -1,6 +1,6 @@
-"""Pictures of a run over time: loss, accuracy, learning rate and gradient norm, drift of the rewards.
+"""Draws a run over time: loss, accuracy, learning rate and gradient norm, drift of the rewards.
 
-In: a `Report` with a history. Out: matplotlib figures, None where the history holds nothing to draw.
+Input: a `Report` with a history. Output: matplotlib figures, None if the history contains nothing to draw.
 Example: 28 log lines and 4 evaluations give a thin line of 28 points and 4 marks with intervals, over pairs seen.
 """
 
@@ -18,7 +18,7 @@ SEEN = "pairs seen"
 
 
 def loss(report: Report) -> Any:
-    """Training loss as a line, evaluation loss as marks, and what chance gives; another objective's loss beside it."""
+    """Training loss as a line, evaluation loss as marks, the loss of chance; the loss of another objective, if any."""
     train, held_out = report.series("train/rm/loss"), report.series("eval/rm/loss")
     if not len(train[0]) and not len(held_out[0]):
         return None
@@ -36,7 +36,7 @@ def loss(report: Report) -> Any:
 
 
 def accuracy(report: Report) -> Any:
-    """Training accuracy as a line, evaluation with its intervals, the longer answer's accuracy as a baseline."""
+    """Training accuracy as a line, evaluation with its intervals, and preferring the longer answer as a baseline."""
     train, held_out = report.series("train/rm/accuracy"), report.series("eval/rm/accuracy")
     if not len(train[0]) and not len(held_out[0]):
         return None
@@ -59,7 +59,7 @@ def accuracy(report: Report) -> Any:
 
 
 def rate(report: Report) -> Any:
-    """Learning rate above, gradient norm before clipping below."""
+    """Learning rate (upper part) and gradient norm before clipping (lower part)."""
     parts = [("train/rm/lr", "learning rate", CHOSEN), ("grad_norm", "gradient norm", PLAIN)]
     parts = [part for part in parts if len(report.series(part[0])[0])]
     if not parts:
@@ -79,7 +79,7 @@ def rate(report: Report) -> Any:
 
 
 def drift(report: Report) -> Any:
-    """Mean and deviation of all rewards at each evaluation, and the means of chosen and rejected answers."""
+    """Mean and standard deviation of all rewards at each evaluation, and the means of chosen and rejected answers."""
     mean, deviation = report.series("eval/rm/reward_mean"), report.series("eval/rm/reward_std")[1]
     if not len(mean[0]) or len(mean[0]) != len(deviation):
         return None

@@ -1,7 +1,7 @@
-"""Pictures that fit a light page, a dark one and paper: matplotlib's figures as inline SVG, or as PNG files.
+"""Turns matplotlib figures into inline SVG that fits a light page, a dark page and paper, or into PNG files.
 
-In: a matplotlib figure. Out: SVG text whose ink is the page's own text colour, with ids of its own, so that many stand
-in one page; or a PNG on white.
+Input: a matplotlib figure. Output: SVG text that draws in the page's text colour, with ids of its own, so that a page
+may contain many; or a PNG on white.
 Example: figure.text drawn in INK becomes fill: currentColor, and id="patch_1" of the picture "loss" id="loss-patch_1".
 """
 
@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-INK = "#1b1f24"  # what is drawn in this colour takes the text colour of the page
-CHOSEN, REJECTED, PLAIN, GREY = (
-    "#2f7fc1",
-    "#e07b39",
-    "#3a9d6e",
-    "#8a9099",
-)  # told apart on white, on black, and when red
+INK = "#1b1f24"  # lines in this colour take the text colour of the page
+# Colours that differ on white, on black, and for red-green colour blindness.
+CHOSEN, REJECTED, PLAIN, GREY = "#2f7fc1", "#e07b39", "#3a9d6e", "#8a9099"
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -33,9 +30,7 @@ STYLE: Any = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's settings for the pictures, inside the `with` alone. Letters that the font lacks become boxes."""
-    import warnings
-
+    """matplotlib's settings for the pictures, only inside the `with`. Letters missing from the font become boxes."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -44,7 +39,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float = 5.4, height: float = 3.1) -> Any:
-    """A figure of so many inches that belongs to no window system."""
+    """A figure of this size in inches that belongs to no window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,7 +49,7 @@ def new_figure(width: float = 5.4, height: float = 3.1) -> Any:
 
 
 def svg(figure: Any, name: str) -> str:
-    """The figure as an <svg> element that fills the width it is given."""
+    """The figure as an <svg> element that fills the width of its container."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -64,7 +59,7 @@ def svg(figure: Any, name: str) -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    for size in ("width", "height"):  # those of the element alone, whose viewBox keeps the proportions
+    for size in ("width", "height"):  # only those of the element itself; its viewBox keeps the proportions
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
     return text
 

@@ -1,7 +1,7 @@
-"""Pictures of an evaluation: rewards, margins, accuracy by source, calibration, and what length has to do with it.
+"""Draws an evaluation: rewards, margins, accuracy by source, calibration, and the influence of length.
 
-In: a `Report` with pairs and answers. Out: matplotlib figures, None where there is nothing to draw.
-Example: 40 sources -> the 24 with the most pairs as rows of a picture; the page's table holds them all.
+Input: a `Report` with pairs and answers. Output: matplotlib figures, None if there is nothing to draw.
+Example: 40 sources -> the 24 with the most pairs as rows of a picture; the table of the page contains all of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rmcore.report.content import Report
 from rmcore.report.draw import CHOSEN, GREY, INK, PLAIN, REJECTED, new_figure
 
 MOST_SOURCES = 24  # rows of a picture by source
-MOST_POINTS = 4000  # of the scatter of reward against length
-LENGTH_BINS = 9
+MOST_POINTS = 4000  # points in the scatter plot of reward against length
+LENGTH_BINS = 9  # bins of length differences
 
 
 def rewards(report: Report) -> Any:
@@ -55,7 +55,7 @@ def margins(report: Report) -> Any:
 
 
 def _bins(values: np.ndarray, through: float | None = None) -> np.ndarray:
-    """12 to 50 bins over all but the outermost thousandths; with `through` one edge lies there."""
+    """Edges of 12 to 50 bins over all but the outermost thousandths; `through` is one of the edges."""
     low, high = (float(v) for v in np.percentile(values, [0.1, 99.9]))
     if not high > low:
         low, high = low - 0.5, high + 0.5
@@ -67,7 +67,7 @@ def _bins(values: np.ndarray, through: float | None = None) -> np.ndarray:
 
 
 def _largest_sources(report: Report) -> list[tuple[str, dict[str, Any]]]:
-    rows = [(name, row) for name, row in report.figures["sources"].items() if "accuracy" in row]
+    rows = [(name, row) for name, row in report.metrics["sources"].items() if "accuracy" in row]
     return sorted(rows, key=lambda row: -row[1]["count"])[:MOST_SOURCES]
 
 
@@ -83,8 +83,8 @@ def _source_axes(rows: list[tuple[str, Any]], title: str, label: str) -> tuple[A
 
 
 def accuracy_by_source(report: Report) -> Any:
-    """Accuracy with its interval overall and by source, beside always preferring the longer answer."""
-    rows = [("all", dict(report.figures)), *_largest_sources(report)]
+    """Accuracy with its interval overall and by source, next to always preferring the longer answer."""
+    rows = [("all", dict(report.metrics)), *_largest_sources(report)]
     rows = rows[:1] if len(rows) == 2 else rows
     figure, axes = _source_axes(rows, "Accuracy, 95 % interval", "accuracy")
     place = np.arange(len(rows))
@@ -93,17 +93,18 @@ def accuracy_by_source(report: Report) -> Any:
         for name in ("accuracy", "accuracy_low", "accuracy_high", "length_accuracy")
     )
     axes.axvline(0.5, color=GREY, linestyle=":", linewidth=1)
-    axes.errorbar(accuracy, place, xerr=np.abs(np.stack([accuracy - low, high - accuracy])), color=CHOSEN, marker="o",
-                  markersize=4.5, linestyle="", capsize=2.5, label="model")  # fmt: skip
-    axes.plot(baseline, place, color=REJECTED, marker="D", markersize=4, linestyle="", fillstyle="none",
-              label="longer answer")  # fmt: skip
+    points = {"markersize": 4.5, "linestyle": "", "capsize": 2.5}
+    spread = np.abs(np.stack([accuracy - low, high - accuracy]))
+    axes.errorbar(accuracy, place, xerr=spread, color=CHOSEN, marker="o", label="model", **points)
+    diamonds = {"marker": "D", "markersize": 4, "linestyle": "", "fillstyle": "none"}
+    axes.plot(baseline, place, color=REJECTED, label="longer answer", **diamonds)
     axes.set_xlim(min(0.4, low.min(), baseline.min()) - 0.03, max(0.9, high.max(), baseline.max()) + 0.03)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 def margin_by_source(report: Report) -> Any:
-    """The margins' middle half, median, and 5 to 95 %, by source."""
+    """Median, middle half and 5 to 95 % of the margins, by source."""
     pairs, rows = report.pairs, _largest_sources(report)
     assert pairs is not None
     if len(rows) < 2:
@@ -121,17 +122,18 @@ def margin_by_source(report: Report) -> Any:
 
 
 def reliability(report: Report) -> Any:
-    """Accuracy against confidence by bin, and below it how many pairs have which confidence."""
-    rows = report.figures["reliability"]
+    """Accuracy against confidence by bin (upper part), and the share of the pairs in each bin (lower part)."""
+    rows = report.metrics["reliability"]
     figure = new_figure(5.4, 3.9)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     middle = [(row["low"] + row["high"]) / 2 for row in rows]
     upper.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="calibrated")
     confidence, accuracy = ([row[name] for row in rows] for name in ("confidence", "accuracy"))
     intervals = np.array([wilson_interval(row["accuracy"], row["count"]) for row in rows]).T
-    upper.errorbar(confidence, accuracy, yerr=np.abs(intervals - accuracy), color=CHOSEN, marker="o", markersize=4.5,
-                   linestyle="", capsize=2.5, label="pairs of a bin, 95 %")  # fmt: skip
-    ece, brier = report.figures["ece"], report.figures["brier"]
+    points = {"marker": "o", "markersize": 4.5, "linestyle": "", "capsize": 2.5}
+    spread = np.abs(intervals - accuracy)
+    upper.errorbar(confidence, accuracy, yerr=spread, color=CHOSEN, label="pairs of a bin, 95 %", **points)
+    ece, brier = report.metrics["ece"], report.metrics["brier"]
     upper.set(ylabel="accuracy", title=f"Reliability: ECE {ece:.3f}, Brier {brier:.3f}", xlim=(0.49, 1.01))
     upper.legend()
     lower.bar(middle, [row["share"] for row in rows], width=0.045, color=CHOSEN, alpha=0.6)
@@ -140,7 +142,7 @@ def reliability(report: Report) -> Any:
 
 
 def accuracy_by_length(report: Report) -> Any:
-    """Accuracy in bins of like counts by how much longer the chosen answer is."""
+    """Accuracy by the difference of the lengths, in bins of about the same number of pairs."""
     pairs = report.pairs
     assert pairs is not None
     difference = pairs.chosen_length_P.astype(np.int64) - pairs.rejected_length_P
@@ -160,7 +162,7 @@ def accuracy_by_length(report: Report) -> Any:
         low, high = accuracy_interval(right[members], weight, pairs.comparison_P[members], int(members.sum()))
         spread = np.abs([[accuracy - low], [high - accuracy]])
         axes.errorbar([number + 0.5], [accuracy], yerr=spread, color=CHOSEN, marker="o", markersize=4.5, capsize=2.5)
-    axes.axhline(report.figures["accuracy"], color=GREY, linewidth=1, linestyle="--", label="overall")
+    axes.axhline(report.metrics["accuracy"], color=GREY, linewidth=1, linestyle="--", label="overall")
     axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
     if edges[0] < 0 < edges[-1]:
         axes.axvline(np.interp(0, edges, np.arange(len(edges))), color=INK, linewidth=0.8, label="equal lengths")
@@ -171,7 +173,7 @@ def accuracy_by_length(report: Report) -> Any:
 
 
 def reward_by_length(report: Report) -> Any:
-    """Rewards against answer lengths, thinned to some points, with the median along the lengths."""
+    """Rewards against answer lengths: some of the points, and the median along the lengths."""
     answers = report.answers
     if answers is None or len(answers.reward_A) < 2:
         return None
@@ -185,10 +187,9 @@ def reward_by_length(report: Report) -> Any:
     parts = [part for part in np.array_split(order, 12) if len(part) > 4]
     median = [[np.median(values[part]) for part in parts] for values in (answers.length_A, answers.reward_A)]
     axes.plot(*median, color=REJECTED, marker="o", markersize=3, label="median")
-    figures = report.figures
-    axes.set(xlabel="tokens of the answer", ylabel="reward",
-             title=f"Reward and length: Spearman {figures['length_spearman']:+.2f}, within a prompt "
-                   f"{figures['length_spearman_within']:+.2f}")  # fmt: skip
+    overall, within = report.metrics["length_spearman"], report.metrics["length_spearman_within"]
+    title = f"Reward and length: Spearman {overall:+.2f}, within a prompt {within:+.2f}"
+    axes.set(xlabel="tokens of the answer", ylabel="reward", title=title)
     axes.set_xlim(right=float(np.percentile(answers.length_A, 99.5)) * 1.05 + 1)
     axes.legend()
     return figure

@@ -1,7 +1,8 @@
-"""Pictures, page, file: a `Report` becomes report.html, and the pictures PNG files when asked.
+"""Writes a `Report` as report.html, and its pictures as PNG files.
 
-In: a `Report` and a path. Out: the file, replaced as a whole. Takes two or three seconds, most of them matplotlib's.
-Example: write_report(report, Path("runs/hh/report.html"), Path("runs/hh/plots")) leaves one HTML file of some hundred
+Input: a `Report` and a path. Output: the file, replaced as a whole. This takes two or three seconds, most of them in
+matplotlib.
+Example: write_report(report, Path("runs/hh/report.html"), Path("runs/hh/plots")) writes an HTML file of some hundred
 kB and plots/loss.png, plots/accuracy.png, ...
 """
 
@@ -18,13 +19,14 @@ from rmcore.report.draw import png, style, svg
 from rmcore.report.page import page
 
 Draw = Callable[[Report], Any]
+# Name, function and caption of each picture: of a run, and of pairs whose rewards are finite.
 OF_A_RUN: dict[str, tuple[Draw, str]] = {
     "loss": (curves.loss, "Evaluation loss that rises while training loss falls is overfitting."),
     "accuracy": (curves.accuracy, "Below the dashed line, always preferring the longer answer does better."),
     "drift": (
         curves.drift,
         "Only differences between answers to one prompt mean something: the level may drift. A deviation that keeps "
-        "growing says that the margins grow too.",
+        "growing means that the margins grow too.",
     ),
     "rate": (curves.rate, "The norm is that before clipping."),
 }
@@ -33,7 +35,7 @@ OF_PAIRS: dict[str, tuple[Draw, str]] = {
     "margins": (plots.margins, "Left of zero the model is wrong; a long tail there is wrong with confidence."),
     "accuracy_by_source": (
         plots.accuracy_by_source,
-        "Where the diamond lies inside the interval, the model is not shown to know more than which answer is longer.",
+        "If the diamond lies inside the interval, the model is not shown to know more than which answer is longer.",
     ),
     "margin_by_source": (plots.margin_by_source, "Bar: the middle half. Line: 5 to 95 %. Tick: the median."),
     "reliability": (
@@ -43,11 +45,11 @@ OF_PAIRS: dict[str, tuple[Draw, str]] = {
     ),
     "accuracy_by_length": (
         plots.accuracy_by_length,
-        "A slope from left to right says that length is part of what the model prefers: low where the better answer is "
-        "the shorter one.",
+        "A rise from left to right means that the model prefers long answers: its accuracy is low where the better "
+        "answer is the shorter one.",
     ),
-    "reward_by_length": (plots.reward_by_length, "Where the median climbs with length, RL will follow."),
-}  # fmt: skip
+    "reward_by_length": (plots.reward_by_length, "If the median rises with length, RL will learn to write long."),
+}
 
 
 def write_report(report: Report, path: Path | None, pictures: Path | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Texts in, rewards out: a trained model and the forward pass of training."""
+"""Computes the rewards of texts with a trained model."""

@@ -1,6 +1,6 @@
-"""The files of `rmcore score`: rows in, chunks of them, and rows with their rewards out.
+"""Reads the rows of `rmcore score` and writes them with their rewards.
 
-Enters: a path. Leaves: (row, where) as a stream; and a file of the same rows in the same order with rewards.
+Input: a path. Output: (row, where) as a stream; and a file of the same rows in the same order with rewards.
 Example: rows.parquet with columns prompt, answers -> ({"prompt": "2+2?", "answers": ["4", "5"]}, "rows.parquet row 1");
 written with {"rewards": [1.25, -0.5], "single": False}: the same columns and types, and rewards (list of double) and
 best (int64).
@@ -26,28 +26,28 @@ from rmcore.data.reading.text_rows import csv_rows, json_line_rows, json_rows
 PlacedRow = tuple[dict[str, Any], str]  # (row, "FILE:LINE")
 Result = Mapping[str, Any]  # {"rewards": [...], "single": ...} of a row
 
-CHUNK_ROWS = 1024  # rows that are packed together, and kept together once they are scored
-CHUNK_CHARACTERS = 2_000_000  # or fewer rows, when they are long
-TABLE_ROWS = 1000  # that pass through memory at a time between Parquet and rows
+CHUNK_ROWS = 1024  # most rows that are packed together, and whose rewards are one part on disk
+CHUNK_CHARACTERS = 2_000_000  # a chunk of long rows ends earlier, after about this many characters
+TABLE_ROWS = 1000  # rows per batch between Parquet and Python
 READERS = {".jsonl": json_line_rows, ".ndjson": json_line_rows, ".json": json_rows, ".csv": csv_rows}
 REWARD, REWARDS, BEST = "reward", "rewards", "best"
 _COLUMNS = {REWARD: pyarrow.float64(), REWARDS: pyarrow.list_(pyarrow.float64()), BEST: pyarrow.int64()}
 
 
 def check_input(path: Path) -> None:
-    """Raises UserError for a file that is not there, or of a kind that is not read."""
+    """Raises UserError for a file that does not exist, or of a kind that rmcore score does not read."""
     if suffix(path) not in (*READERS, ".parquet"):
         raise UserError(f"{path}: rmcore score reads {', '.join(READERS)} (.gz or .zst after it) and .parquet")
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: no such file")
 
 
 def check_output(path: Path) -> None:
-    """Raises UserError for a kind of file that is not written, or a place that cannot be written to."""
+    """Raises UserError for a kind of file that rmcore score does not write, or a directory that cannot be made."""
     if suffix(path) in (".csv", ".arrow") or (suffix(path) == ".parquet" and path.suffix != ".parquet"):
         raise UserError(f"{path}: rmcore score writes JSON lines (.jsonl, also .gz or .zst) and .parquet")
     if path.is_dir():
-        raise UserError(f"{path} is a directory: name a file in it")
+        raise UserError(f"{path} is a directory: give a file in it")
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,7 +55,7 @@ def check_output(path: Path) -> None:
 
 
 def read_rows(path: Path | None) -> Iterator[PlacedRow]:
-    """The rows of a file, or of standard input (None), as a stream. Raises UserError for what is no row."""
+    """The rows of a file, or of standard input (None), as a stream. Raises UserError for what is not a row."""
     if path is None:
         yield from _standard_rows()
     elif suffix(path) == ".parquet":
@@ -104,7 +104,7 @@ def chunks(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
 
 
 def with_rewards(row: Mapping[str, Any], rewards: list[float | None], single: bool) -> dict[str, Any]:
-    """The row with `reward`, or with `rewards` and `best` (the first of the highest; null when there is none)."""
+    """The row with `reward`, or with `rewards` and `best` (the first of the highest; null if all are null)."""
     if single:
         return {**row, REWARD: rewards[0]}
     known = [reward for reward in rewards if reward is not None]
@@ -116,9 +116,9 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def write_scored(target: Path, source: Path, results: Iterable[Result]) -> None:
-    """The rows of `source`, each with its result. `results` is gone through more than once.
+    """Write the rows of `source`, each with its result. `results` is iterated more than once.
 
-    Raises UserError when there are more or fewer results than rows: the file has changed meanwhile.
+    Raises UserError if there are more or fewer results than rows: the file has changed meanwhile.
     """
     try:
         if suffix(target) == ".parquet":
@@ -128,11 +128,11 @@ def write_scored(target: Path, source: Path, results: Iterable[Result]) -> None:
             for row in _joined(read_rows(source), results):
                 stream.write(json_line(row))
     except _Changed:
-        raise UserError(f"{source} has changed while it was scored: start again") from None
+        raise UserError(f"{source} has changed while it was scored: run the command again") from None
 
 
 class _Changed(Exception):
-    """The rows are not those that were scored."""
+    """The number of rows differs from that of the results."""
 
 
 def _joined(rows: Iterable[PlacedRow], results: Iterable[Result]) -> Iterator[dict[str, Any]]:
@@ -143,7 +143,7 @@ def _joined(rows: Iterable[PlacedRow], results: Iterable[Result]) -> Iterator[di
 
 
 def _opened(path: Path) -> BinaryIO:
-    """For writing; compressed as the name says, without a date, so that equal rows are equal bytes."""
+    """The file, open for writing, compressed by its ending; without a date, so that equal rows give equal bytes."""
     if path.name.endswith(".gz"):
         return gzip.GzipFile(path, "wb", compresslevel=6, mtime=0)  # type: ignore[return-value]
     if path.name.endswith(".zst"):
@@ -163,7 +163,7 @@ def _write_parquet(target: Path, source: Path, results: Iterable[Result]) -> Non
 
 
 def _schema(source: Path) -> pyarrow.Schema:
-    """The columns of a file of rows; for JSON and CSV the union of what the rows hold."""
+    """The columns of a file of rows; for JSON and CSV the union of the columns of all rows."""
     if suffix(source) == ".parquet":
         return pyarrow.parquet.read_schema(source).remove_metadata()
     try:
@@ -213,4 +213,4 @@ def _converted(rows: list[dict[str, Any]], kept: list[pyarrow.Field], source: Pa
 
 def _not_a_table(source: Path, error: Exception) -> UserError:
     reason = str(error).splitlines()[0]
-    return UserError(f"{source}: its rows make no Parquet table ({reason}); write JSON lines: -o OUT.jsonl")
+    return UserError(f"{source}: its rows cannot be a Parquet table ({reason}); write JSON lines: -o OUT.jsonl")

@@ -1,4 +1,12 @@
-"""A file scored in parts: finished chunks on disk, so that a restart scores only the missing ones."""
+"""Keeps the rewards of finished chunks on disk, so that a restart scores only the missing ones.
+
+Input: a scorer, the file of rows, a directory. Output: one file per chunk, and in the end OUT with all rows.
+Example: 2,500 rows in 3 chunks on 2 ranks: rank 0 writes OUT.parts/00000000.jsonl and 00000002.jsonl, rank 1
+00000001.jsonl, and rank 0 joins them with the rows into OUT.
+
+OUT.parts/of.json describes model, rows and settings. A restart whose description differs begins from an empty
+directory.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +14,34 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rmcore import __version__
 from rmcore.config import UserError
 from rmcore.host.faults import fault
-from rmcore.parallel.world import World
-from rmcore.scoring.files import PlacedRow
+from rmcore.host.files import fsync_directory, write_text_atomically
+from rmcore.parallel.world import RankError, World, barrier
+from rmcore.scoring import files
+from rmcore.scoring.files import PlacedRow, chunks, read_rows, write_scored
 from rmcore.scoring.scorer import Scorer
 
-STANDARD = "-"
+STANDARD = "-"  # in place of a file: standard input or output
 
 
 def prepare_parts(parts: Path, scorer: Scorer, rows: str) -> None:
-    """The directory of finished chunks: kept when it is of the same model, rows and settings, else made anew."""
-    from rmcore.host.files import write_text_atomically
+    """Make the directory of finished chunks. It is kept if model, rows and settings are the same, else emptied.
 
-    label = parts / "of.json"
+    Standard input is copied into it.
+    """
     if rows == STANDARD:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
-        with open(_source(rows, parts), "wb") as spool:
+        with open(source_file(rows, parts), "wb") as spool:
             shutil.copyfileobj(sys.stdin.buffer, spool)
         return
+    label = parts / "of.json"
     text = json.dumps(fingerprint(scorer, rows), sort_keys=True)
     if not label.is_file() or label.read_text(encoding="utf-8") != text:
         shutil.rmtree(parts, ignore_errors=True)
@@ -38,56 +49,49 @@ def prepare_parts(parts: Path, scorer: Scorer, rows: str) -> None:
 
 
 def fingerprint(scorer: Scorer, rows: str) -> dict[str, Any]:
-    """What a stopped run must have in common with the one that goes on with its chunks."""
-    from rmcore.scoring.files import CHUNK_CHARACTERS, CHUNK_ROWS
-
+    """What must not change between a stopped run and the run that continues with its chunks."""
     sizes = {}
     for path in (Path(rows), *sorted(Path(scorer.name).glob("*"))):
         if path.is_file():
             sizes[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
-    return {"rmcore": __version__, "chunks": [CHUNK_ROWS, CHUNK_CHARACTERS], "files": sizes, **scorer.settings()}
+    chunk = [files.CHUNK_ROWS, files.CHUNK_CHARACTERS]
+    return {"rmcore": __version__, "chunks": chunk, "files": sizes, **scorer.settings()}
 
 
 def score_parts(scorer: Scorer, source: Path, parts: Path, world: World) -> None:
-    """This rank's chunks, each into a file of its own: for every row {"rewards": [...], "single": ...}."""
-    from rmcore.scoring.files import chunks, read_rows
-
+    """Score this rank's chunks, each into its own file: {"rewards": [...], "single": ...} per row."""
     try:
         for number, chunk in enumerate(chunks(read_rows(source))):
             if number == 0:
-                scorer.choose_path(chunk)  # on the same rows on every rank and after every stop
-            if number % world.size == world.rank and not _part(parts, number).exists():
-                _write_part(_part(parts, number), scorer, chunk)
+                scorer.choose_path(chunk)  # the same rows on every rank and after every restart
+            if number % world.size == world.rank and not part_file(parts, number).exists():
+                _write_part(part_file(parts, number), scorer, chunk)
     except UserError as error:
         if not world.is_main:
-            print(f"rmcore score: {error}", file=sys.stderr)  # no other rank knows
+            print(f"rmcore score: {error}", file=sys.stderr)  # only this rank has read the row
         raise
 
 
 def _write_part(part: Path, scorer: Scorer, chunk: list[PlacedRow]) -> None:
-    from rmcore.host.files import write_text_atomically
-
-    found = scorer.rewards(chunk)
+    scored = scorer.rewards(chunk)
     fault("score.part")
-    lines = [json.dumps({"rewards": one.rewards, "single": one.single}) for one in found]
+    lines = [json.dumps({"rewards": row.rewards, "single": row.single}) for row in scored]
     write_text_atomically(part, "\n".join(lines) + "\n")
 
 
-def everyone_done(world: World) -> None:
-    """Wait for all ranks. Raises RankError when one of them has left: it has said why."""
-    from rmcore.parallel.world import RankError, barrier
-
+def wait_for_all(world: World) -> None:
+    """Wait for all ranks. Raises RankError if one of them has stopped; that rank has printed the reason."""
     try:
         barrier(world)
     except RuntimeError as error:
-        raise RankError("another rank has stopped; what was finished is kept") from error
+        raise RankError("another rank has stopped; the finished chunks are kept") from error
 
 
 def finish(parts: Path, source: Path, target: Path) -> tuple[int, int]:
-    """The rows joined with the rewards of all chunks, under their own name at once; (rows, texts without a reward)."""
-    from rmcore.host.files import fsync_directory
-    from rmcore.scoring.files import write_scored
+    """Join the rows with the rewards of all chunks into `target`; return the counts of rows and of missing rewards.
 
+    The file gets its name once it is complete and on disk. Then the parts are removed.
+    """
     results = Results(parts)
     whole = parts / f"whole-{target.name}"
     write_scored(whole, source, results)
@@ -106,24 +110,25 @@ def finish(parts: Path, source: Path, target: Path) -> tuple[int, int]:
 
 
 class Results:
-    """The results of all chunks in order, as often as they are asked for."""
+    """The results of all chunks in order; can be iterated repeatedly."""
 
     def __init__(self, parts: Path) -> None:
         self._parts = parts
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
         number = 0
-        while (part := _part(self._parts, number)).exists():
+        while (part := part_file(self._parts, number)).exists():
             with open(part, encoding="utf-8") as lines:
                 for line in lines:
-                    result: Mapping[str, Any] = json.loads(line)
-                    yield result
+                    yield json.loads(line)
             number += 1
 
 
-def _part(parts: Path, number: int) -> Path:
+def part_file(parts: Path, number: int) -> Path:
+    """The file of the rewards of a chunk."""
     return parts / f"{number:08d}.jsonl"
 
 
-def _source(rows: str, parts: Path) -> Path:
+def source_file(rows: str, parts: Path) -> Path:
+    """The file of rows; for standard input its copy."""
     return parts / "input.jsonl" if rows == STANDARD else Path(rows)

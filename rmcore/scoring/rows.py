@@ -1,4 +1,9 @@
-"""The rows of `rmcore score`: any form of prompt and answers as rendered texts."""
+"""Reads the rows of `rmcore score`: any form of prompt and answers becomes a comparison.
+
+Input: a row as a dict, the template. Output: a `Comparison` and whether the row's form has only one answer.
+Example: {"prompt": "2+2?", "answer": "4"} -> a comparison of one answer, True; {"prompt": "2+2?", "answers": ["4"]} ->
+the same comparison, False.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,17 +13,14 @@ from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison, comparison_from_row, detect_format
 from rmcore.data.tokens.templates import Template
 
-MANY = ("answers", "responses", "completions")
-
-ONE = ("answer", "response", "completion")
-
+MANY = ("answers", "responses", "completions")  # the keys of a list of answers
+ONE = ("answer", "response", "completion")  # the keys of one answer
 KINDS = "prompt and answers (or answer), chosen and rejected, messages, text, or texts"
-
 SENTENCE = ("The quick brown", "fox jumps", "over the lazy dog", "and, being asked,", "tells you", "why it did so.")
 
 
 class Rendered(NamedTuple):
-    """A row as the template writes it: one text an answer, and whether the row is of a form that has one text."""
+    """A row as the template writes it: one text per answer, and whether the row's form has only one text."""
 
     prompt: str
     texts: list[str]
@@ -26,19 +28,20 @@ class Rendered(NamedTuple):
 
 
 def trial_rows() -> list[tuple[dict[str, Any], str]]:
-    """Rows of two answers, of a few to some hundred words, to try a model on where no rows are at hand."""
+    """Rows of two answers, from a few to some hundred words, for the self-test when there are no other rows."""
     rows = []
     for words in (1, 10, 60, 150):
-        told = " ".join(SENTENCE * words)
-        prompt = f"Why does it do so? {told[: 20 * words]}"
-        rows.append(({"prompt": prompt, "answers": [" Yes.", f" No, since {told[: 9 * words]}"]}, "a trial"))
+        text = " ".join(SENTENCE * words)
+        prompt = f"Why does it do so? {text[: 20 * words]}"
+        rows.append(({"prompt": prompt, "answers": [" Yes.", f" No, since {text[: 9 * words]}"]}, "a trial"))
     return rows
 
 
 def comparison_of(row: Mapping[str, Any], template: Template, where: str) -> tuple[Comparison, bool]:
-    """A row as a comparison, read exactly as training reads rows of pairs, and whether it holds one answer by its form.
+    """A row as a comparison, and whether the row's form has only one answer.
 
-    K answers are read as pairs of the first with each of the others, which lends them every rule of the training rows.
+    K answers are read as pairs of the first with each other one, so that the rules of training rows apply to them.
+    Raises UserError with the row's place for a row that cannot be read.
     """
     if isinstance(row.get("messages"), list) and not any(name in row for name in (*MANY, *ONE, "chosen")):
         answers: list[Any] = [row["messages"]]

@@ -1,15 +1,15 @@
-"""Texts in, rewards out: what `rmcore score` does between reading and writing, and `rmcore serve` for each request.
+"""Turns rows or texts into rewards, for `rmcore score` and for each request of `rmcore serve`.
 
-Enters: a model's name; rows with their places, or texts as token ids. Leaves: a `Scored` a row, or a reward a text.
+Input: the name of a model; rows with their places, or texts as token ids. Output: a `Scored` per row, or a reward per
+text.
 Example: {"prompt": "2+2?", "answers": ["4", "5"]} becomes two texts of one prompt, rendered and tokenised, which share
-a packed row `[P | A1 | A2]` with others of like length.
+a packed row `[P | A1 | A2]` with other texts of similar length.
 
-Texts are grouped by their prompt, also those of different rows; equal texts are computed once. A group that exceeds
-the token budget is cut into several. The reward of a text does not depend on its company beyond rounding.
+Texts are grouped by their prompt, also those of different rows; equal texts are computed once. A group that exceeds the
+token budget is split. The reward of a text depends on the other texts of its micro batch only by rounding.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,23 +18,18 @@ import torch
 
 from rmcore.config import UserError
 from rmcore.data.batches.batch import build_batch
-from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix
+from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix, computed_tokens
 from rmcore.data.tokens.templates import load_template
 from rmcore.data.tokens.tokenizer import TextEncoder, load_tokenizer
 from rmcore.evaluation.evaluate import micro_batches
-from rmcore.evaluation.trained import evaluation_config
-from rmcore.host.memory import keep_freed_memory
-from rmcore.model.backbone import load_model, load_model_config
-from rmcore.model.reward_model import SHARED, RewardModel
-from rmcore.model.selftest import choose_path, trial_comparisons
+from rmcore.evaluation.trained import TrainedModel, evaluation_config
+from rmcore.model.backbone import load_model_config
 from rmcore.scoring.normalisation import read_normalisation
 from rmcore.scoring.rows import Rendered, comparison_of
 
-TOKENS = {"cpu": 4096, "cuda": 32768}  # of a micro batch: nothing is kept for a backward
-
 
 class Text(NamedTuple):
-    """A text to be scored: its token ids, int32 [n], and what is the same for texts that may share a beginning."""
+    """A text to be scored: its token ids, int32 [n], and its prompt; texts of one prompt may share their beginning."""
 
     ids: np.ndarray
     prompt: str
@@ -42,7 +37,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """The rewards of a row's texts (None: too long, or not a number), and whether its form is that of one text."""
+    """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text."""
 
     rewards: list[float | None]
     single: bool
@@ -53,12 +48,12 @@ class Scorer:
 
     Args:
         model: directory or hub id. The template and precision are those of its training (rmcore_config.yaml), unless
-            `overrides` (key=value) say otherwise; without that file the template is the tokenizer's own.
-        normalise: give (reward - mean) / deviation, as stored in the model's config.json.
+            `overrides` (key=value) change them; without that file the template is the tokenizer's own.
+        normalise: return (reward - mean) / deviation, as stored in the model's config.json.
     Raises UserError for a model or settings that cannot be used.
 
-    `choose_path` must be called once before rewards are asked for. `render` and `encode` may be called by any thread,
-    the rest by one at a time.
+    Call `choose_path` once before the first reward. Any thread may call `render` and `encode`; only one thread at a
+    time may call the other methods.
     """
 
     def __init__(self, model: str, overrides: Sequence[str] = (), *, normalise: bool = False) -> None:
@@ -69,47 +64,43 @@ class Scorer:
         self.normalisation = read_normalisation(hf_config, model) if normalise else None
         self.template = load_template(self.config.data.template, tokenizer)
         self._encoder, self.eos, self.pad = TextEncoder(tokenizer), str(tokenizer.eos_token), str(tokenizer.pad_token)
-        pad = int(tokenizer.pad_token_id)
-        hf_model: Any = load_model(self.config.model, seed=0, vocabulary=len(tokenizer), pad_token_id=pad)
-        keep_freed_memory()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=pad).to(self.device).eval()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._trained = TrainedModel.load(self.config, tokenizer, device)
         positions = getattr(hf_config, "max_position_embeddings", None)
         self.longest = positions if isinstance(positions, int) else 2**31 - 1
-        tokens = self.config.batch.tokens
-        self.budget = TOKENS[self.device.type] if tokens == "auto" else tokens
-        self._share = False
-        self.path = ""  # a line about how rewards are computed, once `choose_path` has found it
+        self.path = ""  # the self-test's line on how rewards are computed, set by `choose_path`
+
+    @property
+    def token_budget(self) -> int:
+        """Most computed tokens of a micro batch."""
+        return self._trained.token_budget
 
     def settings(self) -> dict[str, Any]:
-        """What decides the rewards, beside the model's files and the texts."""
+        """The settings that the rewards depend on, in addition to the model's files and the texts."""
         return {
-            "model": self.name, "template": self.template.fingerprint, "tokens": self.budget,
-            "precision": self.config.parallel.precision, "attention": self.config.model.attention,
-            "normalise": self.normalisation is not None, "device": self.device.type, "torch": torch.__version__,
-        }  # fmt: skip
-
-    def _half(self) -> AbstractContextManager:
-        bf16 = self.config.parallel.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+            "model": self.name,
+            "template": self.template.fingerprint,
+            "tokens": self.token_budget,
+            "precision": self.config.parallel.precision,
+            "attention": self.config.model.attention,
+            "normalise": self.normalisation is not None,
+            "device": self._trained.device.type,
+            "torch": torch.__version__,
+        }
 
     def choose_path(self, rows: Sequence[tuple[Mapping[str, Any], str]]) -> None:
-        """Take the fastest way of computing that is exact on these rows (see rmcore.model.selftest)."""
+        """Take the fastest path that is exact on these rows (see rmcore.model.selftest)."""
         texts = [text for group in self._encoded(rows)[1] for text in group]
-        groups = grouped([text for text in texts if self.fits(text.ids)], self.budget, share=True)
+        groups = grouped([text for text in texts if self.fits(text.ids)], self.token_budget, share=True)
         if groups:
-            data = pack([[text.ids for text in group] for group in groups])
-            half = self._half() if self.device.type == "cuda" else None
-            numbers = trial_comparisons(data.tokens_N)
-            path, self.path = choose_path(self._model, data, numbers, self.config.model.attention, half)
-            self._share = path == SHARED
+            self.path = self._trained.choose_path(pack([[text.ids for text in group] for group in groups]))
 
     def fits(self, ids: np.ndarray) -> bool:
-        """Whether a text has a last token to be scored, and a position for each."""
+        """Whether a text has at least one token, and the model a position for each."""
         return 0 < len(ids) <= self.longest
 
     def rewards(self, rows: Sequence[tuple[Mapping[str, Any], str]]) -> list[Scored]:
-        """One `Scored` a row, in order. Raises UserError, with the row's place, for a row that cannot be read."""
+        """One `Scored` per row, in order. Raises UserError with the row's place for a row that cannot be read."""
         rendered, encoded = self._encoded(rows)
         found = iter(self.score([text for texts in encoded for text in texts]))
         return [Scored([next(found) for _ in texts], one.single) for one, texts in zip(rendered, encoded, strict=True)]
@@ -121,40 +112,40 @@ class Scorer:
     def encode(self, rendered: Sequence[Rendered]) -> list[list[Text]]:
         """The texts of each row as token ids."""
         ids = iter(self._encoder.encode([text for one in rendered for text in one.texts]))
-        # Without a prompt of its own a row shares with no other; its texts may still begin alike.
+        # A row without a prompt shares with no other row; its own texts may still begin alike.
         prompts = [one.prompt or f"row {number}" for number, one in enumerate(rendered)]
         return [[Text(next(ids), prompt) for _ in one.texts] for one, prompt in zip(rendered, prompts, strict=True)]
 
     def score(self, texts: Sequence[Text]) -> list[float | None]:
-        """The reward of each text in order; None where it does not fit, or the model gives no number."""
+        """The reward of each text in order; None if it does not fit, or if the reward is NaN or Inf."""
         fitting = [text for text in texts if self.fits(text.ids)]
-        groups = grouped(fitting, self.budget, share=self._share)
-        found: dict[bytes, float] = {}
+        groups = grouped(fitting, self.token_budget, share=self._trained.share)
+        reward_of: dict[bytes, float] = {}
         if groups:
             rewards = self._packed_rewards(pack([[text.ids for text in group] for group in groups])).tolist()
             ordered = [text for group in groups for text in group]
-            found = {text.ids.tobytes(): reward for text, reward in zip(ordered, rewards, strict=True)}
-        return [self._given(found.get(text.ids.tobytes())) for text in texts]
+            reward_of = {text.ids.tobytes(): reward for text, reward in zip(ordered, rewards, strict=True)}
+        return [self._normalised(reward_of.get(text.ids.tobytes())) for text in texts]
 
-    def _given(self, reward: float | None) -> float | None:
+    def _normalised(self, reward: float | None) -> float | None:
         if reward is None or not np.isfinite(reward):
             return None
         return reward if self.normalisation is None else self.normalisation.apply(reward)
 
     def _packed_rewards(self, data: TokenizedComparisons) -> torch.Tensor:
         """fp64 [A]: the reward of every answer, in order."""
-        tokens_N = data.tokens_N if self._share else data.logical_tokens_N
+        trained = self._trained
         rewards_A = torch.zeros(int(data.answer_offset[-1]), dtype=torch.float64)
-        with torch.inference_mode(), self._half():
-            for numbers_C in micro_batches(tokens_N, self.budget):
-                batch = build_batch(data, numbers_C, self._share).on(self.device)
+        with torch.inference_mode(), trained.autocast():
+            for numbers_C in micro_batches(computed_tokens(data, trained.share), trained.token_budget):
+                batch = build_batch(data, numbers_C, trained.share).on(trained.device)
                 places = [np.arange(data.answer_offset[n], data.answer_offset[n + 1]) for n in batch.comparisons_C]
-                rewards_A[torch.from_numpy(np.concatenate(places))] = self._model(batch).rewards_A.double().cpu()
+                rewards_A[torch.from_numpy(np.concatenate(places))] = trained.model(batch).rewards_A.double().cpu()
         return rewards_A
 
     def render(self, row: Mapping[str, Any], where: str) -> Rendered:
-        """The texts of a row. Raises UserError, with its place, for a row that cannot be read."""
-        row = {name: value for name, value in row.items() if value is not None}  # a table's rows have every column
+        """The texts of a row. Raises UserError with its place for a row that cannot be read."""
+        row = {name: value for name, value in row.items() if value is not None}  # rows of a table have every column
         if "text" in row or "texts" in row:
             single = "texts" not in row
             texts = [row["text"]] if single else row["texts"]
@@ -166,15 +157,15 @@ class Scorer:
         return Rendered(prompt, list(written), single)
 
     def as_rendered(self, text: str) -> str:
-        """A whole text stands as it is; without a chat template (`none`) EOS is appended, as in training."""
+        """A whole text stays as it is, but if the template is `none`, EOS is appended, as in training."""
         return text + self.eos if self.template.wants_text and not text.endswith(self.eos) else text
 
 
 def grouped(texts: Sequence[Text], budget: int, *, share: bool) -> list[list[Text]]:
-    """Different texts by prompt, in order of appearance; no group computes more than `budget` tokens, if it can be cut.
+    """Different texts by prompt, in order of appearance. A group of several texts computes at most `budget` tokens.
 
-    Example: texts of 50, 60 and 40 tokens that begin with the same 30, a budget of 100: the first two compute
-    30 + 20 + 30 = 80 tokens, with the third 90, so they are one group; with a budget of 85 the third is alone.
+    Example: texts of 50, 60 and 40 tokens begin with the same 30 tokens. The first two compute 30 + 20 + 30 = 80
+    tokens, all three 90. With a budget of 100 they are one group, with 85 the third is a group of its own.
     """
     by_prompt: dict[str, dict[bytes, Text]] = {}
     for text in texts:
@@ -197,5 +188,5 @@ def grouped(texts: Sequence[Text], budget: int, *, share: bool) -> list[list[Tex
 
 
 def pack(groups: Sequence[Sequence[np.ndarray]]) -> TokenizedComparisons:
-    """Groups of texts (token ids) as comparisons without pairs, the arrays that batches are built from."""
+    """Groups of texts (token ids) as comparisons without pairs, from which batches are built."""
     return TokenizedComparisons.of([EncodedRow(ids[0], list(ids), (), (), ()) for ids in groups])

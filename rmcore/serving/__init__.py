@@ -1,1 +1,1 @@
-"""Rewards over HTTP: one queue, the endpoints, their limits, the metrics for Prometheus."""
+"""Serves the rewards of a trained model over HTTP."""

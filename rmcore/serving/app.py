@@ -1,17 +1,17 @@
-"""The HTTP side of `rmcore serve`: requests as RL trainers and vLLM's clients send them, checked and bounded.
+"""The HTTP endpoints of `rmcore serve`, for the requests of RL trainers and vLLM's clients.
 
-Enters: a `Scorer`, its `Batcher`, `Limits`. Leaves: an ASGI application. Example: POST /get_reward {"query": ["Q: 2+2?
-A: 4<eos>"], "prompts": ["Q: 2+2? A: "]} -> {"rewards": [1.25]}.
+Input: a `Scorer`, its `Batcher`, `Limits`. Output: an ASGI application.
+Example: POST /get_reward {"query": ["Q: 2+2? A: 4<eos>"], "prompts": ["Q: 2+2? A: "]} -> {"rewards": [1.25]}.
 
 POST /get_reward   OpenRLHF's remote reward model (utils/remote_rm_utils.py): whole texts, rendered by the client
-     /classify     vLLM's (entrypoints/pooling/classify/protocol.py): `input` texts as they stand, or `messages`
+     /classify     vLLM's (entrypoints/pooling/classify/protocol.py): `input`, whole texts, or `messages`
      /score        vLLM's (entrypoints/pooling/scoring/protocol.py): prompt text_1 and answers text_2, rendered here
      /rewards      the rows of `rmcore score`
 GET  /health, /metrics (Prometheus)
 
-A request is answered whole or refused whole, with {"error": one sentence} and 400 (not JSON), 408 (its body came too
-slowly), 413 (too large), 422 (not what the endpoint takes, too many or too long texts), 503 (too much waits), 504 (not
-done in time), 500 (the model failed, or gave no number).
+A request is answered as a whole or refused as a whole, with {"error": one sentence} and 400 (not JSON), 408 (its body
+came too slowly), 413 (too large), 422 (invalid for the endpoint, too many or too long texts), 503 (the queue is full),
+504 (not done in time), 500 (the model failed, or a reward is NaN).
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from rmcore.config import UserError
+from rmcore.scoring.files import with_rewards
 from rmcore.scoring.rows import Rendered
 from rmcore.scoring.scorer import Scorer, Text
 from rmcore.serving.batcher import Batcher, Full, Late, Stopping
@@ -37,7 +38,7 @@ from rmcore.serving.prometheus import Metrics
 
 
 class Body(BaseModel):
-    """Keys that are not known are ignored: clients send more than is needed here."""
+    """A request. Unknown keys are ignored, because clients send more than is needed here."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -72,7 +73,7 @@ class Rows(Body):
 
 
 class Service:
-    """What the endpoints share: from rendered rows to rewards, within the limits."""
+    """Computes the rewards of rendered rows within the limits, for all endpoints."""
 
     def __init__(self, scorer: Scorer, batcher: Batcher, limits: Limits) -> None:
         self.scorer, self.batcher, self.limits = scorer, batcher, limits
@@ -87,12 +88,12 @@ class Service:
             waiting = self.batcher.submit(texts, deadline)
             found = await asyncio.wait_for(asyncio.wrap_future(waiting), self.limits.seconds)
         except (Full, Stopping) as error:
-            why = "too many requests wait" if isinstance(error, Full) else "the service is stopping"
-            raise Refused(503, f"{why}: come back later") from None
+            why = "too many requests are waiting" if isinstance(error, Full) else "the service is stopping"
+            raise Refused(503, f"{why}: try again later") from None
         except (Late, TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             raise Refused(504, f"not done within {self.limits.seconds:g} seconds") from None
         if any(reward is None for reward in found):
-            raise Refused(500, "the model gave a reward that is not a number")
+            raise Refused(500, "a reward of the model is not a number")
         numbers = iter([reward for reward in found if reward is not None])
         return [[next(numbers) for _ in row] for row in encoded], sum(len(text.ids) for text in texts)
 
@@ -103,19 +104,19 @@ class Service:
             raise Refused(422, str(error)) from None
         count = sum(len(row.texts) for row in rendered)
         if not 0 < count <= self.limits.texts:
-            raise Refused(422, f"{count} texts: a request has 1 to {self.limits.texts}")
+            raise Refused(422, f"{count} texts: a request may have 1 to {self.limits.texts}")
         for number, text in enumerate(text for row in rendered for text in row.texts):
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise Refused(422, f"text {number} holds a lone surrogate: half a character, which is not text")
+                raise Refused(422, f"text {number} contains a lone surrogate, which is half a character")
         encoded = self.scorer.encode(rendered)
         longest = min(self.limits.tokens, self.scorer.longest)
         for number, one in enumerate(text for row in encoded for text in row):
             if not 0 < len(one.ids) <= longest:
-                raise Refused(422, f"text {number} has {len(one.ids)} tokens: a text has 1 to {longest}")
+                raise Refused(422, f"text {number} has {len(one.ids)} tokens: a text may have 1 to {longest}")
         return encoded
 
     def whole(self, texts: Texts, prompts: Sequence[str] | None = None) -> list[Rendered]:
-        """Texts as they stand, each with the prompt that it may share with others."""
+        """Whole texts, each with the prompt that it may share with others."""
         listed = [texts] if isinstance(texts, str) else texts
         if prompts is not None and len(prompts) != len(listed):
             raise Refused(422, f"{len(prompts)} prompts for {len(listed)} texts")
@@ -125,7 +126,7 @@ class Service:
         ]
 
     def _unpadded(self, text: str) -> str:
-        """Without padding tokens at its ends, which trainers that decode whole batches leave there."""
+        """The text without padding tokens at its ends, which trainers that decode whole batches leave there."""
         pad = self.scorer.pad
         while pad and text.startswith(pad):
             text = text.removeprefix(pad)
@@ -135,7 +136,7 @@ class Service:
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application. Its end (lifespan) answers what waits and ends the model's thread."""
+    """The application. At its end (lifespan) it answers the waiting requests and ends the model's thread."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -204,8 +205,6 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
 
     @app.post("/rewards")
     async def rewards(asked: Rows) -> dict[str, Any]:
-        from rmcore.scoring.files import with_rewards
-
         rendered: list[Rendered] = []
 
         def render() -> list[Rendered]:
@@ -227,7 +226,7 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
 
 
 def paired(prompts: Texts, answers: Texts) -> list[dict[str, Any]]:
-    """Rows of one prompt with all answers, or (lists of one length) of one prompt with one answer each."""
+    """One row with a prompt and all answers, or, for two lists of one length, a row per prompt and answer."""
     if isinstance(prompts, list) and len(prompts) == 1 and isinstance(answers, list):
         prompts = prompts[0]
     if isinstance(prompts, str):
@@ -238,7 +237,7 @@ def paired(prompts: Texts, answers: Texts) -> list[dict[str, Any]]:
 
 
 def _listed(model: str, kind: str, data: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """vLLM's frame around a list of results."""
+    """A list of results in vLLM's form."""
     usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
     name = f"{kind}-{uuid.uuid4().hex}"
     return {"id": name, "object": "list", "created": int(time.time()), "model": model, "data": data, "usage": usage}

@@ -1,10 +1,10 @@
-"""One model, many clients: texts wait in one queue, and one thread scores whatever waits, up to the token budget.
+"""Batches the requests of many clients: texts wait in one queue, from which one thread scores up to the token budget.
 
-Enters: jobs, each the texts of one request. Leaves: their rewards, in a future. Example: while a batch of 4,000 tokens
-is computed 20 requests of 150 tokens come in; all 20 make the next batch, where texts of one prompt compute it once,
-also those of different requests.
+Input: jobs, each the texts of one request. Output: their rewards, in a future.
+Example: while the model computes a batch of 4,000 tokens, 20 requests of 150 tokens arrive. All 20 are the next batch.
+Texts that share a prompt compute it once, also if they are of different requests.
 
-Nothing waits for company: an idle model takes the first job at once. A job is answered whole or not at all.
+No job waits for others: an idle model starts with the first job at once. A job is answered as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rmcore.scoring.scorer import Text
+from rmcore.scoring.scorer import Text
 
 
 class Full(Exception):
-    """More waits than may wait: come back later."""
+    """Too many tokens are waiting."""
 
 
 class Late(Exception):
-    """The job's time was over before its turn came."""
+    """The deadline of the job passed before its turn."""
 
 
 class Stopping(Exception):
-    """No more jobs are taken."""
+    """The batcher accepts no more jobs."""
 
 
 Rewards = list[float | None]
@@ -48,7 +46,7 @@ class Job:
 
 @dataclass
 class Counts:
-    """What was done since the start: batches, jobs, texts, tokens of all texts; seconds of computing."""
+    """The work since the start: batches, jobs, texts, tokens of all texts, seconds of computing."""
 
     batches: int = 0
     jobs: int = 0
@@ -61,9 +59,9 @@ class Batcher:
     """The queue and the thread that empties it.
 
     Args:
-        score: texts -> rewards, in order; called by one thread alone.
-        budget: most tokens of the jobs that are scored together; a larger job is scored alone.
-        most_waiting: tokens that may wait; a job that comes to an empty queue is always taken.
+        score: texts -> rewards, in order; called by one thread only.
+        budget: most tokens of the jobs that are scored together; a larger job is a batch of its own.
+        most_waiting: tokens that may wait; a job is always accepted by an empty queue.
     """
 
     def __init__(self, score: Callable[[Sequence[Text]], Rewards], budget: int, most_waiting: int) -> None:
@@ -78,16 +76,16 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread still works."""
+        """Whether the thread runs and accepts jobs."""
         return self._thread.is_alive() and not self._stopping
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait."""
+        """Number of waiting jobs."""
         return len(self._jobs)
 
     def submit(self, texts: Sequence[Text], deadline: float) -> Future[Rewards]:
-        """The rewards of `texts`, later. Raises Full, Stopping; the future raises Late or what the model raised."""
+        """The rewards of `texts`, later. Raises Full, Stopping; the future raises Late or the model's own error."""
         job = Job(texts, deadline, sum(len(text.ids) for text in texts))
         with self._changed:
             if self._stopping:
@@ -100,7 +98,7 @@ class Batcher:
         return job.done
 
     def stop(self) -> None:
-        """Take no more jobs, finish those that wait, and end the thread."""
+        """Accept no more jobs, finish the waiting ones, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -115,7 +113,7 @@ class Batcher:
                 self.counts.seconds += time.monotonic() - began
 
     def _next(self) -> list[Job]:
-        """The jobs of the next batch, in the order in which they came; none when there will be no more."""
+        """The jobs of the next batch in the order of their arrival; none if the batcher has stopped."""
         with self._changed:
             while not self._jobs:
                 if self._stopping:
@@ -142,12 +140,12 @@ class Batcher:
         try:
             rewards = self._score(texts)
             if len(rewards) != len(texts):
-                raise RuntimeError(f"{len(rewards)} rewards of {len(texts)} texts")
+                raise RuntimeError(f"{len(rewards)} rewards for {len(texts)} texts")
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].done.set_exception(error)
                 return
-            for job in jobs:  # one of them may be what the model cannot do: it must not fail the others
+            for job in jobs:  # one by one, so that a job that fails does not fail the others
                 self._answer([job])
             return
         self.counts.batches += 1

@@ -1,8 +1,9 @@
-"""How much one request of `rmcore serve` may ask for, and how it is refused.
+"""Limits the size of a request of `rmcore serve`, and refuses what exceeds them.
 
-Enters: `Limits`, an ASGI application. Leaves: the application, which now sees whole bodies alone; or an error, one
-sentence of JSON. Example: with body=1000 a request of 1001 bytes is answered 413 {"error": "the body has more than 1000
-bytes"}, and its connection is closed.
+Input: `Limits`, an ASGI application. Output: the application, which now receives only complete bodies; or an error, one
+sentence as JSON.
+Example: with body=1000 the answer to a request of 1001 bytes is 413 {"error": "the body has more than 1000 bytes"}, and
+its connection is closed.
 """
 
 import asyncio
@@ -15,17 +16,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. Bytes of a body; texts; tokens of a text; seconds for a body, and for an answer."""
+    """The limits of one request."""
 
-    body: int = 16 << 20
+    body: int = 16 << 20  # bytes
     texts: int = 4096
-    tokens: int = 2**31 - 1
-    body_seconds: float = 30.0
-    seconds: float = 120.0
+    tokens: int = 2**31 - 1  # per text
+    body_seconds: float = 30.0  # to receive the body
+    seconds: float = 120.0  # to answer
 
 
 class Refused(Exception):
-    """A request that is not answered: `status` of HTTP, and why, in a sentence."""
+    """A request that is refused: the `status` of HTTP, and the reason in a sentence."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
@@ -33,7 +34,7 @@ class Refused(Exception):
 
 
 class BodyLimit:
-    """Reads each body before the application sees it: not more than so many bytes, not longer than so many seconds."""
+    """Reads each body before the application receives it, within the limits of bytes and seconds."""
 
     def __init__(self, app: ASGIApp, limits: Limits, refused: Callable[[str, int], None]) -> None:
         self.app, self.limits, self.refused = app, limits, refused
@@ -49,7 +50,7 @@ class BodyLimit:
             await error_answer(refused.status, str(refused))(scope, receive, send)
             return
         if body is None:
-            return  # the client has gone
+            return  # the client has closed the connection
         sent = False
 
         async def replay() -> Message:
@@ -86,6 +87,7 @@ class BodyLimit:
 
 
 def error_answer(status: int, why: str) -> JSONResponse:
+    """{"error": why}. 408 and 413 close the connection; 503 has a Retry-After header."""
     close = {"Connection": "close"} if status in (408, 413) else {}
     again = {"Retry-After": "1"} if status == 503 else {}
     return JSONResponse({"error": why}, status, headers={**close, **again})

@@ -1,7 +1,7 @@
-"""What `rmcore serve` tells Prometheus.
+"""Counts and times the requests of `rmcore serve` for Prometheus.
 
-Enters: requests as they pass, a `Batcher`. Leaves: text in Prometheus' format. Example:
-rmcore_requests_total{path="/get_reward",status="200"} 64.0
+Input: requests, a `Batcher`. Output: text in Prometheus' format.
+Example: rmcore_requests_total{path="/get_reward",status="200"} 64.0
 """
 
 import time
@@ -15,11 +15,12 @@ from prometheus_client.registry import Collector
 from rmcore.serving.batcher import Batcher
 
 PATHS = ("/get_reward", "/classify", "/score", "/rewards", "/health", "/metrics")
+# Bounds of the histogram of request times, in seconds.
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics:
-    """Requests by path and status, their seconds, and what the model's thread has done."""
+    """Requests by path and status, their seconds, and the work of the model's thread."""
 
     def __init__(self, batcher: Batcher) -> None:
         self._registry = CollectorRegistry()
@@ -32,7 +33,7 @@ class Metrics:
         self._registry.register(FromBatcher(batcher))
 
     async def measure(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Middleware: counts and times one request."""
+        """Middleware that counts and times one request."""
         began = time.monotonic()
         status = 500
         try:
@@ -44,16 +45,17 @@ class Metrics:
             self._seconds.observe(time.monotonic() - began)
 
     def count(self, path: str, status: int) -> None:
-        """One request that was answered or refused."""
-        known = path if path in PATHS else "other"  # no label for each scan of the net
+        """Count a request that was answered or refused."""
+        known = path if path in PATHS else "other"  # unknown paths of scanners must not become labels
         self._requests.labels(known, str(status)).inc()
 
     def text(self) -> str:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry).decode()
 
 
 class FromBatcher(Collector):
-    """The batcher's own counts, read when they are asked for."""
+    """The counts of a batcher, read at each request for /metrics."""
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher

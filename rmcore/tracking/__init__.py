@@ -1,1 +1,1 @@
-"""What a run reports while it trains: console, metrics.jsonl, TensorBoard, run_status.json."""
+"""Reports a run while it trains: console, metrics.jsonl, TensorBoard, wandb, run_status.json."""

@@ -1,8 +1,9 @@
-"""Progress of preparing data: a bar with ETA on a terminal, a line now and then elsewhere.
+"""Prints the progress of preparing data: a bar on a terminal, a line every ten seconds elsewhere.
 
-In: (rows done, rows in all, what), called by the one process that prepares. Out: text on stderr, such as
-    data.train: 120,832 of 1,000,000 rows, 4,310 rows/s, eta 0:03:24
-A part that is ready within some seconds says nothing in a log file.
+Input: (rows done, rows in total, what), from the one process that prepares. Output: text on stderr.
+Example: data.train: 120,832 of 1,000,000 rows, 4,310 rows/s, eta 0:03:24
+
+A part that is ready within ten seconds prints nothing into a log file.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from rmcore.host.terminal import clock
 
 SECONDS = 10.0  # between two lines in a log file
 
@@ -25,8 +27,8 @@ class DataProgress:
         self._seconds = seconds
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, tuple[float, int]] = {}  # when a part was first heard of, and its rows done by then
-        self._told: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}  # time of the first call for a part, and its rows done by then
+        self._printed: dict[str, float] = {}  # time of the last line for a part
 
     def __enter__(self) -> DataProgress:
         return self
@@ -37,32 +39,29 @@ class DataProgress:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         if sys.stderr.isatty():
-            self._show(done, total, what)
+            self._update_bar(done, total, what)
             return
         now = time.monotonic()
         started, first = self._started.setdefault(what, (now, done))
-        if now - self._told.setdefault(what, started) < self._seconds:
+        if now - self._printed.setdefault(what, started) < self._seconds:
             return
-        self._told[what] = now
+        self._printed[what] = now
         rate = (done - first) / (now - started)
-        left = f", {rate:,.0f} rows/s, eta {_clock((total - done) / rate)}" if rate > 0 else ""
+        left = f", {rate:,.0f} rows/s, eta {clock((total - done) / rate)}" if rate > 0 else ""
         print(f"{what}: {done:,} of {total:,} rows{left}", file=sys.stderr, flush=True)
 
-    def _show(self, done: int, total: int, what: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    def _update_bar(self, done: int, total: int, what: str) -> None:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows, eta"),
-                TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("rows, eta"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                refresh_per_second=4,
+            )
             self._bar.start()
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total)
         self._bar.update(self._tasks[what], completed=done)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

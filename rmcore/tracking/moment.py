@@ -1,4 +1,4 @@
-"""Where in a run: steps, pairs, passes."""
+"""Where a run is: steps, pairs, passes over the data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in the run: optimizer steps done, pairs seen, passes over the data (fractional)."""
+    """`step`: optimizer steps done; `episode`: pairs seen on all ranks; `epoch`: passes over the data, fractional."""
 
     step: int
     episode: int

@@ -1,4 +1,8 @@
-"""The places that figures go to."""
+"""Writes metrics and samples to files and services: metrics.jsonl, samples.jsonl, TensorBoard, wandb.
+
+Input: metrics by name at a moment of the run, sample rows. Output: a line, an event or a table in each sink.
+Example of a line of metrics.jsonl: {"step": 10, "episode": 640, "epoch": 0.36, "train/rm/loss": 0.6931, ...}
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,14 @@ from rmcore.tracking.moment import Moment
 
 
 class JsonLines:
-    """metrics.jsonl and samples.jsonl, one object a line, flushed at once."""
+    """metrics.jsonl and samples.jsonl, one object per line, flushed at once."""
 
     def __init__(self, directory: Path, start: Moment) -> None:
         self._metrics = _continue_lines(directory / "metrics.jsonl", start.step)
         self._samples = _continue_lines(directory / "samples.jsonl", start.step)
 
-    def figures(self, at: Moment, figures: Mapping[str, float]) -> None:
-        self._write(self._metrics, {**asdict(at), **figures})
+    def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
+        self._write(self._metrics, {**asdict(at), **metrics})
 
     def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
         for row in rows:
@@ -44,7 +48,10 @@ class JsonLines:
 
 
 def _continue_lines(path: Path, step: int) -> TextIO:
-    """Open for appending after the last line of `step` or before; half a line, left by a kill, goes too."""
+    """Open for appending after the last line up to `step`. Later lines and half a line left by a kill are removed.
+
+    At step 0 a former file is kept under another name.
+    """
     if path.exists() and step == 0:
         os.replace(path, _free_name(path))
     elif path.exists():
@@ -54,7 +61,7 @@ def _continue_lines(path: Path, step: int) -> TextIO:
 
 
 def _step_of(line: str) -> float:
-    """The step that a line tells of; infinite for one that is not whole."""
+    """The step of a line; infinite for a line that is not complete."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -62,7 +69,7 @@ def _step_of(line: str) -> float:
 
 
 def _free_name(path: Path) -> Path:
-    """metrics.jsonl -> metrics.1.jsonl, or the next number that is free."""
+    """metrics.jsonl -> metrics.1.jsonl, or the next number that is not used."""
     number = 1
     while (name := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
@@ -70,7 +77,7 @@ def _free_name(path: Path) -> Path:
 
 
 class TensorBoard:
-    """Events with the episode as x axis; the config and the samples as text."""
+    """Events, with the episode as x axis; the config and the samples as text."""
 
     def __init__(self, directory: Path, start: Moment, config_yaml: str) -> None:
         try:
@@ -82,13 +89,13 @@ class TensorBoard:
             ) from None
         if directory.exists() and start.step == 0:
             os.replace(directory, _free_name(directory))
-        # Charts hide what an earlier attempt logged beyond the point where this one continues.
+        # Charts hide what an earlier attempt logged after the point where this one continues.
         purge_step = start.episode + 1 if start.step else None
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
         self._writer.add_text("config", "\n".join(f"    {line}" for line in config_yaml.splitlines()), start.episode)
 
-    def figures(self, at: Moment, figures: Mapping[str, float]) -> None:
-        for name, value in {"epoch": at.epoch, "step": at.step, **figures}.items():
+    def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
+        for name, value in {"epoch": at.epoch, "step": at.step, **metrics}.items():
             self._writer.add_scalar(name, value, at.episode)
 
     def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
@@ -110,7 +117,7 @@ def _cell(text: str) -> str:
 
 
 class WeightsAndBiases:
-    """A wandb run named after the run directory; a resumed run continues the same one."""
+    """A wandb run with the name of the run directory; a resumed run continues the same wandb run."""
 
     def __init__(self, directory: Path, config: Config) -> None:
         try:
@@ -134,8 +141,8 @@ class WeightsAndBiases:
         )
         self._run.define_metric("*", step_metric="episode")
 
-    def figures(self, at: Moment, figures: Mapping[str, float]) -> None:
-        self._run.log({**asdict(at), **figures})
+    def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
+        self._run.log({**asdict(at), **metrics})
 
     def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
         columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "correct"]

@@ -1,8 +1,7 @@
-"""run_status.json: what became of a run, for scripts that look at the run directory and not at exit codes.
+"""Writes run_status.json: the state of a run, for scripts that read the run directory and not exit codes.
 
-In: the status, the step and episode reached, a reason, the last evaluation's figures. Out: the file, replaced as a
-whole, so that a reader sees the old one or the new one and never half of one.
-
+Input: the status, the step and episode reached, a reason, the metrics of the last evaluation. Output: the file,
+replaced as a whole, so that a reader sees either the old or the new one, never half of one.
 Example: {"status": "completed", "step": 28, "episode": 1790, "reason": "", "eval": {"accuracy": 0.61}, "time": ...}
 """
 
@@ -12,19 +11,17 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rmcore.host.files import finite, write_text_atomically
-
-if TYPE_CHECKING:
-    from rmcore.parallel.world import World
+from rmcore.parallel.world import World
 
 Status = Literal["running", "completed", "preempted", "failed"]
 FILE = "run_status.json"
 
 
 def write_status(world: World, run_dir: str | Path, status: Status, **content: Any) -> None:
-    """`record_status` on rank 0; the others return at once."""
+    """Rank 0 calls `record_status`; the other ranks return at once."""
     if world.is_main:
         record_status(run_dir, status, **content)
 
@@ -38,12 +35,12 @@ def record_status(
     reason: str = "",
     evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `run_status.json`. Raises OSError when it cannot be written.
+    """Write run_status.json. Raises OSError if it cannot be written.
 
     Args:
         step, episode: optimizer steps done and pairs seen.
-        reason: why the run failed or was preempted; for people.
-        evaluation: the figures of the last evaluation.
+        reason: why the run failed or was preempted, for people.
+        evaluation: the metrics of the last evaluation.
     """
     content = {
         "status": status,
@@ -57,7 +54,7 @@ def record_status(
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any]:
-    """What run_status.json says, {} when there is none that can be read."""
+    """The content of run_status.json, {} if it is missing or cannot be read."""
     try:
         content = json.loads((Path(run_dir) / FILE).read_bytes())
     except (OSError, ValueError):

@@ -1,43 +1,40 @@
-"""Where figures go: metrics.jsonl, TensorBoard, wandb, and the console (rmcore/tracking/console.py).
+"""Sends metrics, samples and lines of text to all sinks: metrics.jsonl, TensorBoard, wandb and the console.
 
-In: figures by name at a step (rmcore/training/metrics.py, rmcore/evaluation/evaluate.py), sample rows, lines of text.
-Out: one JSON object
-a line in <run.dir>/metrics.jsonl, events under <run.dir>/tensorboard with the episode as x axis, the samples of each
-evaluation in <run.dir>/samples.jsonl.
-Ranks other than 0 get a tracker that does nothing, so the training loop asks no rank.
+Input: metrics by name at a step (rmcore/training/metrics.py, rmcore/evaluation/evaluate.py), sample rows, lines of
+text. Output: a line in <run.dir>/metrics.jsonl, events in <run.dir>/tensorboard, the samples of each evaluation in
+<run.dir>/samples.jsonl, and text on the console.
+Example: tracker.log(Moment(10, 640, 0.36), {"train/rm/loss": 0.6931}) on rank 0.
 
-Example of a line: {"step": 10, "episode": 640, "epoch": 0.36, "train/rm/loss": 0.6931, ...}
+Ranks other than 0 get a tracker that does nothing, so that the training loop need not distinguish ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.text import Text
 
 from rmcore.config.schema import Config
+from rmcore.evaluation.samples import SampleRow
+from rmcore.parallel.world import World
 from rmcore.tracking.console import Screen
 from rmcore.tracking.moment import Moment
 from rmcore.tracking.sinks import JsonLines, TensorBoard, WeightsAndBiases
 
-if TYPE_CHECKING:
-    from rmcore.evaluation.samples import SampleRow
-    from rmcore.parallel.world import World
-
 
 class Sink(Protocol):
-    """One place that figures go to."""
+    """A place to which metrics and samples are written."""
 
-    def figures(self, at: Moment, figures: Mapping[str, float]) -> None: ...
+    def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None: ...
     def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None: ...
     def close(self) -> None: ...
 
 
 class Tracker:
-    """Sends everything to its sinks; on ranks other than 0 there are none. Close it, or use it in a `with`."""
+    """Sends everything to its sinks, of which ranks other than 0 have none. Close it, or use it in a `with`."""
 
     def __init__(self, sinks: Sequence[Sink] = (), screen: Screen | None = None) -> None:
         self._sinks, self._screen = sinks, screen
@@ -49,22 +46,22 @@ class Tracker:
         self.close()
 
     def say(self, text: str | Text) -> None:
-        """One line (or more) for people; control characters are made visible."""
+        """Print a line or more; control characters become visible."""
         if self._screen:
             self._screen.say(text)
 
     def step_done(self, step: int) -> None:
-        """Move the progress bar; costs nothing elsewhere."""
+        """Move the progress bar, if there is one."""
         if self._screen:
             self._screen.step_done(step)
 
-    def log(self, at: Moment, figures: Mapping[str, float]) -> None:
-        """Figures of a log interval or of an evaluation, under their full names (train/rm/loss, eval/rm/accuracy)."""
+    def log(self, at: Moment, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of an interval or of an evaluation by their full names (train/rm/loss, eval/rm/accuracy)."""
         for sink in self._sinks:
-            sink.figures(at, figures)
+            sink.metrics(at, metrics)
 
     def log_samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
-        """The samples table of an evaluation."""
+        """Log the samples table of an evaluation."""
         for sink in self._sinks:
             sink.samples(at, rows)
 
@@ -77,15 +74,15 @@ class Tracker:
 def start_tracker(
     world: World, config: Config, *, steps: int, start: Moment | None = None, console: Console | None = None
 ) -> Tracker:
-    """The trackers that `log.*` asks for, on rank 0; a silent one on the others.
+    """A tracker with the sinks that `log.*` selects on rank 0; one without sinks on the other ranks.
 
     Args:
-        steps: of the whole run.
-        start: where a resumed run continues. What an earlier attempt logged after that point is dropped, for it is
-            about to be logged again. A run that starts from zero moves the logs of a former run in `run.dir` aside.
-        console: in place of standard output.
+        steps: steps of the whole run.
+        start: where a resumed run continues. Lines that an earlier attempt logged after that point are removed, because
+            this attempt will log them again. A run that starts from zero renames the logs of a former run in `run.dir`.
+        console: used in place of standard output.
     Raises:
-        UserError: a tracker that is asked for is not installed.
+        UserError: the package of a selected sink is not installed.
     """
     if not world.is_main:
         return Tracker()

@@ -1,13 +1,12 @@
-"""Training figures: summed on the device while steps run, reduced over the ranks once a log interval.
+"""Sums training metrics on the device while steps run, and reduces them over the ranks once per log interval.
 
-In: the output and batch of each micro batch, the gradient norm of each step. Out: a dict of named figures, the same on
-every rank. Every mean is a sum over all ranks divided by a count over all ranks, never a mean of means; means over
-pairs are weighted by the pairs' weights (the two directions of a soft label count once together).
-
+Input: the output and batch of each micro batch, the gradient norm of each step. Output: a dict of metrics by name, the
+same on every rank; `TRAINING` in rmcore/evaluation/metrics.py explains them.
 Example: rank 0 saw 3 pairs with losses 0.2, 0.4, 0.6 and rank 1 one pair with loss 1.2. `train/rm/loss` is
 (0.2 + 0.4 + 0.6 + 1.2) / 4 = 0.6; the mean of the ranks' means would be 0.8.
 
-Shape legend: P pairs, A answers, T packed tokens.
+Every mean is a sum over all ranks divided by a count over all ranks, never a mean of means. Means over pairs are
+weighted by the pairs' weights, so that the two directions of a soft label count once.
 """
 
 from __future__ import annotations
@@ -24,14 +23,19 @@ from torch import Tensor
 from rmcore.cost.flops import device_peak_flops
 from rmcore.parallel.world import World, all_reduce_sum
 
-# What the device sums, in this order; the host's counts follow in the same vector when it is reduced.
+# The sums on the device, in this order; for the reduction the counts of the host follow in the same vector.
 DEVICE_SUMS = ("loss", "counted", "weight", "correct", "chosen", "rejected", "grad_norm", "skipped")
 HOST_SUMS = ("pairs", "computed_tokens", "logical_tokens", "steps", "seconds")
-EVERY_RANK_THE_SAME = ("grad_norm", "skipped", "steps", "seconds")  # each rank adds its own; the mean of ranks counts
+EVERY_RANK_THE_SAME = (
+    "grad_norm",
+    "skipped",
+    "steps",
+    "seconds",
+)  # summed over the ranks, then divided by their number
 
 
 class Paired(Protocol):
-    """What is read of a micro batch; `rmcore.data.batches.batch.RaggedBatch` is one."""
+    """The part of a micro batch that metrics read; `rmcore.data.batches.batch.RaggedBatch` has it."""
 
     @property
     def winner_P(self) -> Tensor: ...
@@ -46,7 +50,7 @@ class Paired(Protocol):
 
 
 class Rewarded(Protocol):
-    """What is read of a forward: the summed (weighted) loss, what it is a sum over, and every answer's reward."""
+    """The part of a forward's output that metrics read: the summed loss, its count, and every answer's reward."""
 
     @property
     def loss_sum(self) -> Tensor: ...
@@ -61,17 +65,17 @@ class Metrics:
 
     Args:
         world: this process.
-        earlier: what a checkpoint holds of a log interval that was half full (`interval`).
-        flops_per_token: training FLOPs of one computed token (`model_flops_per_token`); with it, and on a device whose
-            peak is known, the figures hold `mfu`.
+        flops_per_token: training FLOPs of one computed token (`model_flops_per_token`), needed for `mfu`. `mfu` is
+            reported only on devices whose peak is known.
+        earlier: the sums of an incomplete log interval from a checkpoint (`interval`).
     """
 
     def __init__(
         self, world: World, flops_per_token: float | None = None, earlier: Sequence[float | None] = ()
     ) -> None:
         self._world = world
-        whole = len(earlier) == len(DEVICE_SUMS + HOST_SUMS)  # else of a version that summed other things
-        self._earlier = [math.nan if value is None else value for value in earlier] if whole else []
+        same_version = len(earlier) == len(DEVICE_SUMS + HOST_SUMS)  # a former version may have summed other things
+        self._earlier = [math.nan if value is None else value for value in earlier] if same_version else []
         self._sums = torch.zeros(len(DEVICE_SUMS), dtype=torch.float64, device=world.device)
         self._flops_per_token = flops_per_token
         self._peak = device_peak_flops(world.device)
@@ -80,7 +84,7 @@ class Metrics:
         self._started = time.perf_counter()
 
     def add(self, output: Rewarded, batch: Paired) -> None:
-        """Count one micro batch: its pairs, their losses and rewards, its tokens; one without pairs counts tokens."""
+        """Add the pairs, losses, rewards and tokens of one micro batch, which may have no pairs."""
         rewards_A = output.rewards_A.detach().double()
         chosen_P, rejected_P = rewards_A[batch.winner_P], rewards_A[batch.loser_P]
         weight_P = batch.weight_P.double()
@@ -99,9 +103,9 @@ class Metrics:
         self._logical_tokens += batch.logical_tokens
 
     def add_step(self, grad_norm: Tensor | None = None) -> None:
-        """Count one optimizer step and its global gradient norm (a scalar tensor, the same on every rank).
+        """Add one optimizer step and its global gradient norm (a scalar tensor, the same on every rank).
 
-        A step whose norm is NaN or infinite is a skipped one and does not enter the mean of the norms.
+        A step whose norm is NaN or Inf counts as skipped, and its norm is left out of the mean.
         """
         self._steps += 1
         if grad_norm is not None:
@@ -111,7 +115,7 @@ class Metrics:
 
     @contextmanager
     def clock_paused(self) -> Iterator[None]:
-        """Time spent inside (evaluation, saving) is no training time: the rates leave it out."""
+        """Leave the time spent inside (evaluation, saving) out of the rates."""
         paused = time.perf_counter()
         try:
             yield
@@ -119,28 +123,25 @@ class Metrics:
             self._paused_seconds += time.perf_counter() - paused
 
     def reduce(self, world: World | None = None) -> dict[str, float]:
-        """The figures since the last call, over all ranks; one reduction, then everything starts from zero.
+        """The metrics since the last call, over all ranks; then all sums start from zero. A collective.
 
-        Every rank must call it at the same step. Keys: train/rm/{accuracy, loss, chosen_rewards, rejected_rewards,
-        reward_margin}, train/skipped_steps (NaN or Inf), grad_norm, tokens_per_second (computed tokens),
-        logical_tokens_per_second, pairs_per_second, step_seconds, sharing_ratio (logical tokens per computed token: 1.6
-        means 1.6 tokens for the price of one), mfu where known. A figure whose count is 0 is left out.
+        A metric whose count is 0 is left out.
         """
         world = world or self._world
         waited = time.perf_counter()
         total = self._total(world, waited)
-        figures = _figures(total, world.size)
-        if self._flops_per_token and self._peak and "tokens_per_second" in figures:
-            figures["mfu"] = figures["tokens_per_second"] * self._flops_per_token / (self._peak * world.size)
+        metrics = _metrics(total, world.size)
+        if self._flops_per_token and self._peak and "tokens_per_second" in metrics:
+            metrics["mfu"] = metrics["tokens_per_second"] * self._flops_per_token / (self._peak * world.size)
         self._sums.zero_()
         self._pairs = self._computed_tokens = self._logical_tokens = self._steps = 0
         self._paused_seconds = 0.0
         self._started = waited
         self._earlier = []
-        return figures
+        return metrics
 
     def interval(self) -> list[float]:
-        """The sums of the interval so far, over all ranks, for a checkpoint: any world size may go on from them."""
+        """The sums of the interval so far, over all ranks; a checkpoint keeps them for any world size. A collective."""
         total = self._total(self._world, time.perf_counter())
         return [value / self._world.size if name in EVERY_RANK_THE_SAME else value for name, value in total.items()]
 
@@ -155,26 +156,26 @@ class Metrics:
         return total
 
 
-def _figures(total: dict[str, float], ranks: int) -> dict[str, float]:
+def _metrics(total: dict[str, float], ranks: int) -> dict[str, float]:
     pairs, weight, tokens = total["pairs"], total["weight"], total["computed_tokens"]
-    steps, seconds = total["steps"], total["seconds"] / ranks  # each rank's clock ran once: seconds is their mean
-    figures: dict[str, float] = {}
+    steps, seconds = total["steps"], total["seconds"] / ranks  # the mean of the ranks' clocks
+    metrics: dict[str, float] = {}
     if weight:
-        figures["train/rm/accuracy"] = total["correct"] / weight
-        figures["train/rm/chosen_rewards"] = total["chosen"] / weight
-        figures["train/rm/rejected_rewards"] = total["rejected"] / weight
-        figures["train/rm/reward_margin"] = (total["chosen"] - total["rejected"]) / weight
+        metrics["train/rm/accuracy"] = total["correct"] / weight
+        metrics["train/rm/chosen_rewards"] = total["chosen"] / weight
+        metrics["train/rm/rejected_rewards"] = total["rejected"] / weight
+        metrics["train/rm/reward_margin"] = (total["chosen"] - total["rejected"]) / weight
     if total["counted"]:
-        figures["train/rm/loss"] = total["loss"] / total["counted"]
+        metrics["train/rm/loss"] = total["loss"] / total["counted"]
     if steps:
-        figures["train/skipped_steps"] = total["skipped"] / ranks
+        metrics["train/skipped_steps"] = total["skipped"] / ranks
         if steps > total["skipped"]:
-            figures["grad_norm"] = total["grad_norm"] / (steps - total["skipped"])
-        figures["step_seconds"] = seconds / (steps / ranks)
+            metrics["grad_norm"] = total["grad_norm"] / (steps - total["skipped"])
+        metrics["step_seconds"] = seconds / (steps / ranks)
     if tokens:
-        figures["sharing_ratio"] = total["logical_tokens"] / tokens
+        metrics["sharing_ratio"] = total["logical_tokens"] / tokens
     if seconds > 0 and tokens:
-        figures["tokens_per_second"] = tokens / seconds
-        figures["logical_tokens_per_second"] = total["logical_tokens"] / seconds
-        figures["pairs_per_second"] = pairs / seconds
-    return figures
+        metrics["tokens_per_second"] = tokens / seconds
+        metrics["logical_tokens_per_second"] = total["logical_tokens"] / seconds
+        metrics["pairs_per_second"] = pairs / seconds
+    return metrics

@@ -48,7 +48,7 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             config,
             wants_text=run.data.template.wants_text,
             data=run.data.train,
-            metrics=evaluation.figures if evaluation else None,
+            metrics=evaluation.metrics if evaluation else None,
         ),
         config_yaml=config.dump_yaml(),
     )

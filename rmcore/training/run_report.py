@@ -37,11 +37,11 @@ def report_run(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> Non
 def report_of(run: Run, evaluation: Evaluation | None) -> Report:
     """The content of the report."""
     config, held_out = run.config, run.data.eval
-    quality: dict[str, Any] = {"figures": {}, "pairs": None, "answers": None, "samples": ()}
+    quality: dict[str, Any] = {"metrics": {}, "pairs": None, "answers": None, "samples": ()}
     if evaluation is not None and held_out is not None:
         rewards_A = evaluation.rewards_A
         quality = {
-            "figures": evaluation.figures,
+            "metrics": evaluation.metrics,
             "pairs": pair_arrays(held_out, rewards_A),
             "answers": answer_arrays(held_out, rewards_A),
             "samples": sample_rows(held_out, rewards_A, run.tokenizer, config.log.samples),

@@ -1,4 +1,4 @@
-"""`rmcore evaluate MODEL DATA` on an exported model, against plain transformers."""
+"""Compares `rmcore evaluate MODEL DATA` on an exported model with plain transformers."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_the_evaluate_command_reads_an_export(tmp_path: Path, capsys: pytest.Cap
         "train[:5]",
     )
     assert main([*arguments, f"data.cache={tmp_path / 'cache'}"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     assert {
         "accuracy",
         "loss",
@@ -33,8 +33,8 @@ def test_the_evaluate_command_reads_an_export(tmp_path: Path, capsys: pytest.Cap
         "reward_margin",
         "count",
         "sources",
-    } <= figures.keys()
-    assert figures["count"] == 11
+    } <= metrics.keys()
+    assert metrics["count"] == 11
     model, tokenizer = (
         kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForSequenceClassification, AutoTokenizer)
     )
@@ -47,8 +47,8 @@ def test_the_evaluate_command_reads_an_export(tmp_path: Path, capsys: pytest.Cap
         ids = [tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False) for turns in conversations]
         chosen, rejected = (model(input_ids=one).logits[0, 0].item() for one in ids)
         margins.append(chosen - rejected)
-    assert figures["accuracy"] == np.mean(np.array(margins) > 0)
-    assert figures["reward_margin"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert metrics["accuracy"] == np.mean(np.array(margins) > 0)
+    assert metrics["reward_margin"] == pytest.approx(np.mean(margins), abs=1e-5)
 
 
 def test_the_evaluate_command_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from rmcore.data.synthetic import synthetic_rows
 from rmcore.export import main
 from rmcore.hf_export.from_checkpoint import export
 from rmcore.parallel.world import running_world
-from rmcore.score import score
+from rmcore.scoring.score import score
 from tests.harness.crash import run
 from tests.harness.small_run import arguments
 

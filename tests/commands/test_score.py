@@ -1,4 +1,4 @@
-"""`rmcore score`: the rewards that padded transformers gives each text, rows in order, stopped runs that go on."""
+"""Checks `rmcore score`: the rewards of padded transformers, rows in order, stopped runs that are resumed."""
 
 import datetime
 import gzip
@@ -21,8 +21,8 @@ import rmcore.host.faults
 import rmcore.scoring.files
 from rmcore.config import UserError
 from rmcore.parallel.world import running_world
-from rmcore.score import main, score
-from rmcore.scoring.scorer import Scorer, Text, grouped
+from rmcore.score import main
+from rmcore.scoring.score import score
 from tests.harness.paths import ROOT, SHARED, needs_shared
 from tests.harness.ranks import run_ranks
 
@@ -64,7 +64,7 @@ def scored(tmp_path, rows, overrides=FP32):
 
 
 def questions(count):
-    """Rows of one to five answers, of unequal lengths; every third asks what the one before asked."""
+    """Rows of one to five answers, of unequal lengths; every third has the prompt of the row before."""
     rows = []
     for number in range(count):
         asked = number - 1 if number % 3 == 2 else number
@@ -113,21 +113,6 @@ def test_rewards_equal_the_padded_forward_whatever_the_batch(tmp_path, plain, bu
     np.testing.assert_allclose(rewards, expected, atol=CLOSE, rtol=0)
 
 
-def test_groups_share_a_prompt_and_keep_to_the_budget():
-    def text(head, tail, prompt):
-        return Text(np.array([*range(head), *range(100, 100 + tail)], dtype=np.int32), prompt)
-
-    three = [text(30, 20, "p"), text(30, 30, "p"), text(30, 10, "p")]
-    assert [len(group) for group in grouped(three, 70, share=True)] == [3], "they share 40: 40 + 10 + 20 + 0"
-    for number, one in enumerate(three):
-        one.ids[30] = 200 + number
-    assert [len(group) for group in grouped(three, 90, share=True)] == [3]  # 30 + 20 + 30 + 10
-    assert [len(group) for group in grouped(three, 89, share=True)] == [2, 1]
-    assert [len(group) for group in grouped(three, 110, share=False)] == [2, 1]
-    assert [len(group) for group in grouped([*three, *three], 90, share=True)] == [3], "each text once"
-    assert [len(group) for group in grouped([three[0], three[1]._replace(prompt="q")], 90, share=True)] == [1, 1]
-
-
 def test_turns_are_rendered_with_the_template(tmp_path, plain):
     rows = [
         {"prompt": [{"role": "user", "content": "Hi"}], "answers": [[{"role": "assistant", "content": "Yes"}]] * 2},
@@ -149,7 +134,7 @@ def test_a_text_beyond_the_positions_has_no_reward_and_costs_no_other(tmp_path, 
 
 
 def score_chunks_of_four(rendezvous, source, out, kill_at):
-    """In a process of its own, which dies by SIGKILL before the chunk of that number is on the disk."""
+    """In a process of its own, which kills itself before it writes the chunk of that number."""
     torch.set_num_threads(1)
     rmcore.scoring.files.CHUNK_ROWS = 4
     passed = []
@@ -165,8 +150,8 @@ def score_chunks_of_four(rendezvous, source, out, kill_at):
 
 
 @pytest.mark.distributed
-def test_a_killed_run_goes_on_and_writes_the_same_bytes_at_any_number_of_ranks(tmp_path):
-    """Six chunks of at most 4 rows: uninterrupted; on three ranks; killed at the third chunk and ended by two ranks."""
+def test_a_killed_run_resumes_and_writes_the_same_bytes_at_any_number_of_ranks(tmp_path):
+    """Six chunks of at most 4 rows: uninterrupted; on three ranks; killed at the third chunk, finished by two ranks."""
     source = written(tmp_path / "in.jsonl", questions(22))
     whole, three, again = (tmp_path / f"{name}.jsonl" for name in ("whole", "three", "again"))
     [done] = run_ranks(score_chunks_of_four, 1, tmp_path / "a", source, str(whole), 0)
@@ -205,7 +190,7 @@ def test_under_torchrun(tmp_path):
     assert refused.returncode == 1 and refused.stderr.count("in.jsonl:1031: a row needs") == 1, refused.stderr[-2000:]
 
 
-def test_another_model_or_file_starts_anew(tmp_path):
+def test_another_model_or_file_starts_from_the_first_chunk(tmp_path):
     parts = tmp_path / "out.jsonl.parts"
     parts.mkdir()
     (parts / "of.json").write_text('{"model": "another"}')
@@ -238,7 +223,7 @@ def test_json_lines_to_parquet(tmp_path, monkeypatch):
     assert [row["n"] for row in out] == [1, None, None] and out[2]["late"] == {"x": [1.5]}
     assert out[0]["reward"] is not None and out[0]["rewards"] is None and out[2]["reward"] is None
     mixed = written(tmp_path / "mixed.jsonl", [{"text": "One.", "n": 1}, {"text": "Two.", "n": "two"}])
-    with pytest.raises(UserError, match=r"make no Parquet table .*write JSON lines"):
+    with pytest.raises(UserError, match=r"cannot be a Parquet table .*write JSON lines"):
         run(mixed, tmp_path / "mixed.parquet")
 
 
@@ -276,7 +261,7 @@ def test_standard_input_and_output(tmp_path, monkeypatch, capsysbinary):
 def test_normalised_rewards(tmp_path, monkeypatch):
     rows = questions(3)
     raw = [reward for row in scored(tmp_path, rows) for reward in row["rewards"]]
-    with pytest.raises(UserError, match="holds no pooler_config"):
+    with pytest.raises(UserError, match="contains no pooler_config"):
         run(tmp_path / "in.jsonl", tmp_path / "n.jsonl", normalise=True)
     model = tmp_path / "model"
     model.mkdir()
@@ -301,16 +286,16 @@ def test_normalised_rewards(tmp_path, monkeypatch):
         ({"text": 3}, "in.jsonl:1: text must be text"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, row, message):
+def test_the_place_of_a_bad_row_is_reported(tmp_path, row, message):
     with pytest.raises(UserError) as caught:
         scored(tmp_path, [row])
     assert message in str(caught.value)
 
 
-def test_the_command_says_what_it_refuses(tmp_path, capsys):
+def test_the_command_reports_why_it_refuses(tmp_path, capsys):
     same = written(tmp_path / "in.jsonl", [{"text": "a"}])
     for rows, out, message in (
-        (str(tmp_path / "none.jsonl"), str(tmp_path / "out"), "there is no such file"),
+        (str(tmp_path / "none.jsonl"), str(tmp_path / "out"), "no such file"),
         (same, same, "is the input"),
         (same, str(tmp_path / "out.csv"), "writes JSON lines"),
         (same, str(tmp_path), "is a directory"),
@@ -318,10 +303,3 @@ def test_the_command_says_what_it_refuses(tmp_path, capsys):
     ):
         assert main([MODEL, rows, "-o", out, "data.template=none"]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_one_choice_of_path_for_all_rows(tmp_path):
-    """The first chunk decides, so that a run that goes on computes as it began."""
-    scorer = Scorer(MODEL, FP32)
-    scorer.choose_path([({"text": "a b c"}, "")])
-    assert scorer.path.startswith("attention shared")

@@ -1,4 +1,4 @@
-"""Exact evaluation: every comparison once, the same rewards and figures at any world size."""
+"""Checks the exact evaluation: every comparison once, the same rewards and metrics at any world size."""
 
 import json
 from pathlib import Path
@@ -53,13 +53,12 @@ def mixed_comparisons() -> TokenizedComparisons:
 
 
 def evaluate_on(world: World, token_budget: int = 40) -> list[dict[str, Any]]:
-    """All seven comparisons, then one alone: fewer than ranks, so that two of three have nothing to do; then many
-    answers and soft labels."""
+    """Seven comparisons; then one, so that two of three ranks have nothing to do; then many answers and soft labels."""
     model = reward_model(tiny_model("llama"), SHARED)
     sets = [comparisons(LENGTHS), comparisons(LENGTHS[:1]), mixed_comparisons()]
     results = [evaluate(model.train(), data, world, token_budget=token_budget) for data in sets]
     assert model.training, "the model's mode is left as it was"
-    return [{"rewards": [float(r).hex() for r in one.rewards_A], "figures": one.figures} for one in results]
+    return [{"rewards": [float(r).hex() for r in one.rewards_A], "metrics": one.metrics} for one in results]
 
 
 def evaluate_on_ranks(rendezvous: str) -> list[dict[str, Any]]:
@@ -69,10 +68,10 @@ def evaluate_on_ranks(rendezvous: str) -> list[dict[str, Any]]:
 
 @pytest.mark.distributed
 def test_the_same_to_the_last_bit_at_any_world_size(tmp_path: Path) -> None:
-    """Every reward and every figure (they came as JSON)."""
+    """Every reward and every metric, as JSON."""
     alone = evaluate_on(ONE)
-    assert [one["figures"]["count"] for one in alone] == [7, 1, 45]
-    assert alone[2]["figures"]["best_of"].keys() == {"4", "5"}
+    assert [one["metrics"]["count"] for one in alone] == [7, 1, 45]
+    assert alone[2]["metrics"]["best_of"].keys() == {"4", "5"}
     for size in (2, 3):
         for result in run_ranks(evaluate_on_ranks, size, tmp_path / str(size)):
             assert result.value == alone
@@ -81,15 +80,15 @@ def test_the_same_to_the_last_bit_at_any_world_size(tmp_path: Path) -> None:
 def test_the_batch_changes_no_more_than_rounding() -> None:
     """One comparison at a time, and all in one micro batch."""
     for small, large in zip(evaluate_on(ONE, 1), evaluate_on(ONE, 10_000), strict=True):
-        assert flat(small["figures"]).keys() == flat(large["figures"]).keys()
+        assert flat(small["metrics"]).keys() == flat(large["metrics"]).keys()
         # Rewards of size 1 in fp32 through three layers; no figure divides by a small number here.
-        assert flat(small["figures"]) == pytest.approx(flat(large["figures"]), abs=1e-5, nan_ok=True)
+        assert flat(small["metrics"]) == pytest.approx(flat(large["metrics"]), abs=1e-5, nan_ok=True)
 
 
-def flat(figures: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """{"a": {"b": 1}, "c": [2]} -> {"a/b": 1, "c/0": 2}."""
     found: dict[str, float] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, list):
             value = {str(i): item for i, item in enumerate(value)}
         found |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -119,8 +118,8 @@ def test_rewards_are_those_of_the_padded_oracle(path: str) -> None:
     # fp32, three layers: rounding of some 1e-6 where a wrong token would move a reward by 1e-1.
     np.testing.assert_allclose(result.rewards_A, torch.cat(rewards).double().numpy(), atol=1e-5)
     pairs = sum(len(item.pairs) for item in items)
-    assert result.figures["count"] == pairs
-    assert result.figures["loss"] == pytest.approx(float(loss) / pairs, abs=1e-5)
+    assert result.metrics["count"] == pairs
+    assert result.metrics["loss"] == pytest.approx(float(loss) / pairs, abs=1e-5)
     names = {"accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin"}
     assert {f"eval/rm/{name}" for name in names} <= result.logged().keys()
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation against scikit-learn and SciPy on the same numbers."""
+"""Compares the metrics of an evaluation with scikit-learn and SciPy on the same numbers."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
 from rmcore.evaluation.answer_metrics import AnswerArrays, beaten, best_of_k, ranks
 from rmcore.evaluation.calibration import calibration
-from rmcore.evaluation.pair_metrics import PairArrays, accuracy_interval, pair_figures, wilson_interval
+from rmcore.evaluation.pair_metrics import PairArrays, accuracy_interval, pair_metrics, wilson_interval
 
 
 def random_pairs(count: int, ties: int) -> PairArrays:
@@ -32,37 +32,37 @@ def random_pairs(count: int, ties: int) -> PairArrays:
     )
 
 
-def test_figures_against_scikit_learn() -> None:
+def test_metrics_against_scikit_learn() -> None:
     pairs = random_pairs(500, ties=20)
     margin = pairs.chosen_P - pairs.rejected_P
-    figures = pair_figures(pairs)
+    metrics = pair_metrics(pairs)
     right, weight = np.ones(500), pairs.weight_P
-    assert figures["accuracy"] == pytest.approx(accuracy_score(right, margin > 0, sample_weight=weight), abs=1e-12)
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(right, margin > 0, sample_weight=weight), abs=1e-12)
     # A pair is one trial in which "first" wins with probability sigmoid(margin).
     loss = log_loss(right, 1 / (1 + np.exp(-margin)), labels=[0, 1], sample_weight=pairs.weight_P)
-    assert figures["loss"] == pytest.approx(loss, rel=1e-12)
-    assert figures["reward_margin"] == pytest.approx(np.average(margin, weights=weight), rel=1e-12)
-    assert figures["chosen_rewards"] - figures["rejected_rewards"] == pytest.approx(figures["reward_margin"])
-    assert figures["sources"].keys() == {"a", "b", "c"}
-    parts = figures["sources"].values()
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-12)
+    assert metrics["reward_margin"] == pytest.approx(np.average(margin, weights=weight), rel=1e-12)
+    assert metrics["chosen_rewards"] - metrics["rejected_rewards"] == pytest.approx(metrics["reward_margin"])
+    assert metrics["sources"].keys() == {"a", "b", "c"}
+    parts = metrics["sources"].values()
     assert sum(part["count"] for part in parts) == 500
     weights = [weight[pairs.source_P == number].sum() for number in range(3)]
-    assert np.average([part["accuracy"] for part in parts], weights=weights) == pytest.approx(figures["accuracy"])
+    assert np.average([part["accuracy"] for part in parts], weights=weights) == pytest.approx(metrics["accuracy"])
     lengths = zip(pairs.chosen_length_P, pairs.rejected_length_P, strict=True)
     by_length = [1.0 if c > r else 0.5 if c == r else 0.0 for c, r in lengths]
-    assert figures["length_accuracy"] == pytest.approx(np.average(by_length, weights=weight))
+    assert metrics["length_accuracy"] == pytest.approx(np.average(by_length, weights=weight))
 
 
 def test_plain_pairs_have_plain_means() -> None:
     pairs = replace(random_pairs(333, ties=3), weight_P=np.ones(333))
-    figures, margin = pair_figures(pairs), pairs.chosen_P - pairs.rejected_P
-    assert figures["accuracy"] == (margin > 0).mean() and figures["reward_margin"] == margin.mean()
+    metrics, margin = pair_metrics(pairs), pairs.chosen_P - pairs.rejected_P
+    assert metrics["accuracy"] == (margin > 0).mean() and metrics["reward_margin"] == margin.mean()
     expected = binomtest(int((margin > 0).sum()), 333).proportion_ci(0.95, method="wilson")
-    assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx((expected.low, expected.high))
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == pytest.approx((expected.low, expected.high))
 
 
 def test_the_two_directions_of_a_soft_label_count_as_one_comparison() -> None:
-    """Labels p and rewards of 400 rows; the mean over rows of what each direction is worth."""
+    """Labels p and rewards of 400 rows: the mean over rows, each direction weighted."""
     generator = np.random.Generator(np.random.PCG64(3))
     p, first, second = generator.uniform(0.1, 0.9, 400), generator.normal(size=400), generator.normal(size=400)
     ones = np.ones(800, dtype=np.int64)
@@ -72,15 +72,15 @@ def test_the_two_directions_of_a_soft_label_count_as_one_comparison() -> None:
         comparison_P=np.repeat(np.arange(400), 2), winner_P=np.arange(800), loser_P=np.arange(800) ^ 1,
         source_P=0 * ones, sources=("a",),
     )  # fmt: skip
-    figures = pair_figures(pairs)
-    assert figures["accuracy"] == pytest.approx(np.where(first > second, p, 1 - p).mean())
-    assert figures["reward_margin"] == pytest.approx(((2 * p - 1) * (first - second)).mean())
+    metrics = pair_metrics(pairs)
+    assert metrics["accuracy"] == pytest.approx(np.where(first > second, p, 1 - p).mean())
+    assert metrics["reward_margin"] == pytest.approx(((2 * p - 1) * (first - second)).mean())
     # Weights between 0 and 1 vary less than labels of 0 and 1 would: each row is a trial, no more.
-    assert (figures["accuracy_low"], figures["accuracy_high"]) == wilson_interval(figures["accuracy"], 400)
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == wilson_interval(metrics["accuracy"], 400)
 
 
 def test_the_interval_of_many_answers_against_the_bootstrap() -> None:
-    """300 comparisons of 6 answers, all 15 pairs: a resampling of comparisons knows what the pairs have in common."""
+    """300 comparisons of 6 answers, all 15 pairs: resampling comparisons keeps the correlation between their pairs."""
     generator = np.random.Generator(np.random.PCG64(4))
     quality = generator.normal(size=(300, 6))
     rewards = quality + generator.normal(size=(300, 6)) * generator.exponential(2.0, size=(300, 1))
@@ -97,20 +97,20 @@ def test_the_interval_of_many_answers_against_the_bootstrap() -> None:
     assert (narrow[1] - narrow[0]) < 0.7 * width
 
 
-def test_a_tie_is_no_success() -> None:
-    figures = pair_figures(random_pairs(30, ties=30))
-    assert figures["accuracy"] == 0.0 and figures["loss"] == pytest.approx(np.log(2))
+def test_a_tie_is_an_error() -> None:
+    metrics = pair_metrics(random_pairs(30, ties=30))
+    assert metrics["accuracy"] == 0.0 and metrics["loss"] == pytest.approx(np.log(2))
 
 
 def test_large_margins_do_not_overflow() -> None:
     pairs = random_pairs(2, ties=0)
     pairs.chosen_P[:], pairs.rejected_P[:] = [2000.0, -2000.0], 0.0
     pairs.weight_P[:] = 1.0
-    assert pair_figures(pairs)["loss"] == 1000.0
+    assert pair_metrics(pairs)["loss"] == 1000.0
 
 
-def test_no_pairs_no_figures() -> None:
-    assert pair_figures(random_pairs(0, ties=0)) == {"count": 0, "sources": {}}
+def test_no_pairs_no_metrics() -> None:
+    assert pair_metrics(random_pairs(0, ties=0)) == {"count": 0, "sources": {}}
 
 
 @pytest.mark.parametrize(("successes", "count"), [(0, 7), (7, 7), (1, 3), (650, 1000)])
@@ -120,7 +120,7 @@ def test_the_interval_against_scipy(successes: int, count: int) -> None:
 
 
 def test_calibration_against_scikit_learn() -> None:
-    """Both orders of each pair, as forecasts of "the first is better": symmetric, so the upper half says it all."""
+    """Both orders of each pair, as forecasts of "the first is better": symmetric, so the upper half is enough."""
     generator = np.random.Generator(np.random.PCG64(7))
     margin = np.concatenate([generator.normal(0.7, 1.5, size=3000), np.zeros(40)])  # some ties
     found = calibration(margin, np.ones(3040))
@@ -171,25 +171,25 @@ def answers_of(pairs: PairArrays, seed: int) -> AnswerArrays:
 def test_correlations_with_length_against_scipy() -> None:
     pairs = random_pairs(400, ties=30)  # lengths from 1 to 8: many ranks are shared
     answers = answers_of(pairs, 1)
-    figures = pair_figures(pairs, answers)
+    metrics = pair_metrics(pairs, answers)
     reward, length = answers.reward_A, answers.length_A.astype(float)
     middle = [np.repeat(values.reshape(-1, 2).mean(axis=1), 2) for values in (reward, length)]
     within = reward - middle[0], length - middle[1]
-    assert figures["length_pearson"] == pytest.approx(pearsonr(reward, length).statistic, abs=1e-12)
-    assert figures["length_spearman"] == pytest.approx(spearmanr(reward, length).statistic, abs=1e-12)
-    assert figures["length_pearson_within"] == pytest.approx(pearsonr(*within).statistic, abs=1e-12)
-    assert figures["length_spearman_within"] == pytest.approx(spearmanr(*within).statistic, abs=1e-12)
-    assert (figures["reward_mean"], figures["reward_std"]) == pytest.approx((reward.mean(), np.std(reward)))
-    own = figures["sources"]["b"]
+    assert metrics["length_pearson"] == pytest.approx(pearsonr(reward, length).statistic, abs=1e-12)
+    assert metrics["length_spearman"] == pytest.approx(spearmanr(reward, length).statistic, abs=1e-12)
+    assert metrics["length_pearson_within"] == pytest.approx(pearsonr(*within).statistic, abs=1e-12)
+    assert metrics["length_spearman_within"] == pytest.approx(spearmanr(*within).statistic, abs=1e-12)
+    assert (metrics["reward_mean"], metrics["reward_std"]) == pytest.approx((reward.mean(), np.std(reward)))
+    own = metrics["sources"]["b"]
     assert own["length_spearman"] == pytest.approx(
         spearmanr(reward[answers.source_A == 1], length[answers.source_A == 1]).statistic
     )
     assert ranks(length).tolist() == rankdata(length).tolist()
 
 
-def test_accuracy_where_lengths_say_nothing() -> None:
+def test_accuracy_by_length() -> None:
     pairs = random_pairs(600, ties=0)
-    figures, right = pair_figures(pairs), pairs.chosen_P > pairs.rejected_P
+    metrics, right = pair_metrics(pairs), pairs.chosen_P > pairs.rejected_P
     chosen, rejected = pairs.chosen_length_P, pairs.rejected_length_P
     matched = chosen == rejected  # from 1 to 8 tokens nothing else is within a tenth
     for name, which in (
@@ -197,10 +197,10 @@ def test_accuracy_where_lengths_say_nothing() -> None:
         ("length_matched_accuracy", matched),
     ):  # fmt: skip
         expected = accuracy_score(np.ones(which.sum()), right[which], sample_weight=pairs.weight_P[which])
-        assert figures[name] == pytest.approx(expected), name
-    assert figures["length_matched_count"] == matched.sum()
+        assert metrics[name] == pytest.approx(expected), name
+    assert metrics["length_matched_count"] == matched.sum()
     never = replace(pairs, rejected_length_P=pairs.chosen_length_P * 2)
-    assert "length_matched_accuracy" not in pair_figures(never) and pair_figures(never)["length_matched_count"] == 0
+    assert "length_matched_accuracy" not in pair_metrics(never) and pair_metrics(never)["length_matched_count"] == 0
 
 
 def test_best_of_k_against_a_loop() -> None:

@@ -1,4 +1,4 @@
-"""RewardBench 1 and 2: rows of their schemas through `rmcore evaluate`, against plain transformers and plain loops."""
+"""Compares `rmcore evaluate` on rows of RewardBench 1 and 2 with plain transformers and plain loops."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def figures_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def metrics_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -56,7 +56,7 @@ def words(generator: np.random.Generator, most: int = 4) -> str:
 
 
 def rows_1(generator: np.random.Generator) -> list[dict[str, Any]]:
-    """Two or three rows a subset, with all the columns of the published set."""
+    """Two or three rows per subset, with all the columns of the published set."""
     rows = []
     for subset in SUBSETS:
         for _ in range(generator.integers(2, 4)):
@@ -88,7 +88,7 @@ def test_version_1_against_plain_transformers(model: Path, tmp_path: Path, capsy
     safety = np.average([accuracy[name] for name in sizes], weights=list(sizes.values()))
 
     arguments = [str(model), write(tmp_path / "filtered.jsonl", rows), f"data.cache={tmp_path / 'cache'}"]
-    alone = figures_of(capsys, *arguments)["rewardbench"]
+    alone = metrics_of(capsys, *arguments)["rewardbench"]
     assert alone["version"] == 1 and not alone["complete"] and alone["other_counts"]["math-prm"][1] == 447
     sections = alone["sections"]
     assert (sections["Chat Hard"], sections["Reasoning"], sections["Safety"]) == pytest.approx(
@@ -97,7 +97,7 @@ def test_version_1_against_plain_transformers(model: Path, tmp_path: Path, capsy
     assert alone["score"] == pytest.approx((sections["Chat"] + hard + reasoning + safety) / 4)
 
     flags = ["--prior-sets", write(tmp_path / "prior.jsonl", prior)]
-    both = figures_of(capsys, *arguments, *flags)
+    both = metrics_of(capsys, *arguments, *flags)
     sets = sum(accuracy[name] for name in ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")) / 4
     assert both["rewardbench"]["sections"]["Prior Sets"] == pytest.approx(sets)
     assert both["rewardbench"]["score"] == pytest.approx((4 * alone["score"] + sets / 2) / 4.5)
@@ -140,15 +140,15 @@ def test_version_2_against_plain_transformers(model: Path, tmp_path: Path, capsy
     expected["Ties"] = tie_score(tie_rows)
 
     path = write(tmp_path / "test.jsonl", rows)
-    figures = figures_of(capsys, str(model), path, f"data.cache={tmp_path / 'cache'}")
-    assert figures["rewardbench"]["sections"] == pytest.approx(expected)
-    assert figures["rewardbench"]["score"] == pytest.approx(sum(expected.values()) / 6)
-    assert figures["rewardbench"]["other_counts"]["Focus"] == [3, 495]
-    assert figures["sources"].keys() == ROWS_2.keys(), "the ties are one source"
-    assert figures["sources"]["Math"]["best_of_k_accuracy"] == pytest.approx(expected["Math"])
+    metrics = metrics_of(capsys, str(model), path, f"data.cache={tmp_path / 'cache'}")
+    assert metrics["rewardbench"]["sections"] == pytest.approx(expected)
+    assert metrics["rewardbench"]["score"] == pytest.approx(sum(expected.values()) / 6)
+    assert metrics["rewardbench"]["other_counts"]["Focus"] == [3, 495]
+    assert metrics["sources"].keys() == ROWS_2.keys(), "the ties are one source"
+    assert metrics["sources"]["Math"]["best_of_k_accuracy"] == pytest.approx(expected["Math"])
     assert main([str(model), path, f"data.cache={tmp_path / 'cache'}"]) == 0
     printed = capsys.readouterr().out
-    assert f"RewardBench 2: {figures['rewardbench']['score']:.4f}" in printed and "Factuality 3 of 475" in printed
+    assert f"RewardBench 2: {metrics['rewardbench']['score']:.4f}" in printed and "Factuality 3 of 475" in printed
 
 
 def tie_score(rows: dict[str, tuple[list[float], list[float]]]) -> float:
@@ -180,7 +180,7 @@ def test_shares_of_the_top() -> None:
     assert [top_share([2.0], wrong) for wrong in ([1.0, 0.0], [2.0, 0.0], [2.0, 2.0], [3.0])] == [1, 0.5, 1 / 3, 0]
 
 
-def test_complete_sets_say_so() -> None:
+def test_complete_sets_are_reported_as_complete() -> None:
     full = {name: {"accuracy": 0.5, "count": 447 if name == "math-prm" else rows} for name, rows in SUBSETS.items()}
     assert scores_1(full)["complete"] and scores_1(full)["score"] == 0.5
     assert sum(row["count"] for row in full.values()) == 2985, "the rows of the published filtered split"
@@ -197,18 +197,18 @@ def test_which_version_rows_are_of() -> None:
     assert version_of([{**row, "chosen": [{"role": "user", "content": "c"}]}]) is None
 
 
-def test_mistakes_are_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = write(tmp_path / "own.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r", "subset": "mine"}])
     tie = rows_2(np.random.Generator(np.random.PCG64(14)))[-1]
     broken = write(tmp_path / "broken.jsonl", [{**tie, "id": "7"}])
     cache = f"data.cache={tmp_path / 'cache'}"
-    for arguments, told in (
+    for arguments, message in (
         ([own, "--rewardbench", "1"], "not those of RewardBench 1"),
         ([own, "--prior-sets", own], "a part of RewardBench 1"),
         ([broken], "broken.jsonl:1: the id of a tie is ref:N or tied:N, not '7'"),
     ):
         assert main([str(model), *arguments, cache]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main([str(model), own, cache, "--json"]) == 0 and "rewardbench" not in json.loads(capsys.readouterr().out)
 
 

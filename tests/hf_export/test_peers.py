@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from rmcore.data.synthetic import synthetic_rows
 from rmcore.parallel.world import running_world
-from rmcore.score import score
+from rmcore.scoring.score import score
 from tests.harness.crash import run
 from tests.harness.paths import ROOT
 from tests.harness.small_run import arguments

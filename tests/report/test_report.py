@@ -1,4 +1,4 @@
-"""report.html: well formed, escaped, alone in the world; what it shows is what was found; it never ends a run."""
+"""Checks report.html: well-formed, escaped, without network, with the right numbers; its failure does not end a run."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from rmcore.evaluate import main
 from rmcore.evaluation.answer_metrics import AnswerArrays
-from rmcore.evaluation.pair_metrics import PairArrays, pair_figures
+from rmcore.evaluation.pair_metrics import PairArrays, pair_metrics
 from rmcore.evaluation.samples import SampleRow
 from rmcore.report.content import Report, read_history
 from rmcore.report.draw import INK
@@ -33,7 +33,7 @@ HTML_TAGS = {
 
 
 class Page(HTMLParser):
-    """What a browser would find: tags, attributes, the text outside of styles."""
+    """What a browser would find: tags, attributes, the text outside style elements."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ def judged(rewards: np.ndarray, sources: tuple[str, ...] = ("one",)) -> dict[str
         loser_P=2 * np.arange(count) + 1, source_P=source, sources=sources,
     )  # fmt: skip
     answers = AnswerArrays(rewards.ravel(), lengths.ravel(), np.repeat(np.arange(count), 2), np.repeat(source, 2))
-    return {"pairs": pairs, "answers": answers, "figures": pair_figures(pairs, answers)}
+    return {"pairs": pairs, "answers": answers, "metrics": pair_metrics(pairs, answers)}
 
 
 def a_report(name: str = "name", history: list[dict[str, Any]] | None = None, **found: Any) -> Report:
-    nothing = {"pairs": None, "answers": None, "figures": {}}
+    nothing = {"pairs": None, "answers": None, "metrics": {}}
     return Report(
         title=name, facts={"model": name}, samples=[SampleRow(name, name, name, 0.5, -0.25)] * 2,
         drops={name: {"rows": 3, "kept": 2, "dropped": {name: 1}, "pairs": 2}}, notes=[name], config_yaml=name,
@@ -96,7 +96,7 @@ def log(evaluations: int = 2) -> list[dict[str, Any]]:
 
 
 def test_nothing_on_the_page_acts_or_loads(tmp_path: Path) -> None:
-    """Text of data and config in every place that takes text; the page shows it and does nothing else."""
+    """The page only shows text of data and config, wherever it contains such text."""
     found = judged(np.random.Generator(np.random.PCG64(2)).normal(size=(60, 2)), (NASTY, "other"))
     write_report(a_report(NASTY, log(), **found), tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
@@ -187,7 +187,7 @@ def test_a_run_leaves_its_report(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_report_that_fails_ends_nothing(tmp_path: Path) -> None:
-    """A directory stands where the page should; the run is completed on both ranks."""
+    """A directory has the name of the page; the run is completed on both ranks."""
     (tmp_path / "run" / "report.html").mkdir(parents=True)
     run_ranks(train_rank, 2, tmp_path / "ranks", run_arguments(tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "run_status.json").read_text())["status"] == "completed"
@@ -200,9 +200,9 @@ def test_the_evaluate_command_writes_a_report(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = [str(tmp_path / "model"), str(tmp_path / "rows.jsonl"), f"data.cache={tmp_path / 'cache'}", "--json"]
     assert main([*common, "--report", str(tmp_path / "out.html"), "--png", str(tmp_path / "plots")]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     page = Page(tmp_path / "out.html")
-    assert f"{figures['accuracy']:.4f}" in page.text and "A <b>number</b>." in page.text
+    assert f"{metrics['accuracy']:.4f}" in page.text and "A <b>number</b>." in page.text
     assert {path.stem for path in (tmp_path / "plots").iterdir()} <= OF_PAIRS.keys()
-    assert main([*common, "--report", str(tmp_path / "model")]) == 2, "a directory is no file to write"
+    assert main([*common, "--report", str(tmp_path / "model")]) == 2, "a directory cannot be written as a file"
     assert "cannot write the report" in capsys.readouterr().err

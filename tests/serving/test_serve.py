@@ -1,4 +1,4 @@
-"""`rmcore serve`: the rewards of plain transformers over real HTTP, to many clients at once, whatever they send."""
+"""Checks `rmcore serve` over real HTTP: the rewards of plain transformers for many clients, and all refusals."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ def text(number: int, length: int = 10) -> Text:
 
 
 class Held:
-    """A model that gives each text its first token as the reward, when it is let; it keeps what it was given."""
+    """A model whose reward is the first token; it waits until `go` is set, and records its batches in `began`."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -201,7 +201,7 @@ def test_every_shape_of_request_has_the_rewards_of_plain_transformers(served: Se
         ("/get_reward", {"query": [1]}, 422, "query"),
         ("/get_reward", {}, 422, "query: Field required"),
         ("/get_reward", {"query": []}, 422, "0 texts"),
-        ("/get_reward", {"query": ["a"] * 301}, 422, "a request has 1 to 300"),
+        ("/get_reward", {"query": ["a"] * 301}, 422, "a request may have 1 to 300"),
         ("/get_reward", {"query": ["a", "b"], "prompts": ["a"]}, 422, "1 prompts for 2 texts"),
         ("/get_reward", {"query": ["fine", " word" * 3000]}, 422, "text 1 has 3001 tokens"),
         ("/get_reward", b'{"query": ["half \\ud800"]}', 422, "lone surrogate"),
@@ -371,10 +371,10 @@ def test_killed_and_restarted_under_load(plain: Any) -> None:
 
 @needs_shared
 def test_normalised_rewards_on_request(tmp_path: Path, plain: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --normalise (reward - mean) / deviation of the model's config.json; without them in it, a sentence."""
+    """--normalise gives (reward - mean) / deviation with those of config.json; without them it is refused."""
     texts = ["Why is the sky blue? Because.", "Why is the sky blue? Light scatters."]
     assert main([MODEL, "--port", "0", "--normalise", *SETTINGS]) == 2
-    assert "holds no pooler_config" in capsys.readouterr().err
+    assert "contains no pooler_config" in capsys.readouterr().err
     model = shutil.copytree(MODEL, tmp_path / "model", copy_function=os.symlink)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").unlink()
@@ -387,7 +387,7 @@ def test_normalised_rewards_on_request(tmp_path: Path, plain: Any, capsys: pytes
 
 @needs_shared
 def test_too_much_waiting_and_too_late() -> None:
-    """In this process, with a model that is held: the first request computes, the second waits, the third is sent away;
+    """In this process, with a model that waits: the first request computes, the second waits, the third is refused;
     none is done in time."""
     model = Held()
     batcher = Batcher(model, budget=4, most_waiting=6)

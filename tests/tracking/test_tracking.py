@@ -1,4 +1,4 @@
-"""Where figures go: lines, events, the console and the status file, and that a resumed run repeats none of them."""
+"""Checks lines, events, the console and the status file, and that a resumed run repeats none of them."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def moment(step: int) -> Moment:
     return Moment(step, 64 * step, step / 4)
 
 
-def test_every_sink_gets_the_figures(tmp_path: Path) -> None:
+def test_every_sink_gets_the_metrics(tmp_path: Path) -> None:
     console = file_console()
     with start_tracker(MAIN, config(tmp_path), steps=10, console=console) as tracker:
         tracker.step_done(1)
@@ -89,7 +89,7 @@ def test_every_sink_gets_the_figures(tmp_path: Path) -> None:
 
 
 def test_the_samples_table_shows_texts_as_they_are() -> None:
-    """Square brackets are no markup, an escape sequence does not reach the terminal, rewards have four decimals."""
+    """Square brackets are not markup, an escape sequence does not reach the terminal, rewards have four decimals."""
     from rmcore.tracking.console import Screen
 
     console = file_console(width=80)

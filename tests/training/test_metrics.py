@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rmcore.cost.flops import device_peak_flops, model_flops_per_token
+from rmcore.evaluation.metrics import TRAINING
 from rmcore.parallel.world import World, running_world
 from rmcore.training.metrics import Metrics
 from tests.harness.device_reads import DeviceReads
@@ -69,7 +70,7 @@ def log_two_intervals(rendezvous: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.distributed
-def test_unequal_ranks_give_the_figures_of_all_pairs(tmp_path: Path) -> None:
+def test_unequal_ranks_give_the_metrics_of_all_pairs(tmp_path: Path) -> None:
     results = [result.value for result in run_ranks(log_two_intervals, 2, tmp_path)]
     assert results[0] == results[1]
     first, second = results[0]
@@ -99,23 +100,23 @@ def test_a_soft_label_counts_once_and_plain_pairs_as_they_are() -> None:
         logical_tokens=1,
     )
     soft.add(SimpleNamespace(rewards_A=rewards, loss_sum=torch.tensor(1.0), counted=torch.tensor(1.0)), both)
-    figures = soft.reduce()
-    assert figures["train/rm/accuracy"] == 0.75
-    assert (figures["train/rm/chosen_rewards"], figures["train/rm/rejected_rewards"]) == (2.5, 1.5)
-    assert figures["train/rm/reward_margin"] == 1.0
+    reduced = soft.reduce()
+    assert reduced["train/rm/accuracy"] == 0.75
+    assert (reduced["train/rm/chosen_rewards"], reduced["train/rm/rejected_rewards"]) == (2.5, 1.5)
+    assert reduced["train/rm/reward_margin"] == 1.0
     output, batch = micro_batch(0, 0, 7)
     batch.weight_P = torch.ones(7)
     plain.add(output, batch)
     chosen, rejected = (output.rewards_A[index].double() for index in (batch.winner_P, batch.loser_P))
-    figures = plain.reduce()
-    assert figures["train/rm/accuracy"] == float((chosen > rejected).double().mean())
-    assert figures["train/rm/chosen_rewards"] == float(chosen.mean())
+    reduced = plain.reduce()
+    assert reduced["train/rm/accuracy"] == float((chosen > rejected).double().mean())
+    assert reduced["train/rm/chosen_rewards"] == float(chosen.mean())
 
 
 def test_an_interval_without_pairs_has_no_means() -> None:
-    figures = Metrics(ONE).reduce()
-    assert not [name for name in figures if name.startswith("train/")]
-    assert all(np.isfinite(value) for value in figures.values())
+    reduced = Metrics(ONE).reduce()
+    assert not [name for name in reduced if name.startswith("train/")]
+    assert all(np.isfinite(value) for value in reduced.values())
 
 
 def test_adding_never_waits_for_the_device() -> None:
@@ -149,8 +150,8 @@ def test_time_in_a_pause_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None
     now += 3
     metrics.add(*micro_batch(0, 0, 10))
     metrics.add_step()
-    figures = metrics.reduce()
-    assert figures["step_seconds"] == 5.0 and figures["pairs_per_second"] == 2.0
+    reduced = metrics.reduce()
+    assert reduced["step_seconds"] == 5.0 and reduced["pairs_per_second"] == 2.0
 
 
 def test_flops_are_those_that_pytorch_counts() -> None:
@@ -195,5 +196,6 @@ def test_mfu_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("rmcore.training.metrics.device_peak_flops", lambda device: 1e9)
     metrics = Metrics(ONE, flops_per_token=1e6)
     metrics.add(*micro_batch(0, 0, 3))
-    figures = metrics.reduce()
-    assert figures["mfu"] == pytest.approx(figures["tokens_per_second"] / 1e3)
+    reduced = metrics.reduce()
+    assert reduced["mfu"] == pytest.approx(reduced["tokens_per_second"] / 1e3)
+    assert reduced.keys() <= {metric.log_name for metric in TRAINING}, "each metric is in the table"

@@ -21,7 +21,7 @@ from rmcore.data.inspection.statistics import statistics
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.arrays import answer_arrays, pair_arrays
-from rmcore.evaluation.pair_metrics import pair_figures
+from rmcore.evaluation.pair_metrics import pair_metrics
 from rmcore.evaluation.samples import sample_rows
 from tests.config.test_config import NEEDED, mistakes
 
@@ -202,6 +202,6 @@ def test_data_without_any_pair_can_be_shown_and_evaluated(tmp_path: Path) -> Non
     assert "answer 1, " in shown and "scored tokens: answer 1 '<eos>' (id 1), answer 2 '<eos>'" in shown
     rewards = np.zeros(int(data.answer_offset[-1]))
     arrays = (pair_arrays(data, rewards), answer_arrays(data, rewards))
-    assert sample_rows(data, rewards, tokenizer, 10) == [] and pair_figures(*arrays)["count"] == 0
+    assert sample_rows(data, rewards, tokenizer, 10) == [] and pair_metrics(*arrays)["count"] == 0
     with pytest.raises(UserError, match="no row prefers one answer"):
         statistics(data)

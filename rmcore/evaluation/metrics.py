@@ -1,0 +1,323 @@
+"""The table of metrics: the name, the meaning and the places of every number that rmcore reports.
+
+Input: nothing. Output: `TRAINING` and `EVALUATION`, and the functions that lay metrics out by them.
+Example: the entry `brier` makes an evaluation log `eval/rm/brier` and puts a column into report.html, a tile above it
+and a sentence into the model card.
+
+To add a metric, compute it (rmcore/training/metrics.py, or pair_metrics.py and its neighbours) and add an entry here.
+The log, the console, `rmcore evaluate`, report.html and the model card read this table, and a test compares it with
+README.md of this folder and with the log of a run.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Place = Literal["evaluate", "page", "card"]  # the table that `rmcore evaluate` prints, report.html, the model card
+ALL_TABLES: tuple[Place, ...] = ("evaluate", "page", "card")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of the table.
+
+    Args:
+        name: the key in the dict of metrics, which is also the key in `rmcore evaluate --json`.
+        meaning: one sentence for people.
+        prefix: what metrics.jsonl writes before the name.
+        logged: False for what only --json, the report and the card hold.
+        sometimes: the metric is missing in many runs (a known GPU, several answers or another objective needed).
+        console: label and format on the console; None keeps the metric off it.
+        column: heading and format in tables.
+        tables: the tables that have the column.
+        tile: the small print of the metric's tile on report.html, a format string over all metrics; None: no tile.
+        sentence: a line below the table of `rmcore evaluate`, likewise a format string.
+        on_card: whether the model card has the sentence, too.
+    """
+
+    name: str
+    meaning: str
+    prefix: str = "eval/rm/"
+    logged: bool = True
+    sometimes: bool = False
+    console: tuple[str, str] | None = None
+    column: tuple[str, str] = ("", "")
+    tables: tuple[Place, ...] = ()
+    tile: str | None = None
+    sentence: str = ""
+    on_card: bool = False
+
+    @property
+    def log_name(self) -> str:
+        """The key in metrics.jsonl."""
+        return self.prefix + self.name
+
+
+TRAINING = (
+    Metric(
+        "loss",
+        "Mean of the training objective.",
+        prefix="train/rm/",
+        console=("loss", ".4f"),
+    ),
+    Metric(
+        "accuracy",
+        "Share of the pairs with r_chosen > r_rejected; a tie is an error, 0.5 is chance.",
+        prefix="train/rm/",
+        console=("accuracy", ".3f"),
+    ),
+    Metric("chosen_rewards", "Mean reward of the preferred answers.", prefix="train/rm/"),
+    Metric("rejected_rewards", "Mean reward of the other answers.", prefix="train/rm/"),
+    Metric(
+        "reward_margin",
+        "Mean of r_chosen - r_rejected.",
+        prefix="train/rm/",
+        console=("reward_margin", ".3f"),
+    ),
+    Metric("lr", "Learning rate of the last step.", prefix="train/rm/", console=("lr", ".2e")),
+    Metric("skipped_steps", "Steps that were skipped because their gradient was NaN or Inf.", prefix="train/"),
+    Metric(
+        "grad_norm",
+        "Global norm of the gradient before clipping, mean over the steps that were not skipped.",
+        prefix="",
+        console=("grad_norm", ".3g"),
+    ),
+    Metric("pairs_per_second", "Pairs trained on per second.", prefix="", console=("pairs/s", ".1f")),
+    Metric("tokens_per_second", "Computed tokens per second.", prefix="", console=("tokens/s", ",.0f")),
+    Metric(
+        "logical_tokens_per_second",
+        "Tokens of all texts per second, as if each prompt were computed once per answer.",
+        prefix="",
+    ),
+    Metric(
+        "sharing_ratio",
+        "Logical tokens divided by computed tokens; 1.6 means 1.6 tokens for the price of one.",
+        prefix="",
+    ),
+    Metric("step_seconds", "Mean time of a step in seconds.", prefix=""),
+    Metric(
+        "mfu",
+        "Model FLOP/s utilisation: 6 FLOP per parameter and computed token, plus causal attention, "
+        "divided by the dense bf16 peak of the GPUs. Only on GPUs whose peak is known.",
+        prefix="",
+        sometimes=True,
+    ),
+)
+
+EVALUATION = (
+    Metric(
+        "accuracy",
+        "Share of the pairs with r_chosen > r_rejected; a tie is an error, 0.5 is chance.",
+        console=("accuracy", ".4f"),
+        column=("accuracy", ".4f"),
+        tables=ALL_TABLES,
+        tile="{accuracy_low:.3f} to {accuracy_high:.3f}",
+    ),
+    Metric(
+        "accuracy_low",
+        "Lower end of the 95 % interval of the accuracy (Wilson). Pairs of one comparison are not independent trials.",
+        console=("from", ".4f"),
+        column=("95 % interval", ".4f"),  # the cell holds both ends: see `_cell`
+        tables=ALL_TABLES,
+    ),
+    Metric("accuracy_high", "Upper end of this interval.", console=("to", ".4f")),
+    Metric(
+        "length_accuracy",
+        "Accuracy of always preferring the longer answer. A model that is not better has learnt no more than that.",
+        console=("length_alone", ".4f"),
+        column=("longer answer", ".4f"),
+        tables=ALL_TABLES,
+        tile="accuracy of always preferring it",
+        sentence="Longer answer: the accuracy of always preferring the longer answer.",
+        on_card=True,
+    ),
+    Metric(
+        "length_matched_accuracy",
+        "Accuracy on the pairs whose lengths differ by at most a tenth of the longer. Only where there are such pairs.",
+        sometimes=True,
+        column=("like lengths", ".4f"),
+        tables=("page",),
+        sentence="Lengths within 10 %: accuracy {length_matched_accuracy:.4f} ({length_matched_count:,} pairs).",
+    ),
+    Metric(
+        "length_matched_count", "Number of pairs whose lengths differ by at most a tenth of the longer.", logged=False
+    ),
+    Metric(
+        "accuracy_chosen_longer",
+        "Accuracy on the pairs whose preferred answer is the longer one.",
+        logged=False,
+        sometimes=True,
+    ),
+    Metric(
+        "accuracy_chosen_shorter",
+        "Accuracy on the pairs whose preferred answer is the shorter one.",
+        logged=False,
+        sometimes=True,
+    ),
+    Metric(
+        "loss",
+        "Mean of -log sigmoid(r_chosen - r_rejected), whatever the objective; ln 2 = 0.693 is chance, "
+        "more means confidently wrong.",
+        console=("loss", ".4f"),
+        column=("loss", ".4f"),
+        tables=ALL_TABLES,
+        tile="chance 0.693",
+    ),
+    Metric(
+        "objective_loss",
+        "Mean of the training objective with its margins and extras, the only metric in which ties count. "
+        "Only where the objective differs from the plain pairwise loss.",
+        sometimes=True,
+        console=("objective", ".4f"),
+    ),
+    Metric(
+        "chosen_rewards",
+        "Mean reward of the preferred answers. The level of rewards means nothing and may drift: "
+        "adding a constant to all rewards changes no loss.",
+        column=("chosen", ".4f"),
+        tables=("evaluate",),
+    ),
+    Metric(
+        "rejected_rewards",
+        "Mean reward of the other answers.",
+        column=("rejected", ".4f"),
+        tables=("evaluate",),
+    ),
+    Metric(
+        "reward_margin",
+        "Mean of r_chosen - r_rejected. If it grows while the loss of the evaluation grows, the model overfits.",
+        console=("reward_margin", ".4f"),
+        column=("margin", ".3f"),
+        tables=("evaluate", "page"),
+        tile="mean reward difference",
+    ),
+    Metric(
+        "ece",
+        "Expected calibration error: mean distance of the confidence, sigmoid of the size of the margin, from the "
+        "share of correct pairs, over ten bins.",
+        column=("ECE", ".3f"),
+        tables=("page",),
+        tile="0: confidence is accuracy",
+        sentence="Calibration of sigmoid(r_chosen - r_rejected): ECE {ece:.4f}, Brier score {brier:.4f} "
+        "(0.25 is chance).",
+        on_card=True,
+    ),
+    Metric(
+        "brier",
+        "Brier score: mean of (1 - sigmoid(r_chosen - r_rejected))^2; 0.25 is chance.",
+        column=("Brier", ".3f"),
+        tables=("page",),
+        tile="chance 0.250",
+    ),
+    Metric("reward_mean", "Mean of the rewards of all answers, to see them drift."),
+    Metric("reward_std", "Standard deviation of the rewards of all answers, to see them spread."),
+    Metric(
+        "length_spearman_within",
+        "Rank correlation of reward and length, after the mean of the comparison is subtracted from both.",
+        sentence="Reward and length within a prompt: Spearman {length_spearman_within:+.4f}, "
+        "Pearson {length_pearson_within:+.4f}.",
+    ),
+    Metric(
+        "length_pearson_within",
+        "Linear correlation of reward and length, after the same subtraction as for `length_spearman_within`.",
+        logged=False,
+    ),
+    Metric("length_spearman", "Rank correlation of reward and length over all answers.", logged=False),
+    Metric("length_pearson", "Linear correlation of reward and length over all answers.", logged=False),
+    Metric(
+        "best_of_k_accuracy",
+        "Share of the comparisons in which a best answer has the highest reward; if n answers share the highest "
+        "reward, each is worth 1/n. Only for comparisons of three or more answers.",
+        sometimes=True,
+        column=("best of k", ".4f"),
+        tables=("page",),
+        tile="chance {best_of_k_chance:.3f}",
+        sentence="Best of 3 answers or more: {best_of_k_accuracy:.4f} of {best_of_k_count:,} comparisons "
+        "(chance {best_of_k_chance:.4f}).",
+        on_card=True,
+    ),
+    Metric(
+        "best_of_k_chance",
+        "The `best_of_k_accuracy` that answers drawn at random would reach.",
+        logged=False,
+        sometimes=True,
+    ),
+    Metric(
+        "best_of_k_count",
+        "Number of comparisons of three or more answers that count for `best_of_k_accuracy`.",
+        logged=False,
+        sometimes=True,
+    ),
+    Metric(
+        "count",
+        "Number of pairs.",
+        console=("pairs", "d"),
+        column=("pairs", ",d"),
+        tables=ALL_TABLES,
+        tile="{source_count}",
+    ),
+)
+
+
+def logged(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an evaluation under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
+    return {metric.log_name: metrics[metric.name] for metric in EVALUATION if metric.logged and metric.name in metrics}
+
+
+def console_line(metrics: Mapping[str, float]) -> str:
+    """Logged metrics as a line: {"train/rm/loss": 0.5, "grad_norm": 1.25} -> "loss 0.5000 grad_norm 1.25"."""
+    return " ".join(
+        f"{metric.console[0]} {format(metrics[metric.log_name], metric.console[1])}"
+        for metric in (*TRAINING, *EVALUATION)
+        if metric.console and metric.log_name in metrics
+    )
+
+
+def table(metrics: Mapping[str, Any], place: Place) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the metrics of an evaluation: a row for all data, and one for each of several sources.
+
+    The first two columns are the source (without a heading) and its pairs. A column that no row fills is left out.
+    Example: (["", "pairs", "accuracy", ...], [["all", "2,000", "0.7500", ...], ["helpful", "1,200", "0.7600", ...]]).
+    """
+    sources = metrics.get("sources", {})
+    rows = {"all": metrics, **(sources if len(sources) > 1 else {})}
+    count_first = sorted(EVALUATION, key=lambda metric: metric.name != "count")
+    columns = [
+        metric for metric in count_first if place in metric.tables and any(metric.name in row for row in rows.values())
+    ]
+    heads = ["", *(metric.column[0] for metric in columns)]
+    return heads, [[name, *(_cell(row, metric) for metric in columns)] for name, row in rows.items()]
+
+
+def _cell(row: Mapping[str, Any], metric: Metric) -> str:
+    if metric.name == "accuracy_low" and metric.name in row:
+        return " to ".join(shown(row[end], metric.column[1]) for end in ("accuracy_low", "accuracy_high"))
+    return shown(row.get(metric.name), metric.column[1])
+
+
+def shown(value: Any, how: str) -> str:
+    """A number in the format `how`; "-" for NaN and for what is missing."""
+    return format(value, how) if isinstance(value, int | float) and value == value else "-"
+
+
+def tiles(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Label, number and small print of the tiles of report.html."""
+    count = len(metrics.get("sources", {}))
+    words = {**metrics, "source_count": f"{count:,} source{'s' * (count != 1)}"}
+    for metric in EVALUATION:
+        if metric.tile is not None and metric.name in metrics:
+            label, how = metric.column
+            yield label, shown(metrics[metric.name], ",d" if how == ",d" else ".3f"), metric.tile.format_map(words)
+
+
+def sentences(metrics: Mapping[str, Any], *, card: bool = False) -> list[str]:
+    """The sentences below a table whose numbers are all there; with `card` those of the model card."""
+    chosen = [metric.sentence for metric in EVALUATION if metric.sentence and (metric.on_card or not card)]
+    return [sentence.format_map(metrics) for sentence in chosen if _fields(sentence) <= metrics.keys()]
+
+
+def _fields(sentence: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(sentence) if name}

@@ -1,0 +1,75 @@
+"""Runs the HTTP service: binds the address, loads the model, answers until a signal.
+
+Input: the settings of `rmcore serve`. Output: a service on an address, and two lines on standard output when it is
+ready.
+Example: serve("runs/hh/model", [], Limits(), port=5000) prints how rewards are computed, then
+"rmcore serve: runs/hh/model on http://127.0.0.1:5000".
+"""
+
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+
+import uvicorn
+
+from rmcore.config import UserError
+from rmcore.scoring.rows import trial_rows
+from rmcore.scoring.scorer import Scorer
+from rmcore.serving.app import Service, create_app
+from rmcore.serving.batcher import Batcher
+from rmcore.serving.limits import Limits
+
+BACKLOG = 2048  # connections that the kernel may hold before they are accepted
+
+
+def serve(
+    model: str,
+    overrides: Sequence[str],
+    limits: Limits,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    normalise: bool = False,
+    most_waiting: int = 4_000_000,
+    most_connections: int = 512,
+) -> None:
+    """Load, listen and answer until SIGTERM or SIGINT; then answer the requests under way. Raises UserError.
+
+    Args:
+        most_waiting: tokens that may wait; further requests are answered with 503.
+        most_connections: further connections are answered with 503.
+    """
+    with bound(host, port) as address:  # before the model is loaded, which may take minutes
+        scorer = Scorer(model, overrides, normalise=normalise)
+        scorer.choose_path(trial_rows())
+        limits = replace(limits, tokens=min(limits.tokens, scorer.longest))
+        app = create_app(Service(scorer, Batcher(scorer.score, scorer.token_budget, most_waiting), limits))
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            limit_concurrency=most_connections,
+            backlog=BACKLOG,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=int(limits.seconds) + 1,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again when it is done
+            signal.signal(number, lambda *_: None)
+        address.listen(BACKLOG)
+        host, port = address.getsockname()[:2]
+        print(f"rmcore serve: {scorer.path}", flush=True)
+        print(f"rmcore serve: {model} on http://{host}:{port}", flush=True)
+        uvicorn.Server(config).run(sockets=[address])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at the address. Raises UserError if it is in use or does not belong to this machine."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(place)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
+    return made
