@@ -24,6 +24,7 @@ from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.evaluation.rewardbench import rewardbench_lines
 from rmcore.evaluation.trained import evaluated, evaluation_config
+from rmcore.host.command import run_command
 from rmcore.host.files import finite
 
 if TYPE_CHECKING:
@@ -51,13 +52,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prior-sets", metavar="DATA", help="the prior sets of RewardBench 1: hub id, directory, file")
     arguments = parser.parse_intermixed_args(argv)
 
-    try:
+    def work() -> None:
         config = evaluation_config(arguments.model, arguments.data, arguments.overrides)
-        from rmcore.parallel.world import RankError, running_world
-    except UserError as error:
-        print(f"rmcore evaluate: {error}", file=sys.stderr)
-        return 2
-    try:
+        from rmcore.parallel.world import running_world
+
         with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
             report = evaluate_files(config, world, arguments.rewardbench, arguments.prior_sets)
             if world.is_main:
@@ -65,10 +63,8 @@ def main(argv: list[str]) -> int:
                 print(json.dumps(finite(report.figures)) if arguments.json else told)
                 if arguments.report or arguments.png:
                     write(report, arguments.report, arguments.png)
-    except (UserError, RankError) as error:
-        print(f"rmcore evaluate: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+
+    return run_command("rmcore evaluate", work)
 
 
 def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior_sets: str | None = None) -> Report:

@@ -20,13 +20,13 @@ the same to the byte.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from rmcore.config import UserError
+from rmcore.host.command import run_command
 from rmcore.scoring.parts import STANDARD, _source, everyone_done, finish, prepare_parts, score_parts
 
 if TYPE_CHECKING:
@@ -59,23 +59,17 @@ def main(argv: list[str]) -> int:
         "overrides", metavar="key=value", nargs="*", help="data.template=..., parallel.precision=fp32, ..."
     )
     given = parser.parse_intermixed_args(argv)
-    from rmcore.parallel.world import RankError, running_world
+    from rmcore.parallel.world import running_world
 
-    try:
+    def work() -> None:
         with running_world(PATIENCE) as world:
             count, unscored = score(world, given.model, given.rows, given.out, given.overrides, given.normalise)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"rmcore score: {error}", file=sys.stderr)
-        return 2
-    except RankError as error:
-        print(f"rmcore score: {error}", file=sys.stderr)
-        return 1
-    if world.is_main:
-        note = f"; {unscored:,} texts exceed the model's positions and have no reward" if unscored else ""
-        stream = sys.stderr if given.out == STANDARD else sys.stdout
-        print(f"{count:,} rows written to {given.out}{note}", file=stream)
-    return 0
+        if world.is_main:
+            note = f"; {unscored:,} texts exceed the model's positions and have no reward" if unscored else ""
+            stream = sys.stderr if given.out == STANDARD else sys.stdout
+            print(f"{count:,} rows written to {given.out}{note}", file=stream)
+
+    return run_command("rmcore score", work)
 
 
 def score(

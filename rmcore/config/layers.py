@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from rmcore.host.command import UserError
+
 MAX_BYTES = 1_000_000
 TAG = "tag:yaml.org,2002:"
 PLAIN = {
@@ -29,10 +31,6 @@ PLAIN = {
 }
 SOURCE_LISTS = (("data", "train"), ("data", "eval"))  # each takes one mapping or a list of them
 KeyPath = tuple[str | int, ...]
-
-
-class UserError(Exception):
-    """A mistake of the user's: its message says what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Example: `load_config("configs/hh.yaml", ["optim.lr=1e-5"]).optim.lr == 1e-05`.
 Nothing here imports torch: `--help` answers at once.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from pydantic import ValidationError
 from rmcore import __version__
 from rmcore.config.errors import explain
 from rmcore.config.help import help_text
-from rmcore.config.layers import Layers, Origin, UserError, read_layers
+from rmcore.config.layers import Layers, Origin, read_layers
 from rmcore.config.schema import Config
+from rmcore.host.command import UserError, is_first_rank
 
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
@@ -84,7 +84,7 @@ def config_from_argv(argv: list[str], prog: str, about: str = "") -> Config:
     `prog` is the command as the user types it, `about` a sentence on what it does. Answers --help and --version. On a
     mistake rank 0 (by the environment) prints it; every rank raises SystemExit(2).
     """
-    speaks = os.environ.get("RANK", "0") == "0"
+    speaks = is_first_rank()
     if "--help" in argv or "-h" in argv:
         print(help_text(Config, prog, about), end="")
         raise SystemExit(0)

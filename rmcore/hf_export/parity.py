@@ -19,6 +19,7 @@ import torch
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.data.tokens.tokenizer import TextEncoder
+from rmcore.host.command import ExplainedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ ROUNDINGS_A_LAYER = 8  # results that a decoder layer rounds: q, k, v, attention
 SIGMAS = 8.0
 
 
-class ExportError(RuntimeError):
+class ExportError(ExplainedError):
     """What was written is not what was trained."""
 
 

@@ -13,14 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rmcore.config.schema import HubConfig
+from rmcore.host.command import ExplainedError, UserError
 
 
-class PushError(RuntimeError):
+class PushError(ExplainedError):
     """The hub did not take the model; it is safe on disk."""
-
-
-class NoModel(PushError):
-    """There is nothing to push."""
 
 
 def push(directory: str | Path, hub: HubConfig) -> str:
@@ -29,12 +26,13 @@ def push(directory: str | Path, hub: HubConfig) -> str:
     A repository or branch that is missing is made; `hub.private` holds for one that is made now.
 
     Raises:
-        PushError: not logged in, no right to write, no such user, no connection, or a directory that is no model.
+        UserError: the directory holds no exported model.
+        PushError: not logged in, no right to write, no such user, no connection.
     """
     from huggingface_hub import HfApi
 
     if not (Path(directory) / "config.json").is_file():
-        raise NoModel(f"{directory} holds no exported model (no config.json); nothing was pushed")
+        raise UserError(f"{directory} holds no exported model (no config.json); nothing was pushed")
     if hub.repo is None:
         raise PushError("hub.repo is not set; nothing was pushed")
     api, repo = HfApi(), hub.repo

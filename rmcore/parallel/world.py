@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rmcore.config import UserError
+from rmcore.host.command import ExplainedError
 from rmcore.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ class World:
         return self.rank == 0
 
 
-class RankError(RuntimeError):
+class RankError(ExplainedError):
     """A failure on some rank, raised on every rank alike so that all stop together."""
 
 

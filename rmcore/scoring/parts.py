@@ -59,8 +59,7 @@ def score_parts(scorer: Scorer, source: Path, parts: Path, world: World) -> None
             if number % world.size == world.rank and not _part(parts, number).exists():
                 _write_part(_part(parts, number), scorer, chunk)
     except UserError as error:
-        if not world.is_main:
-            print(f"rmcore score: {error}", file=sys.stderr)  # no other rank knows
+        error.only_this_rank = True
         raise
 
 
@@ -80,7 +79,9 @@ def everyone_done(world: World) -> None:
     try:
         barrier(world)
     except RuntimeError as error:
-        raise RankError("another rank has stopped; what was finished is kept") from error
+        stopped = RankError("another rank has stopped; what was finished is kept")
+        stopped.only_this_rank = True  # the other rank may have been killed without a message
+        raise stopped from error
 
 
 def finish(parts: Path, source: Path, target: Path) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
 from rmcore import inspect_data as inspect
 from rmcore import prepare, validate
+from rmcore.__main__ import MODULES
 from rmcore.data.inspection.statistics import length_bias, pair_lengths, statistics, tokens
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.comparisons import EncodedRow
@@ -100,7 +101,7 @@ def test_help_answers_at_once_and_mistakes_are_refused(command, tmp_path):
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     heavy = "import sys; from rmcore.{0} import main; print({{'torch', 'datasets', 'transformers'}} & set(sys.modules))"
-    imported = subprocess.check_output([sys.executable, "-c", heavy.format(command)], cwd=ROOT, text=True)
+    imported = subprocess.check_output([sys.executable, "-c", heavy.format(MODULES.get(command, command))], cwd=ROOT, text=True)
     assert imported.strip() == "set()"
     before = os.times()
     told = run("--help")
