@@ -100,7 +100,8 @@ for extra in "$@"; do
 done
 
 export PATH="$root/.venv/bin:$PATH" # the build finds ninja, and cmake if it comes from pip
-# A Python that writes no byte code would compile every module again in every process: write it here once.
+# If the environment forbids Python to write byte code, every process would compile its modules again: write it here.
+writes_none=${PYTHONDONTWRITEBYTECODE:-}
 export PYTHONDONTWRITEBYTECODE=
 if [ "$stamped" = "$(fingerprint)" ]; then
     [ ${#missing[@]} -gt 0 ] || exit 0
@@ -120,7 +121,7 @@ else
         *"not built"*) say "to see why: .venv/bin/python -m pip install -v --no-build-isolation -e ." ;;
     esac
 fi
-if [ ${#missing[@]} -gt 0 ]; then # tests start hundreds of processes
+if [ -n "$writes_none" ] && [ ${#missing[@]} -gt 0 ]; then # the tests start hundreds of processes
     .venv/bin/python -m compileall -q -j 0 .venv/lib/python*/site-packages >/dev/null 2>&1 || true # some are templates
 fi
 printf '%s\n%s\n' "$(fingerprint)" "$extras" >"$stamp"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore.checkpoint.manifest import Manifest
-from rmcore.config import Config, UserError, load_config
+from rmcore.config import Config, UserError, config_from_values
 from rmcore.data.prepare import PreparedData
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.templates import Template
@@ -87,10 +85,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
 
 def config_of(manifest: Manifest, overrides: Sequence[str]) -> Config:
     """The run's configuration, as its checkpoint holds it, with overrides on top."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(json.dumps(manifest.config), encoding="utf-8")
-        return load_config(str(path), list(overrides))
+    return config_from_values(manifest.config, overrides, where="configuration of the checkpoint")
 
 
 @dataclass(frozen=True)

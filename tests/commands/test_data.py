@@ -101,7 +101,9 @@ def test_help_answers_at_once_and_mistakes_are_refused(command, tmp_path):
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     heavy = "import sys; from rmcore.{0} import main; print({{'torch', 'datasets', 'transformers'}} & set(sys.modules))"
-    imported = subprocess.check_output([sys.executable, "-c", heavy.format(MODULES.get(command, command))], cwd=ROOT, text=True)
+    imported = subprocess.check_output(
+        [sys.executable, "-c", heavy.format(MODULES.get(command, command))], cwd=ROOT, text=True
+    )
     assert imported.strip() == "set()"
     before = os.times()
     told = run("--help")
