@@ -8,7 +8,7 @@ import pytest
 
 from rmcore.config import Config, config_from_argv, load_config
 from rmcore.config.help import keys_of
-from tests.config.test_config import NEEDED
+from tests.harness.configs import NEEDED
 from tests.harness.paths import ROOT
 
 

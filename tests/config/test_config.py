@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rmcore.config import Config, SourceConfig, UserError, config_from_argv, load_config
+from rmcore.config import Config, SourceConfig, config_from_argv, load_config
 from rmcore.config.help import keys_of
-
-NEEDED = ["model.name=m", "data.train.path=p"]
+from tests.harness.configs import NEEDED, load_text, mistakes
 
 # name | type | default. Scripts of users rely on these: add lines, but do not change them.
 KEYS = """
@@ -89,22 +88,6 @@ hub.repo | text | null | null
 hub.revision | text | null | null
 hub.private | true | false | true
 """
-
-
-def load_text(tmp_path: Path, text: str, overrides: list[str] | None = None) -> Config:
-    """Load `text` as the file c.yaml."""
-    path = tmp_path / "c.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_config(str(path), overrides or [])
-
-
-def mistakes(tmp_path: Path, text: str | None, overrides: list[str]) -> list[str]:
-    """The lines of the UserError that loading raises, without the first line and the folder of the file."""
-    with pytest.raises(UserError) as raised:
-        load_config(None, overrides) if text is None else load_text(tmp_path, text, overrides)
-    count, *lines = str(raised.value).replace(f"{tmp_path}/", "").splitlines()
-    assert count == f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in the configuration:"
-    return [line.strip() for line in lines]
 
 
 def test_the_keys_their_types_and_defaults_are_frozen() -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rmcore.config import Config, UserError, load_config
 from rmcore.config.help import keys_of
-from tests.config.test_config import NEEDED, mistakes
+from tests.harness.configs import NEEDED, mistakes
 
 
 def test_all_mistakes_are_listed_at_once_each_with_its_place(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from rmcore.config import UserError, config_from_values, load_config
 from rmcore.evaluation.trained import evaluation_config
-from tests.config.test_config import NEEDED
+from tests.harness.configs import NEEDED
 
 VALUES: dict[str, Any] = {"model": {"name": "m"}, "data": {"train": {"path": "p"}}}
 

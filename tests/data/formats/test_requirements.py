@@ -23,7 +23,7 @@ from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.arrays import answer_arrays, pair_arrays
 from rmcore.evaluation.pair_metrics import pair_figures
 from rmcore.evaluation.samples import sample_rows
-from tests.config.test_config import NEEDED, mistakes
+from tests.harness.configs import NEEDED, mistakes
 
 TWO = {"prompt": "q", "answer_a": "x", "answer_b": "y"}
 
