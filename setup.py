@@ -50,10 +50,15 @@ class BuildKernels(build_ext):
         name = f"rmcore_cpu_{capability.lower()}_torch{'.'.join(torch.__version__.split('.')[:2])}"
         build = Path(self.build_temp).resolve() / name
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
-            f"-DRMCORE_TORCH_DIR={torch.utils.cmake_prefix_path}", f"-DRMCORE_CAPABILITY={capability}",
-            f"-DRMCORE_NAME={name}", f"-DRMCORE_OUTPUT_DIR={output}",
-        ]  # fmt: skip
+            cmake,
+            f"-S{ROOT}",
+            f"-B{build}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DRMCORE_TORCH_DIR={torch.utils.cmake_prefix_path}",
+            f"-DRMCORE_CAPABILITY={capability}",
+            f"-DRMCORE_NAME={name}",
+            f"-DRMCORE_OUTPUT_DIR={output}",
+        ]
         ninja = find_program("ninja")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
