@@ -1,8 +1,9 @@
 """Packaging of rmcore, and the build of its C++ kernels through CMakeLists.txt.
 
-The kernels are optional: without torch, CMake or a compiler at build time one line says so, the install succeeds, and
-the PyTorch references serve. With them (pip install --no-build-isolation, so that torch is seen) one library is built
-for this machine's instruction set and the installed torch, into rmcore/ops/. Settings of tools live in pyproject.toml.
+The kernels are optional. If torch, CMake or a compiler is missing at build time, the build prints one line, the
+installation succeeds, and rmcore runs on its PyTorch reference kernels. Otherwise (pip install --no-build-isolation, so
+that the build sees torch) it writes one library into rmcore/ops/, for the instruction set of this machine and the
+installed torch. The settings of the tools are in pyproject.toml.
 """
 
 import os
@@ -22,13 +23,12 @@ SERVE = ["fastapi", "uvicorn", "prometheus_client"]
 
 
 def find_program(name: str) -> str | None:
-    """A program of the environment that runs this (its bin need not be on PATH), else one on PATH."""
-    beside = shutil.which(name, path=str(Path(sys.executable).parent))
-    return beside or shutil.which(name)
+    """The path of a program in the bin folder of the running Python, which may not be on PATH, else on PATH."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 class BuildKernels(build_ext):
-    """Runs CMake, and writes rmcore_cpu_<instruction set>_torch<version>.so where rmcore/ops looks for it."""
+    """Runs CMake and writes rmcore_cpu_<instruction set>_torch<version>.so where rmcore/ops looks for it."""
 
     def run(self) -> None:
         inplace = self.inplace or getattr(self, "editable_mode", False)
@@ -36,7 +36,7 @@ class BuildKernels(build_ext):
         try:
             self.build_kernels(output)
         except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            print(f"rmcore: C++ kernels not built, the PyTorch references will serve: {error}", file=sys.stderr)
+            print(f"rmcore: C++ kernels not built, the PyTorch reference kernels will run: {error}", file=sys.stderr)
 
     def build_kernels(self, output: Path) -> None:
         import torch
@@ -50,22 +50,27 @@ class BuildKernels(build_ext):
         name = f"rmcore_cpu_{capability.lower()}_torch{'.'.join(torch.__version__.split('.')[:2])}"
         build = Path(self.build_temp).resolve() / name
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
-            f"-DRMCORE_TORCH_DIR={torch.utils.cmake_prefix_path}", f"-DRMCORE_CAPABILITY={capability}",
-            f"-DRMCORE_NAME={name}", f"-DRMCORE_OUTPUT_DIR={output}",
-        ]  # fmt: skip
+            cmake,
+            f"-S{ROOT}",
+            f"-B{build}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DRMCORE_TORCH_DIR={torch.utils.cmake_prefix_path}",
+            f"-DRMCORE_CAPABILITY={capability}",
+            f"-DRMCORE_NAME={name}",
+            f"-DRMCORE_OUTPUT_DIR={output}",
+        ]
         ninja = find_program("ninja")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        shutil.rmtree(build, ignore_errors=True)  # a configuration of another torch would be reused
+        shutil.rmtree(build, ignore_errors=True)  # CMake would reuse the configuration of another torch
         if subprocess.run(configure).returncode != 0:
-            # find_package(Torch) of a CUDA build wants a whole CUDA toolkit, which these kernels do not need.
+            # With a CUDA build of torch, find_package(Torch) needs the CUDA toolkit; these kernels do not.
             shutil.rmtree(build, ignore_errors=True)
             subprocess.run([*configure, "-DRMCORE_FIND_TORCH=OFF"], check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 4))], check=True)
 
     def get_outputs(self) -> list[str]:
-        return []  # CMake writes the library itself; there is nothing for setuptools to copy
+        return []  # CMake writes the library to its place, so setuptools has nothing to copy
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

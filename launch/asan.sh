@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The C++ kernels' tests under the address and undefined-behaviour sanitizers: fails at the first read or write outside.
-# Needs GCC (the sanitizer's library is preloaded into Python) and a set-up checkout. Some minutes.
+# Runs the tests of the C++ kernels under the address and undefined-behaviour sanitizers, in some minutes. Fails at the
+# first access out of bounds. Needs GCC, whose sanitizer libraries are preloaded into Python, and `launch/setup.sh dev`.
 #
 #   bash launch/asan.sh
 #   bash launch/asan.sh -k ragged      # arguments go to pytest
@@ -13,7 +13,7 @@ export PATH="$bin:$PATH" OMP_NUM_THREADS=2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# A copy of the package whose library has the sanitizers in it, under the name that rmcore.ops looks for.
+# Copy the package and build its library with the sanitizers, under the name that rmcore.ops looks for.
 cp -r rmcore tests pyproject.toml "$work"
 rm -f "$work"/rmcore/ops/*.so
 name=$("$python" -c 'from rmcore import ops; print(ops.cpu_library().stem)')
@@ -23,8 +23,7 @@ cmake -S . -B "$work/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DRMCORE_CAPABILIT
     -DRMCORE_OUTPUT_DIR="$work/rmcore/ops" -DRMCORE_SANITIZE=address,undefined >/dev/null
 cmake --build "$work/build" --parallel 2
 
-# Python and torch keep memory until they exit: leaks are not looked for. Tensors come from malloc, so that every one of
-# them is fenced; in hypothesis' examples too.
+# No leak check: Python and torch keep memory until they exit. PYTHONMALLOC=malloc puts red zones around Python objects too.
 cd "$work"
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# One GPU, one call, under 9 minutes: exactness in bf16, the matrix ceiling, attention, training rates of Pythia shapes
-# beside a padded loop and, where trl and datasets are installed, TRL's RewardTrainer, memory; written as one JSON file.
-# Needs torch, transformers, pydantic and PyYAML, no network.
+# Runs the benchmarks of one GPU in one call, in less than 9 minutes, and writes one JSON file: exactness in bf16, peak
+# rate of matrix products, attention, training rates of Pythia shapes compared with a padded loop and (if trl and
+# datasets are installed) with TRL's RewardTrainer, and memory. Needs torch, transformers, pydantic and PyYAML, but no
+# network.
 #
 #   bash launch/bench_gpu.sh                       # rmcore/bench/results/gpu.json
 #   bash launch/bench_gpu.sh --out /tmp/gpu.json --sections ceiling exactness
-#   bash launch/bench_gpu.sh --peers ~/peers       # TRL from an environment of its own
+#   bash launch/bench_gpu.sh --peers ~/peers       # TRL from its own environment
 #   bash launch/bench_gpu.sh --tiny                # every section on any machine, in seconds
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

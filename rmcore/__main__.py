@@ -1,7 +1,7 @@
-"""`rmcore COMMAND ...` runs the module of that command.
+"""The console script `rmcore COMMAND ...` runs the module of that command.
 
-Input: the command line. Output: whatever the module does, its exit code included.
-Example: `rmcore train configs/hh.yaml optim.lr=1e-5` runs `rmcore/train.py` as `__main__` with the last two words.
+Input: the command line. Output: the output and the exit code of the module.
+Example: `rmcore train configs/hh.yaml optim.lr=1e-5` runs rmcore/train.py as `__main__`, with the two arguments.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from rmcore import __version__
 COMMANDS = {
     "train": "train a reward model: CONFIG [key=value ...]",
     "validate": "check config, data, tokenizer and template before a GPU hour is spent",
-    "inspect": "the data doctor: what is kept and dropped, lengths, sharing, the first example",
+    "inspect": "the data doctor: rows kept and dropped, lengths, sharing, the first example",
     "prepare": "tokenise the data of a run ahead of time",
     "plan": "predict memory, steps, hours and disk of a run before it starts",
     "evaluate": "metrics and a report of a trained model on a data set",
@@ -21,19 +21,19 @@ COMMANDS = {
     "serve": "rewards over HTTP, for RL loops and best-of-n",
     "export": "write a Hugging Face directory from a checkpoint",
     "push": "push an exported model to the hub",
-    "bench": "benchmarks, side by side with peers",
+    "bench": "benchmarks against other libraries",
 }
-# A file named inspect.py would shadow the standard library's when another file of this folder is run as a script.
+# inspect.py would shadow the module of the standard library when a file of this folder is run as a script.
 MODULES = {"inspect": "inspect_data"}
 
 
 def main() -> None:
-    """The `rmcore` console script. Exits with 2 at an unknown command, else as the command's module does."""
+    """Run a command. Exits with 2 if the command is unknown, else with the exit code of its module."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("--help", "-h"):
         print("usage: rmcore COMMAND [arguments]\n")
         print("\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items()))
-        print("\nrmcore COMMAND --help shows the arguments of a command, rmcore --version the version")
+        print("\nrmcore COMMAND --help shows the arguments of a command; rmcore --version shows the version")
         raise SystemExit(0)
     if command == "--version":
         print(f"rmcore {__version__}")

@@ -22,6 +22,7 @@ from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.evaluation.metrics import sentences, table
 from rmcore.evaluation.rewardbench import rewardbench_lines
+from rmcore.host.command import run_command
 from rmcore.host.files import finite
 
 if TYPE_CHECKING:
@@ -52,24 +53,18 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     from rmcore.evaluation.trained import evaluation_config
-    from rmcore.parallel.world import RankError, running_world
+    from rmcore.parallel.world import running_world
 
-    try:
+    def work() -> None:
         config = evaluation_config(arguments.model, arguments.data, arguments.overrides)
-    except UserError as error:
-        print(f"rmcore evaluate: {error}", file=sys.stderr)
-        return 2
-    try:
         with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
             report = evaluate_files(config, world, arguments.rewardbench, arguments.prior_sets)
             if world.is_main:
                 print(json.dumps(finite(report.metrics)) if arguments.json else as_text(report))
                 if arguments.report or arguments.png:
                     write(report, arguments.report, arguments.png)
-    except (UserError, RankError) as error:
-        print(f"rmcore evaluate: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+
+    return run_command("rmcore evaluate", work)
 
 
 def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior_sets: str | None = None) -> Report:

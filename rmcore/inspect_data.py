@@ -1,14 +1,13 @@
-"""`rmcore inspect CONFIG [key=value ...] [--json] [--examples N] [--plot FILE]`: the data doctor.
+"""`rmcore inspect CONFIG [key=value ...] [--json] [--examples N] [--plot FILE]`, the data doctor.
 
-In: a configuration. Out, for train and eval: rows kept and dropped by reason, percentiles of the lengths of prompts and
-answers, tokens saved by packing and by sharing, how often the longer answer is chosen, repeated and contradicted rows,
-figures by source, what is odd about special tokens; the first examples in colours with the scored tokens marked; and a
-picture of the lengths (<run.dir>/lengths.png). The data are prepared as for training and stay in the cache.
+Input: a configuration. Output, for train and eval data: rows kept, and rows dropped by reason; percentiles of the
+lengths of prompts and answers; tokens saved by packing and by sharing prompts; how often the longer answer is chosen;
+repeated and contradicted rows; statistics by source; problems with special tokens; the first examples in colours, with
+the scored tokens marked; a picture of the lengths (<run.dir>/lengths.png). The data are prepared as for training, and
+the token cache keeps them.
 
 Example: `rmcore inspect configs/hh.yaml data.limit=1000 --examples 3`.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -16,30 +15,32 @@ import sys
 from pathlib import Path
 
 from rmcore.config import Config, UserError, config_from_argv
+from rmcore.host.command import run_command
 
 ABOUT = (
-    "The data doctor: rows kept and dropped, lengths, sharing, length bias, oddities, examples. --json prints one JSON "
-    "object and nothing else; --examples N shows N comparisons (default 1); --plot FILE says where the picture of the "
-    "lengths goes (default <run.dir>/lengths.png)."
+    "The data doctor: rows kept and dropped, lengths, sharing, length bias, problems, examples. --json prints one JSON "
+    "object and nothing else; --examples N shows N comparisons (default 1); --plot FILE is the file of the picture of "
+    "the lengths (default <run.dir>/lengths.png)."
 )
 
 
 def inspect(config: Config, examples: int, plot: Path, as_json: bool) -> None:
-    """Prints the findings, and draws the picture. Raises UserError."""
+    """Print the findings and draw the picture. Raises UserError."""
     from rmcore.data.inspection.length_plot import plot_lengths
     from rmcore.data.inspection.statistics import lines, statistics
     from rmcore.training.run_data import prepared
 
     tokenizer, data = prepared(config)
     parts = {part.report["key"]: part for part in (data.train, data.eval) if part is not None}
-    figures = {name: statistics(part, config.run.seed) for name, part in parts.items()}
+    findings = {name: statistics(part, config.run.seed) for name, part in parts.items()}
     try:
         plot_lengths(parts, config.data.max_tokens, plot)
-    except (OSError, ValueError) as error:  # ValueError: no picture has that suffix
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError when it does not know the suffix
         raise UserError(f"cannot write the picture {plot}: {getattr(error, 'strerror', error)}; set --plot") from None
     if as_json:
-        print(json.dumps({"parts": figures, "warnings": data.warnings, "plot": str(plot)}))
+        print(json.dumps({"parts": findings, "warnings": data.warnings, "plot": str(plot)}))
         return
+
     from rich.console import Console
 
     from rmcore.data.inspection.first_example import show_first_example
@@ -47,18 +48,16 @@ def inspect(config: Config, examples: int, plot: Path, as_json: bool) -> None:
 
     console = Console(highlight=False)
     for name, part in parts.items():
-        text = "\n".join([describe_part(part, config), *lines(figures[name]), ""])
+        text = "\n".join([describe_part(part, config), *lines(findings[name]), ""])
         console.print(text, markup=False, soft_wrap=True, emoji=False)
     for number in range(min(examples, len(data.train))):
         console.print(f"comparison {number} of data.train", style="bold", soft_wrap=True)
         show_first_example(data.train.comparison(number), tokenizer, console)
         console.print()
-    told = [
-        *(f"note: {note}" for note in data.notes),
-        *(f"warning: {warning}" for warning in data.warnings),
-        f"lengths drawn in {plot}",
-    ]
-    console.print("\n".join(told), markup=False, soft_wrap=True, emoji=False)
+    closing = [f"note: {note}" for note in data.notes]
+    closing += [f"warning: {warning}" for warning in data.warnings]
+    closing.append(f"picture of the lengths: {plot}")
+    console.print("\n".join(closing), markup=False, soft_wrap=True, emoji=False)
 
 
 def main(argv: list[str]) -> int:
@@ -71,12 +70,8 @@ def main(argv: list[str]) -> int:
     if options.examples < 0:
         parser.error(f"argument --examples: {options.examples} is less than 0")
     config = config_from_argv(rest, "rmcore inspect", ABOUT)
-    try:
-        inspect(config, options.examples, options.plot or Path(config.run.dir) / "lengths.png", options.json)
-    except UserError as error:
-        print(f"rmcore inspect: {error}", file=sys.stderr)
-        return 2
-    return 0
+    plot = options.plot or Path(config.run.dir) / "lengths.png"
+    return run_command("rmcore inspect", lambda: inspect(config, options.examples, plot, options.json))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rmcore.config import Config, UserError, config_from_argv
+from rmcore.host.command import run_command
 
 if TYPE_CHECKING:
     from rmcore.cost.report import RunPlan
@@ -39,15 +40,14 @@ def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 2 refused."""
     options, rest = _parser().parse_known_args(argv)
     config = config_from_argv(rest, "rmcore plan", ABOUT)
-    try:
-        found = _planned(config, options)
-    except UserError as error:
-        print(f"rmcore plan: {error}", file=sys.stderr)
-        return 2
-    from rmcore.cost.report import as_dict, lines
 
-    print(json.dumps(as_dict(found)) if options.json else "\n".join(lines(found)))
-    return 0
+    def work() -> None:
+        found = _planned(config, options)
+        from rmcore.cost.report import as_dict, lines
+
+        print(json.dumps(as_dict(found)) if options.json else "\n".join(lines(found)))
+
+    return run_command("rmcore plan", work)
 
 
 def _parser() -> argparse.ArgumentParser:

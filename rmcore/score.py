@@ -20,10 +20,9 @@ in OUT.parts: a restart scores only the missing chunks, on any number of ranks, 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
-from rmcore.config import UserError
+from rmcore.host.command import run_command
 
 PATIENCE = 7 * 24 * 3600.0  # seconds that a rank waits for the others to finish their chunks
 
@@ -54,24 +53,18 @@ def main(argv: list[str]) -> int:
         "overrides", metavar="key=value", nargs="*", help="data.template=..., parallel.precision=fp32, ..."
     )
     given = parser.parse_intermixed_args(argv)
-    from rmcore.parallel.world import RankError, running_world
+    from rmcore.parallel.world import running_world
     from rmcore.scoring.score import score
 
-    try:
+    def work() -> None:
         with running_world(PATIENCE) as world:
             count, unscored = score(world, given.model, given.rows, given.out, given.overrides, given.normalise)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"rmcore score: {error}", file=sys.stderr)
-        return 2
-    except RankError as error:
-        print(f"rmcore score: {error}", file=sys.stderr)
-        return 1
-    if world.is_main:
-        note = f"; {unscored:,} texts exceed the model's positions and have no reward" if unscored else ""
-        stream = sys.stderr if given.out == "-" else sys.stdout
-        print(f"{count:,} rows written to {given.out}{note}", file=stream)
-    return 0
+        if world.is_main:
+            note = f"; {unscored:,} texts exceed the model's positions and have no reward" if unscored else ""
+            stream = sys.stderr if given.out == "-" else sys.stdout
+            print(f"{count:,} rows written to {given.out}{note}", file=stream)
+
+    return run_command("rmcore score", work)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from importlib.util import find_spec
 
 from rmcore.config import UserError
+from rmcore.host.command import run_command
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # the packages of the extra `serve`
 
@@ -22,12 +23,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # the packages of the extr
 def main(argv: list[str]) -> int:
     """Exit codes: 0 stopped by SIGTERM or SIGINT, all requests answered; 2 refused (model, address, settings)."""
     given = parser().parse_intermixed_args(argv)
-    try:
-        serve(given)
-    except UserError as error:
-        print(f"rmcore serve: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("rmcore serve", lambda: serve(given))
 
 
 def parser() -> argparse.ArgumentParser:

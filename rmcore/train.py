@@ -17,21 +17,21 @@ mean over the global batch, however it was divided.
 
 import sys
 
-from rmcore.config import UserError, config_from_argv
+from rmcore.config import config_from_argv
 
 if __name__ == "__main__":  # `--help`, and mistakes in the config, are answered before the heavy imports below
     CONFIG = config_from_argv(sys.argv[1:], "python -m rmcore.train", "Train a reward model on preference pairs.")
 
-import os
 from pathlib import Path
 
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config.schema import Config
 from rmcore.data.batches.loader import Loader
 from rmcore.evaluation.evaluate import Evaluation
+from rmcore.host.command import run_command
 from rmcore.host.files import write_text_atomically
 from rmcore.parallel.optim import learning_rate, set_learning_rate
-from rmcore.parallel.world import RankError, World, running_world
+from rmcore.parallel.world import World, running_world
 from rmcore.tracking.status import write_status
 from rmcore.tracking.tracker import Tracker, start_tracker
 from rmcore.training.assembly import assemble, introduce
@@ -39,7 +39,7 @@ from rmcore.training.bad_steps import BadSteps
 from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluation
 from rmcore.training.metrics import Metrics
-from rmcore.training.outcome import DONE, FAILED, REFUSED, STOPPED, Ending, leave_process, recorded
+from rmcore.training.outcome import STOPPED, Ending, leave_process, recorded
 from rmcore.training.publish import publish
 from rmcore.training.run import Run, moment_after
 from rmcore.training.run_directory import check_disk, own_directory
@@ -125,18 +125,17 @@ def attempt(config: Config, world: World, signals: Signals) -> None:
 def main(config: Config) -> int:
     """Exit codes: 0 done, 1 failed while running, 2 refused (config, data, files), 3 stopped by a signal and saved."""
     signals = Signals()
-    try:
+
+    def work() -> None:
         with signals.watched(), running_world(config.parallel.timeout_seconds, config.run.seed) as world:
             attempt(config, world, signals)
+
+    try:
+        return run_command("rmcore.train", work)  # explains what fails before the run owns its directory
     except Stopped:
         return STOPPED
     except Ending as end:
         return end.code
-    except (UserError, RankError) as error:  # raised before this run owned its directory
-        if os.environ.get("RANK", "0") == "0":
-            print(f"rmcore.train: {error}", file=sys.stderr)
-        return REFUSED if isinstance(error, UserError) else FAILED
-    return DONE
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""`rmcore validate CONFIG [key=value ...] [--json]`: everything that can be wrong before a GPU hour is spent.
+"""`rmcore validate CONFIG [key=value ...] [--json]` checks everything that can be checked before a GPU hour is spent.
 
-In: a configuration. Out: a line a check, and exit code 0, or 2 when a check fails. The checks: config, tokenizer, model
-(its config alone), template, data (every row is read, rendered and tokenised; the run finds them in the cache), plan,
-the run directory. A check that fails does not hide the others.
+Input: a configuration. Output: one line per check, and exit code 0, or 2 if a check fails. The checks are: config,
+tokenizer, model (only its config), template, data (every row is read, rendered and tokenised, and the run will find the
+result in the cache), plan, run directory. After a failed check, all checks that do not depend on it still run.
 
 Example:
     ok       tokenizer  PreTrainedTokenizerFast, 50277 tokens; padding token <|padding|> (id 1): the tokenizer's own
     failed   template   data.template: unknown name 'zephir' (did you mean zephyr?); known: ...
     skipped  data       needs the template
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -30,7 +28,7 @@ ABOUT = (
 
 @dataclass
 class Check:
-    """`status`: ok, warning, failed or skipped."""
+    """The result of one check; `status` is ok, warning, failed or skipped."""
 
     name: str
     status: str
@@ -39,14 +37,14 @@ class Check:
 
 
 class Checks:
-    """Runs checks in order; what one gives is there for the next, and one whose needs failed is skipped."""
+    """Runs checks in order, passes on what they found, and skips a check if one that it needs has failed."""
 
     def __init__(self) -> None:
         self.done: list[Check] = []
         self.found: dict[str, Any] = {}
 
     def run(self, name: str, check: Callable[[], tuple[Any, str, list[str]]], needs: tuple[str, ...] = ()) -> None:
-        """`check()` gives (what it found, a line about it, warnings) or raises UserError."""
+        """Run one check: `check()` returns (what it found, a line about it, warnings) or raises UserError."""
         missing = [need for need in needs if need not in self.found]
         if missing:
             self.done.append(Check(name, "skipped", f"needs the {' and the '.join(missing)}"))
@@ -64,7 +62,7 @@ class Checks:
 
 
 def check_all(config: Config) -> Checks:
-    """Every check of a configuration that has been read."""
+    """Run every check on a configuration that has been read."""
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.templates import load_template
     from rmcore.tracking.data_progress import DataProgress
@@ -73,7 +71,8 @@ def check_all(config: Config) -> Checks:
     found = checks.found
     checks.run("config", lambda: (config, f"{config.model.name} on {_names(config)}", []))
     checks.run("tokenizer", lambda: _tokenizer(config))
-    checks.run("model", lambda: _model(config), needs=("tokenizer",))  # both come from one place: tell it once
+    # Both come from the same directory: if it is missing, one message is enough.
+    checks.run("model", lambda: _model(config), needs=("tokenizer",))
     checks.run("template", lambda: _template(load_template(config.data.template, found["tokenizer"])), ("tokenizer",))
 
     def data() -> tuple[Any, str, list[str]]:
@@ -111,7 +110,7 @@ def _model(config: Config) -> tuple[Any, str, list[str]]:
 
 
 def _template(template: Any) -> tuple[Any, str, list[str]]:
-    shown = "texts as they stand, EOS appended" if template.wants_text else f"{template.name} renders chat turns"
+    shown = "texts unchanged, EOS appended" if template.wants_text else f"{template.name} renders chat turns"
     return template, shown, []
 
 
@@ -124,23 +123,23 @@ def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
     warnings = []
     if plan.steps < 10:
         warnings.append(f"only {plan.steps} steps: lower batch.pairs={config.batch.pairs}, or raise run.epochs")
-    of = f"{config.batch.pairs} {config.loss.traits.unit}"
-    shown = f"{plan.steps:,} steps of {of}; the longest comparison has {longest:,} tokens"
-    return plan, shown, warnings
+    size = f"{config.batch.pairs} {config.loss.traits.unit}"
+    return plan, f"{plan.steps:,} steps of {size}; the longest comparison has {longest:,} tokens", warnings
 
 
 def _run_directory(config: Config) -> tuple[Any, str, list[str]]:
-    """Writable, or to be made: the nearest folder that exists must let us write. Nothing is left behind."""
+    """Check that the directory, or its nearest existing parent, is writable. Nothing is created."""
     directory = Path(config.run.dir).expanduser().absolute()
-    there = next(folder for folder in (directory, *directory.parents) if folder.exists())
-    if not there.is_dir():
-        raise UserError(f"run.dir={config.run.dir}: {there} is a file, not a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir={config.run.dir}: cannot write to {there}")
-    return directory, str(directory) if there == directory else f"{directory} (to be made)", []
+    existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"run.dir={config.run.dir}: {existing} is a file, not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={config.run.dir}: cannot write to {existing}")
+    return directory, str(directory) if existing == directory else f"{directory} (will be created)", []
 
 
 def table(checks: list[Check]) -> str:
+    """One line per check; further lines of its detail and its warnings follow below, indented."""
     lines = []
     for check in checks:
         first, *more = check.detail.split("\n")
@@ -151,7 +150,7 @@ def table(checks: list[Check]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0 all checks passed (warnings may stand), 2 one failed."""
+    """Exit codes: 0 all checks passed, perhaps with warnings; 2 at least one failed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(argv)

@@ -1,4 +1,6 @@
-"""launch/: what the scripts would run, the manifest, Slurm's requeue with a real torchrun under stand-ins for Slurm."""
+"""launch/: the commands that the scripts run, the manifest, and Slurm's requeue with a real torchrun and stand-ins for
+Slurm's own tools.
+"""
 
 import json
 import os
@@ -21,13 +23,22 @@ LAUNCH = ROOT / "launch"
 
 
 def dry(script: str, *given: str, **environment: str) -> list[str]:
-    """The words of the command that the script prints instead of running it."""
-    settings = {**os.environ, "DRY_RUN": "1", "RMCORE_PYTHON": sys.executable, **environment}
+    """The words of the command that the script prints instead of running it, without the threads in front."""
+    return dry_with_threads(script, *given, **environment)[1:]
+
+
+def dry_with_threads(script: str, *given: str, **environment: str) -> list[str]:
+    """The words of the printed command; the first is OMP_NUM_THREADS=N."""
+    unset = {"OMP_NUM_THREADS", "HEAD", "NODES"}
+    inherited = {key: value for key, value in os.environ.items() if key not in unset}
+    settings = {**inherited, "DRY_RUN": "1", "RMCORE_PYTHON": sys.executable, **environment}
     done = subprocess.run(
         ["bash", str(LAUNCH / script), *given], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout)
+    words = shlex.split(done.stdout)
+    assert words[0].startswith("OMP_NUM_THREADS=")
+    return words
 
 
 def option(words: list[str], name: str) -> str:
@@ -50,6 +61,16 @@ def test_one_machine() -> None:
     load_config(str(ROOT / words[-2]), words[-1:])
 
 
+def test_the_cores_are_shared_out_to_the_ranks_as_threads() -> None:
+    """torchrun would set one thread, and the check of an exported model on rank 0 would take minutes."""
+    cores = len(os.sched_getaffinity(0))
+    several = {"NODES": "2", "HEAD": "10.0.0.1"}
+    for script, more in (("node.sh", {}), ("multinode.sh", several), ("slurm.sbatch", {"SLURM_JOB_NUM_NODES": "2"})):
+        assert dry_with_threads(script, RANKS="1", **more)[0] == f"OMP_NUM_THREADS={cores}"
+        assert dry_with_threads(script, RANKS=str(cores + 1), **more)[0] == "OMP_NUM_THREADS=1"
+        assert dry_with_threads(script, RANKS="1", OMP_NUM_THREADS="7", **more)[0] == "OMP_NUM_THREADS=7"
+
+
 def test_several_machines_meet_by_c10d() -> None:
     given = {"NODES": "4", "HEAD": "10.0.0.1", "RANKS": "8", "LOCAL": "10.0.0.2", "JOB": "a b"}
     words = dry("multinode.sh", "configs/hh.yaml", "run.dir=/shared/runs/a b", **given)
@@ -59,13 +80,16 @@ def test_several_machines_meet_by_c10d() -> None:
     assert words[-1] == "run.dir=/shared/runs/a b"
 
 
-def test_a_machine_that_is_not_told_where_to_meet_says_so() -> None:
+def test_a_missing_meeting_point_is_an_error() -> None:
     settings = {key: value for key, value in os.environ.items() if key not in ("NODES", "HEAD")}
-    done = subprocess.run(["bash", str(LAUNCH / "multinode.sh")], env=settings, capture_output=True, text=True)
-    assert done.returncode != 0 and "how many machines" in done.stderr
+    settings |= {"RMCORE_PYTHON": sys.executable, "RANKS": "1"}
+    for more, message in (({}, "how many machines"), ({"NODES": "2"}, "name or address of the machine")):
+        command = ["bash", str(LAUNCH / "multinode.sh")]
+        done = subprocess.run(command, env={**settings, **more}, capture_output=True, text=True)
+        assert done.returncode != 0 and message in done.stderr
 
 
-def test_slurm_says_what_it_would_run() -> None:
+def test_slurm_prints_what_it_would_run() -> None:
     words = dry("slurm.sbatch", "configs/hh.yaml", SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="4711", RANKS="8")
     assert option(words, "--rdzv-endpoint") == "FIRST_NODE:30111" and option(words, "--nnodes") == "2"
     assert words[words.index("then,") :][2] == "runs/hh/run_status.json" and words[-1] == "4711"
@@ -87,8 +111,8 @@ case $1 in show) echo 127.0.0.1 ;; requeue) echo "$2" >>"$REQUEUED" ;; esac
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_slurm_saves_before_the_limit_and_queues_again(tmp_path: Path) -> None:
-    """Slurm's tools are stand-ins; the script, torchrun, the signal, the checkpoint and the resume are real."""
+def test_slurm_saves_before_the_limit_and_requeues(tmp_path: Path) -> None:
+    """Slurm's tools are stand-ins. The script, torchrun, the signal, the checkpoint and the resume are real."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -97,23 +121,34 @@ def test_slurm_saves_before_the_limit_and_queues_again(tmp_path: Path) -> None:
     run_dir, requeued = tmp_path / "run", tmp_path / "requeued"
     given = [*arguments(tmp_path, rows=600), f"run.dir={run_dir}"]
     settings = {
-        **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "RMCORE_PYTHON": sys.executable, "RANKS": "2",
-        "REQUEUED": str(requeued), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "CUDA_VISIBLE_DEVICES": "",
-        "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "RMCORE_PYTHON": sys.executable,
+        "RANKS": "2",
+        "REQUEUED": str(requeued),
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
             ["bash", str(LAUNCH / "slurm.sbatch"), *given],
-            env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     job = start()
     end = time.monotonic() + 120
     while not list((run_dir / "checkpoints").glob("step-*")):
         assert job.poll() is None and time.monotonic() < end, job.communicate()[0]
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)  # to the batch shell alone, as --signal=B: does
+    job.send_signal(signal.SIGTERM)  # only to the batch shell, as --signal=B: does
     output, _ = job.communicate(timeout=120)
     status = json.loads((run_dir / "run_status.json").read_text())
     assert job.returncode == 0 and status["status"] == "preempted", output
@@ -122,7 +157,7 @@ def test_slurm_saves_before_the_limit_and_queues_again(tmp_path: Path) -> None:
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0 and f"continuing at step {status['step']}" in output, output
     assert json.loads((run_dir / "run_status.json").read_text())["status"] == "completed"
-    assert len(requeued.read_text().split()) == 1, "a completed run is not queued again"
+    assert len(requeued.read_text().split()) == 1, "a completed run is not requeued"
 
 
 def manifest() -> tuple[dict[str, Any], dict[str, Any]]:

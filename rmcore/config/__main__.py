@@ -1,4 +1,4 @@
-"""python -m rmcore.config --schema: the JSON schema of a configuration file, for editors."""
+"""`python -m rmcore.config --schema` prints the JSON schema of a configuration file, for editors."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from rmcore.config.schema import Config
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0 printed, 2 anything else was asked for."""
+    """Exit codes: 0 printed, 2 any other argument."""
     if argv != ["--schema"]:
         print("usage: python -m rmcore.config --schema  (the JSON schema of a configuration file)", file=sys.stderr)
         return 0 if argv in (["--help"], ["-h"]) else 2

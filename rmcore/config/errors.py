@@ -1,6 +1,7 @@
-"""pydantic's findings -> lines for the user: where it stands, the dotted key, what is wrong, what was probably meant.
+"""Explains pydantic's findings to the user: the place, the dotted key, what is wrong, and what was probably meant.
 
-Example: `optim: {lrr: 1e-5}` on line 12 gives
+Input: pydantic's ValidationError and the `Layers` that were checked. Output: pairs of a place and a text.
+Example: `optim: {lrr: 1e-5}` on line 12 of configs/hh.yaml becomes
 `configs/hh.yaml:12: optim.lrr: unknown key; did you mean optim.lr?`
 """
 
@@ -15,7 +16,7 @@ from pydantic_core import ErrorDetails
 from rmcore.config.help import keys_of, kind_of_field, section_class
 from rmcore.config.layers import SOURCE_LISTS, KeyPath, Layers, Origin, dotted, plain_kind
 
-# what other trainers (TRL, open-instruct, OpenRLHF) call a key
+# Keys of other trainers (TRL, open-instruct, OpenRLHF). configs/README.md has the table for readers.
 ELSEWHERE = {
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
@@ -27,6 +28,7 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "batch.pairs",
     "train_batch_size": "batch.pairs",
     "micro_train_batch_size": "batch.tokens",
+    "per_device_eval_batch_size": "batch.tokens",
     "model_name_or_path": "model.name",
     "base_model": "model.name",
     "pretrain": "model.name",
@@ -35,6 +37,11 @@ ELSEWHERE = {
     "dataset_name": "data.train.path",
     "dataset": "data.train.path",
     "dataset_mixer": "data.train",
+    "dataset_mixer_list": "data.train",
+    "dataset_mixer_list_splits": "data.train.split",
+    "dataset_eval_mixer": "data.eval.path",
+    "dataset_mixer_eval_list": "data.eval.path",
+    "dataset_local_cache_dir": "data.cache",
     "dataset_train_split": "data.train.split",
     "dataset_eval_split": "data.eval.split",
     "chat_template": "data.template",
@@ -43,31 +50,36 @@ ELSEWHERE = {
     "max_prompt_token_length": "data.max_prompt_tokens",
     "sanity_check": "data.limit",
     "num_train_epochs": "run.epochs",
+    "total_episodes": "run.max_steps",
     "num_evals": "run.evals",
     "output_dir": "run.dir",
+    "run_name": "run.dir",
+    "exp_name": "run.dir",
     "save_steps": "run.save_every",
     "save_total_limit": "run.keep",
     "logging_steps": "log.every",
     "report_to": "log.wandb",
     "with_tracking": "log.wandb",
     "bf16": "parallel.precision",
+    "mixed_precision": "parallel.precision",
     "gradient_checkpointing": "parallel.recompute",
     "zero_stage": "parallel.strategy",
     "push_to_hub": "hub.push",
     "hub_model_id": "hub.repo",
     "hf_repo_id": "hub.repo",
+    "hf_entity": "hub.repo",
     "hf_repo_revision": "hub.revision",
 }
 
 
 def explain(error: ValidationError, schema: type[BaseModel], layers: Layers) -> Iterator[tuple[Origin | None, str]]:
-    """One (place, text) a mistake: the parts of a union are one mistake, a missing key has no place."""
+    """Yield one (place, text) per mistake. A union counts as one mistake; a missing key may have no place."""
     seen: set[KeyPath] = set()
     findings = error.errors(include_url=False)
     for finding in findings:
         path, field, section = _resolve(finding["loc"], schema)
-        is_told = any(unread[: len(path)] == path for unread in layers.unread)
-        if path in seen or is_told or _follows_from_train(path, finding, findings):
+        is_reported = any(unread[: len(path)] == path for unread in layers.unread)
+        if path in seen or is_reported or _follows_from_train(path, finding, findings):
             continue
         seen.add(path)
         name = display(path, layers)
@@ -76,8 +88,8 @@ def explain(error: ValidationError, schema: type[BaseModel], layers: Layers) -> 
         elif finding["type"] == "missing" and path == finding["loc"]:
             place, meaning = layers.origin(path), field.description if field else "a section"
             if path[:2] == ("data", "eval"):
-                meaning = "name a data set, or (with one train source) another split of it by data.eval.split"
-            elif place and place.layer > 0:  # an override made the section; what it lacks is not the override's mistake
+                meaning = "set a data set, or (with one train source) set data.eval.split to another split of it"
+            elif place and place.layer > 0:  # an override created the section, but the missing key is not its mistake
                 place = None
             yield place, f"{name} is missing: {meaning}"
         elif finding["type"] == "conflict":
@@ -91,7 +103,7 @@ def explain(error: ValidationError, schema: type[BaseModel], layers: Layers) -> 
 
 
 def _resolve(loc: tuple[str | int, ...], schema: type[BaseModel]) -> tuple[KeyPath, FieldInfo | None, type[BaseModel]]:
-    """pydantic's location without the names of union branches, the field it names, and the section that holds it."""
+    """pydantic's location without the names of union branches, its field, and the section that holds the field."""
     section, field, path = schema, None, ()  # type: tuple[type[BaseModel], FieldInfo | None, KeyPath]
     for part in loc:
         if field is not None and (inner := section_class(field.annotation)) is not None:
@@ -99,7 +111,7 @@ def _resolve(loc: tuple[str | int, ...], schema: type[BaseModel]) -> tuple[KeyPa
                 path = (*path, part)
                 continue
             section = inner
-        elif field is not None:  # below a plain value: a key of a mapping, an item of a list, or a union's branch
+        elif field is not None:  # below a plain value: a key of a mapping, an item of a list, or a branch of a union
             return (*path, part) if get_origin(field.annotation) is dict else path, field, section
         path, field = (*path, part), section.model_fields.get(str(part))
         if field is None:
@@ -108,20 +120,20 @@ def _resolve(loc: tuple[str | int, ...], schema: type[BaseModel]) -> tuple[KeyPa
 
 
 def _follows_from_train(path: KeyPath, finding: ErrorDetails, findings: list[ErrorDetails]) -> bool:
-    """Whether an eval source lacks its path only because the train source, which would lend its own, has none."""
-    lends = any(other["loc"][:2] == ("data", "train") or other["loc"] == ("data",) for other in findings)
-    return path[:2] == ("data", "eval") and path[3:] == ("path",) and finding["type"] == "missing" and lends
+    """Whether an eval source has no path only because the train source, which would supply it, is wrong."""
+    train_is_wrong = any(other["loc"][:2] == ("data", "train") or other["loc"] == ("data",) for other in findings)
+    return path[:2] == ("data", "eval") and path[3:] == ("path",) and finding["type"] == "missing" and train_is_wrong
 
 
 def display(path: KeyPath, layers: Layers) -> str:
-    """A dotted key as the user would write it: no index where there is one source."""
+    """A dotted key as the user would write it: without an index if there is only one source."""
     if path[:2] in SOURCE_LISTS and len(path) > 2 and len(layers.get(path[:2]) or [0]) == 1:
         path = path[:2] + path[3:]
     return dotted(path)
 
 
 def _meant(path: KeyPath, section: type[BaseModel], schema: type[BaseModel], layers: Layers) -> str:
-    """`; did you mean ...?`: a sibling, else a key of the same name in another section, else the known keys."""
+    """`; did you mean ...?` with a key of the section, else a key of another section, else the list of known keys."""
     word, prefix = str(path[-1]), display(path[:-1], layers)
     near = difflib.get_close_matches(word, section.model_fields, n=1, cutoff=0.7)
     if near:
@@ -135,7 +147,7 @@ def _meant(path: KeyPath, section: type[BaseModel], schema: type[BaseModel], lay
 
 
 def _hint(kind: str, value: Any, name: str, origin: Origin | None) -> str:
-    """What to do about a value of the wrong kind; empty when the expectation says it all."""
+    """Advice on a value of the wrong kind; empty if `expected ..., got ...` is enough."""
     choices = [choice for choice in kind.split(" | ") if " " not in choice]
     typed = (origin.text if origin else None) or ""
     quoted = f"'{name}=\"{typed}\"'" if origin and origin.layer else f'"{typed}"'
@@ -146,7 +158,7 @@ def _hint(kind: str, value: Any, name: str, origin: Origin | None) -> str:
         return f" (YAML reads it as a number; quote it: {quoted})"
     wanted = {"int", "float"} if "number" in kind else {"bool"} if "true" in choices else set()
     if isinstance(value, str) and plain_kind(value) in wanted:
-        return " (leave out the quotes)"
+        return " (remove the quotes)"
     if isinstance(value, float) and "whole number" in kind and value.is_integer() and abs(value) < 1e15:
         return f" (write {int(value)})"
     if isinstance(value, str) and name in [dotted(path) for path in SOURCE_LISTS]:
@@ -156,7 +168,7 @@ def _hint(kind: str, value: Any, name: str, origin: Origin | None) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value for a message, at most some 60 characters."""
+    """A value for a message, cut to 60 characters."""
     if isinstance(value, dict):
         return "a mapping"
     text = "null" if value is None else f"`{value}`"

@@ -1,7 +1,8 @@
-"""The schema in words: for `--help`, and for the `expected ...` of error messages.
+"""Describes the keys of the schema in words, for `--help` and for the `expected ...` of error messages.
 
-Enters: the pydantic classes of config.py. Leaves: text. Example: the key `batch.pairs` (int, ge=1, default 64) reads
-`batch.pairs = 64    whole number >= 1`, and its meaning on the next line.
+Input: the pydantic classes of schema.py. Output: text.
+Example: the key `batch.pairs` (int, ge=1, default 64) becomes `batch.pairs = 64    whole number >= 1`, with its meaning
+on the next line.
 """
 
 import textwrap
@@ -19,7 +20,7 @@ SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the schema: `name` is dotted, `kind` its type in words, `default` the text of its default."""
+    """One key of the schema: its dotted name, its type in words, its default as text, and its meaning."""
 
     name: str
     kind: str
@@ -32,7 +33,7 @@ def kind_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *extra = get_args(annotation)
-        own = [bound for each in extra for bound in getattr(each, "metadata", [each])]  # Field(ge=1) holds Ge(1) inside
+        own = [bound for each in extra for bound in getattr(each, "metadata", [each])]  # Field(ge=1) contains Ge(1)
         return kind_of(inner, (*limits, *own))
     if origin is Literal:
         return " | ".join(str(choice) for choice in get_args(annotation))
@@ -53,12 +54,12 @@ def kind_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
 
 
 def kind_of_field(field: FieldInfo) -> str:
-    """The type of a pydantic field in words, its limits included."""
+    """The type of a pydantic field in words, with its limits."""
     return kind_of(field.annotation, tuple(field.metadata))
 
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
-    """The class of a section, also inside a list of sections; None for a plain value."""
+    """The class of a section or of a list of sections; None for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (tuple, Annotated):
@@ -67,7 +68,7 @@ def section_class(annotation: Any) -> type[BaseModel] | None:
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """Every key below a section, in order; a source's keys follow the key that holds it."""
+    """Every key below a section, in order. The keys of a data source follow data.train."""
     for name, field in section.model_fields.items():
         inner = section_class(field.annotation)
         if inner is None or get_origin(field.annotation) is tuple:
@@ -78,7 +79,7 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[Key]:
 
 
 def _shown(value: Any) -> str:
-    """A default as one would write it in YAML."""
+    """A default value as YAML text."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
@@ -87,12 +88,12 @@ def _shown(value: Any) -> str:
 
 
 def help_text(config: type[BaseModel], prog: str, about: str) -> str:
-    """What `--help` prints: usage, examples, and every key with default, type and meaning, by section."""
+    """The text of `--help`: usage, examples, and every key with default, type and meaning, by section."""
     lines = [
         f"usage: {prog} [CONFIG] [key=value ...]",
         "",
         *([about, ""] if about else []),
-        "CONFIG is a YAML file; without one the defaults below hold. key=value pairs come after it and win over it.",
+        "CONFIG is a YAML file. Without it, the defaults below apply. key=value pairs follow it and override it.",
         "",
         "examples:",
         f"  {prog} configs/quickstart.yaml",

@@ -1,20 +1,25 @@
-"""YAML text and `key.sub=value` overrides -> plain values, each with the place it came from.
+"""Reads a YAML file and `key.sub=value` overrides into plain values, and records where each value was written.
 
-Enters: a path (or None) and override texts. Leaves: `Layers`. Example: `lr: 1e-5` on line 7, under `optim:`, gives
-`values == {"optim": {"lr": 1e-05}}` and `origin(("optim", "lr")).where == "configs/hh.yaml:7"`.
+Input: a path or a nested dict, and the texts of overrides. Output: `Layers`.
+Example: `lr: 1e-5` on line 7 of configs/hh.yaml, under `optim:`, gives `values == {"optim": {"lr": 1e-05}}` and
+`origin(("optim", "lr")).where == "configs/hh.yaml:7"`.
 
-Plain scalars are null, booleans (YAML 1.1: yes/no/on/off too), decimal integers, decimal floats (`1e-5` too) or text.
-Dates, octal, hexadecimal and sexagesimal numbers stay text: `12:30` never turns into 750. Aliases are refused.
+A plain scalar is null, a boolean (as in YAML 1.1 also yes, no, on, off), a decimal integer, a decimal float (also
+`1e-5`) or text. Dates and octal, hexadecimal and sexagesimal numbers remain text, so `12:30` never becomes 750. YAML
+aliases are an error.
 """
 
 import difflib
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from rmcore.host.command import UserError
 
 MAX_BYTES = 1_000_000
 TAG = "tag:yaml.org,2002:"
@@ -27,43 +32,39 @@ PLAIN = {
         r"|[-+]?\.(?i:inf)|\.(?i:nan)"
     ),
 }
-SOURCE_LISTS = (("data", "train"), ("data", "eval"))  # each takes one mapping or a list of them
+SOURCE_LISTS = (("data", "train"), ("data", "eval"))  # each holds one mapping or a list of mappings
 KeyPath = tuple[str | int, ...]
-
-
-class UserError(Exception):
-    """A mistake of the user's: its message says what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written: `configs/hh.yaml:7`, or "override `optim.lr=x`"; `text`: a scalar as it was typed."""
+    """Where a value was written: `configs/hh.yaml:7`, or "override `optim.lr=x`"."""
 
     where: str
-    text: str | None = None
+    text: str | None = None  # a scalar as it was typed
     layer: int = 0  # 0: the file, 1: the overrides
-    line: int = 0  # of the file, or the override's place among the overrides
+    line: int = 0  # line of the file, or number of the override
 
 
 @dataclass
 class Layers:
-    """What the file and the overrides say together, and what is wrong with how they say it."""
+    """The values of the file with the overrides on top, and the problems found while reading them."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
     problems: list[tuple[Origin, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    unread: set[KeyPath] = field(default_factory=set)  # scalars that are a problem already: their value here is None
+    notes: list[str] = field(default_factory=list)  # which override replaced which value
+    unread: set[KeyPath] = field(default_factory=set)  # scalars reported in `problems` already; their value is None
 
     def origin(self, path: KeyPath) -> Origin | None:
-        """The place that set `path`, or the nearest value around it."""
+        """The place where `path` was set, or else the nearest section around it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return None
 
     def below(self, path: KeyPath) -> list[KeyPath]:
-        """The known paths at `path` and under it."""
+        """The known paths at `path` and below it."""
         return [known for known in self.origins if known[: len(path)] == path]
 
     def get(self, path: KeyPath) -> Any:
@@ -79,7 +80,7 @@ class Layers:
         return value
 
     def set(self, path: KeyPath, value: Any, origin: Origin) -> None:
-        """Put a value in an existing mapping or list, in place of all that was there."""
+        """Set a value in an existing mapping or list and forget the origins of what it replaces."""
         for known in self.below(path):
             del self.origins[known]
         self.origins[path] = origin
@@ -87,7 +88,7 @@ class Layers:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, used to compose nodes only: with the plain scalars above, and no aliases."""
+    """SafeLoader with the plain scalars above and without aliases; it is only used to compose nodes."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:
         if kind is yaml.ScalarNode:
@@ -97,41 +98,62 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read: write the value out", mark)
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read: repeat the value", mark)
         return super().compose_node(parent, index)
 
 
 def plain_kind(text: str) -> str:
-    """What an unquoted scalar is: null, bool, int, float or str."""
+    """The kind of an unquoted scalar: null, bool, int, float or str."""
     return next((kind for kind, pattern in PLAIN.items() if pattern.fullmatch(text)), "str")
 
 
-def read_layers(path: str | None, overrides: list[str]) -> Layers:
-    """Read the file (if any), then set each override. Raises UserError when the file cannot be read as YAML at all."""
+def read_file(path: str) -> Layers:
+    """The values of a YAML file. Raises UserError if the file cannot be read or is not a YAML mapping."""
     layers = Layers()
-    if path is not None:
-        root = _compose(_text(path), path)
-        if root is None:
-            raise UserError(f"{path}: the file is empty; it needs at least model.name and data.train.path")
-        if not isinstance(root, yaml.MappingNode):
-            raise UserError(
-                f"{path}:{root.start_mark.line + 1}: expected a mapping of sections (model:, data:, ...) at the top"
-            )
-        layers.values = _build(root, (), layers, path, None) or {}
-        for list_path in SOURCE_LISTS:
-            _make_list(layers, list_path)
+    root = _compose(_text(path), path)
+    if root is None:
+        raise UserError(f"{path}: the file is empty; it needs at least model.name and data.train.path")
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(
+            f"{path}:{root.start_mark.line + 1}: expected a mapping of sections (model:, data:, ...) at the top"
+        )
+    layers.values = _build(root, (), layers, path, None) or {}
+    for list_path in SOURCE_LISTS:
+        _make_list(layers, list_path)
+    return layers
+
+
+def take_values(values: Mapping[str, Any], where: str) -> Layers:
+    """The values of a nested dict in place of a file; `where` is their place in error messages."""
+    layers, origin = Layers(), Origin(where)
+
+    def copy(value: Any, path: KeyPath) -> Any:
+        layers.origins[path] = origin
+        if isinstance(value, Mapping):
+            return {key: copy(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [copy(item, (*path, index)) for index, item in enumerate(value)]
+        return value
+
+    layers.values = {section: copy(value, (section,)) for section, value in values.items()}
+    for list_path in SOURCE_LISTS:
+        _make_list(layers, list_path)
+    return layers
+
+
+def set_overrides(layers: Layers, overrides: Sequence[str]) -> None:
+    """Set each `key.sub=value` on top of the values; an override that cannot be read becomes a problem."""
     seen: dict[str, str] = {}
     for number, override in enumerate(overrides):
         _override(layers, override, number)
         key = override.partition("=")[0]
         if seen.get(key, override) != override:
-            layers.notes.append(f"override `{seen[key]}` gives way to `{override}`")
+            layers.notes.append(f"override `{override}` replaces `{seen[key]}`")
         seen[key] = override
-    return layers
 
 
 def _text(path: str) -> str:
-    """The file's text; raises UserError that says why it cannot be had."""
+    """The text of the file. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -152,22 +174,22 @@ def _text(path: str) -> str:
 
 
 def _compose(text: str, where: str, is_file: bool = True) -> yaml.Node | None:
-    """YAML text as nodes; raises UserError at bad syntax, with its line."""
+    """Parse YAML text into nodes. Raises UserError at a syntax error, with its line."""
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
-        raise UserError(f"{where}: not a text file (strange character at {error.position})") from None
+        raise UserError(f"{where}: not a text file (control character at position {error.position})") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}" if mark and is_file else where
         raise UserError(f"{place}: not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}") from None
-    except (RecursionError, ValueError, OverflowError) as error:  # the last two: an escape that is no character
+    except (RecursionError, ValueError, OverflowError) as error:  # the last two: a bad escape sequence
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where}: not valid YAML: {reason}") from None
 
 
 def _build(node: yaml.Node, path: KeyPath, layers: Layers, file: str, override: Origin | None) -> Any:
-    """A node's plain value; notes the origin of everything below `path`, and the problems met on the way."""
+    """The plain value of a node; records in `layers` the origin of everything below `path`, and problems."""
 
     def place(at: yaml.Node, value: yaml.Node) -> Origin:
         if override:
@@ -205,7 +227,7 @@ def _build(node: yaml.Node, path: KeyPath, layers: Layers, file: str, override: 
 
 
 def _scalar(node: yaml.Node) -> Any:
-    """A scalar's value; raises ValueError at explicit tags that are foreign here, or do not fit their text."""
+    """The value of a scalar. Raises ValueError if its explicit tag is not allowed or does not fit its text."""
     kind = node.tag.removeprefix(TAG)
     if not isinstance(node, yaml.ScalarNode) or kind not in (*PLAIN, "str"):
         raise ValueError(f"the YAML tag {node.tag.replace(TAG, '!!')} is not read here")
@@ -222,7 +244,7 @@ def _scalar(node: yaml.Node) -> Any:
     if kind == "float":
         return float(re.sub(r"(?i)\.(inf|nan)", r"\1", digits))
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
-        raise ValueError("a whole number beyond 64 bits")
+        raise ValueError("whole numbers are limited to 64 bits")
     return int(digits)
 
 
@@ -232,7 +254,7 @@ def dotted(path: KeyPath, *more: str) -> str:
 
 
 def _make_list(layers: Layers, path: KeyPath) -> None:
-    """Turn the one mapping at `path` into a list of one, its origins with it."""
+    """Turn a single mapping at `path` into a list of one mapping, and move the origins below it."""
     if isinstance(mapping := layers.get(path), dict):
         layers.get(path[:-1])[path[-1]] = [mapping]
         for known in layers.below(path):
@@ -241,13 +263,13 @@ def _make_list(layers: Layers, path: KeyPath) -> None:
 
 
 def _override(layers: Layers, override: str, number: int) -> None:
-    """Set one `key.sub=value`: a plain scalar as it stands (`*.jsonl`, `a: b`), or YAML after a quote, `[` or `{`."""
+    """Set one `key.sub=value`. A value that opens with a quote, `[` or `{` is YAML; any other is one plain scalar."""
     key, equals, text = override.partition("=")
     text = text.strip()
     is_yaml = text[:1] in ("[", "{", '"', "'")
     origin = Origin(f"override `{override}`", None if text[:1] in ("[", "{") else text, layer=1, line=number)
     if not equals or not all(key.split(".")) or key.startswith("-"):
-        hint = f"; leave out the dashes: {override.lstrip('-')}" if equals and key.startswith("-") else ""
+        hint = f"; remove the dashes: {override.lstrip('-')}" if equals and key.startswith("-") else ""
         layers.problems.append((origin, f"not of the form key.sub=value{hint}"))
         return
     try:
@@ -256,7 +278,7 @@ def _override(layers: Layers, override: str, number: int) -> None:
     except UserError as error:
         layers.problems.append((origin, str(error)))
         return
-    assert node is not None  # text that opens with a quote or a bracket is never an empty document
+    assert node is not None  # text that opens with a quote or a bracket is not an empty document
     layers.set(path, None, origin)
     layers.get(path[:-1])[path[-1]] = _build(node, path, layers, "", origin)
     if path in SOURCE_LISTS:
@@ -264,7 +286,7 @@ def _override(layers: Layers, override: str, number: int) -> None:
 
 
 def _walk(layers: Layers, parts: list[str], origin: Origin) -> KeyPath:
-    """The path of a dotted key; makes the sections on the way. `data.train.path` means the one source of data.train."""
+    """The path of a dotted key; creates missing sections. `data.train.path` means the only source of data.train."""
     path: KeyPath = ()
     while parts:
         here = layers.get(path)
@@ -277,12 +299,12 @@ def _walk(layers: Layers, parts: list[str], origin: Origin) -> KeyPath:
                 if len(here) > 1:
                     raise UserError(f"{dotted(path)} is a list of {len(here)}: write {dotted(path, *parts)}")
             if not re.fullmatch("[0-9]{1,9}", parts[0]) or int(parts[0]) > len(here):
-                raise UserError(f"{dotted(path)} is a list of {len(here)}: it has no `{parts[0]}`")
+                raise UserError(f"{dotted(path)} is a list of {len(here)} and has no `{parts[0]}`")
             here.extend([None] if int(parts[0]) == len(here) else [])
             path = (*path, int(parts[0]))
         elif isinstance(here, dict):
             path = (*path, parts[0])
         else:
-            raise UserError(f"{dotted(path)} holds a value, not keys: it has no `{parts[0]}`")
+            raise UserError(f"{dotted(path)} is a single value and has no key `{parts[0]}`")
         parts = parts[1:]
     return path

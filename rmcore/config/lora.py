@@ -1,6 +1,6 @@
-"""The section `model.lora`: low-rank adapters in place of training every weight.
+"""The section `model.lora`: train low-rank adapters instead of all weights.
 
-Example: `model.lora.rank=16` trains changes of rank 16 in all linear layers, scaled by 32 / 16, and the score head.
+Example: `model.lora.rank=16` trains updates of rank 16 for all linear layers, scaled by 32 / 16, and the score head.
 """
 
 from typing import Annotated, Literal
@@ -14,16 +14,18 @@ class LoraConfig(Section):
     """low-rank adapters"""
 
     rank: int | None = Field(
-        None, ge=1, description="train changes of this rank and the score head (extra: lora); null: train all weights"
+        None,
+        ge=1,
+        description="train low-rank updates of this rank and the score head (extra: lora); null: train all weights",
     )
-    alpha: float | None = Field(None, gt=0, description="the changes are scaled by alpha / rank; null: twice the rank")
+    alpha: float | None = Field(None, gt=0, description="the updates are scaled by alpha / rank; null: twice the rank")
     targets: Literal["all-linear"] | list[Annotated[str, Field(min_length=1)]] = Field(
-        "all-linear", description="linear layers to adapt, by the ends of their names: [q_proj, v_proj]"
+        "all-linear", description="linear layers to adapt, by the last parts of their names: [q_proj, v_proj]"
     )
 
     @property
     def scale_alpha(self) -> float:
-        """`alpha`, or what it is by default."""
+        """`alpha`, or its default of twice the rank."""
         return self.alpha or 2.0 * (self.rank or 0)
 
     @model_validator(mode="after")

@@ -1,9 +1,10 @@
-"""The section `loss`: which objective is trained, which keys it uses, and what it reads of the data.
+"""The section `loss`: the objective, the keys that it uses, and the labels that it reads from the data.
 
-Enters: plain values. Leaves: a frozen `LossConfig`. Example: `loss.name=hinge loss.tie_rate=0.2` is refused, because
-hinge reads no ties; `loss.name=regression` asks the data for scores and counts scored answers instead of pairs.
+Input: plain values. Output: a frozen `LossConfig`.
+Example: `loss.name=hinge loss.tie_rate=0.2` is an error, because hinge does not use ties. `loss.name=regression` needs
+scores in the data and counts scored answers instead of pairs.
 
-The objectives themselves are functions of the same names in rmcore/model/objectives.py.
+The objectives are functions of the same names in rmcore/model/objectives.py.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -17,22 +18,19 @@ PAIRWISE = ("centering", "label_smoothing", "margin")
 
 
 class Traits(NamedTuple):
-    """What an objective uses and reads.
+    """The keys that an objective uses, the labels that it reads, and what it counts."""
 
-    `keys`: of the section `loss`, those that mean something to it. `ties`: it reads pairs that tie. `scores`: it reads
-    a number an answer. `soft`: it can take both directions of a pair, weighted. `counts`: what a global batch and the
-    mean of the loss count: pairs (by their weights, ties among them), lists (comparisons) or scored answers.
-    """
-
-    keys: tuple[str, ...] = ()
-    ties: bool = False
-    scores: bool = False
-    soft: bool = True
+    keys: tuple[str, ...] = ()  # keys of the section `loss` that it uses
+    ties: bool = False  # it reads tied pairs
+    scores: bool = False  # it reads one number per answer
+    soft: bool = True  # it accepts both directions of a pair, weighted
+    # The unit of a global batch and of the mean of the loss: pairs (by weight, ties included), lists (comparisons) or
+    # scored answers.
     counts: Literal["pairs", "lists", "answers"] = "pairs"
 
     @property
     def unit(self) -> str:
-        """What `batch.pairs` counts."""
+        """The unit of `batch.pairs`, in words."""
         return "scored answers" if self.counts == "answers" else "pairs"
 
 
@@ -51,21 +49,21 @@ class LossConfig(Section):
 
     name: Name = Field(
         "bradley_terry",
-        description="bradley_terry (K answers: all their pairs), hinge, rao_kupper or davidson (they read ties), "
+        description="bradley_terry (K answers: all their pairs), hinge, rao_kupper or davidson (with ties), "
         "plackett_luce (whole rankings), regression (on scores)",
     )
-    centering: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2: keeps rewards near 0")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is taken to be wrong")
+    centering: float = Field(0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards near 0")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed probability that a label is wrong")
     margin: Literal["none", "data"] | Annotated[float, Field(ge=0)] = Field(
-        "none", description="none, that of each row (data), or one number for all"
+        "none", description="none, the margin of each row (data), or one number for all"
     )
     tie_rate: float = Field(
-        0.25, gt=0, lt=1, description="rao_kupper, davidson: probability of a tie of two equally good answers"
+        0.25, gt=0, lt=1, description="rao_kupper, davidson: probability of a tie between two equally good answers"
     )
 
     @property
     def traits(self) -> Traits:
-        """What the chosen objective uses and reads."""
+        """The traits of the chosen objective."""
         return TRAITS[self.name]
 
     @model_validator(mode="after")
@@ -73,5 +71,5 @@ class LossConfig(Section):
         for key, field in type(self).model_fields.items():
             if key != "name" and key not in self.traits.keys and getattr(self, key) != field.default:
                 used = ", ".join(f"loss.{one}" for one in self.traits.keys) or "no other key of loss"
-                raise conflict(f"loss.{key}", f"means nothing to loss.name={self.name}, which uses {used}")
+                raise conflict(f"loss.{key}", f"has no effect on loss.name={self.name}, which uses {used}")
         return self

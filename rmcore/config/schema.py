@@ -1,8 +1,9 @@
 """The schema: every key of a configuration, with its type, default, limits and meaning.
 
-Enters: plain values. Leaves: a frozen `Config`, or pydantic's list of mistakes. Example:
+Input: plain values. Output: a frozen `Config`, or pydantic's list of mistakes. Example:
 `Config.model_validate({"model": {"name": "m"}, "data": {"train": {"path": "p.jsonl"}}}).optim.lr == 3e-06`.
-`--help`, the error texts and the JSON schema all come from these classes; config.py reads files into them.
+
+`--help`, the error messages and the JSON schema are all made from these classes; load.py reads files into them.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,35 +27,37 @@ class ModelConfig(Section):
     name: Text = Field(description="hub id or directory of the base model; `synthetic`: the embedded tiny model")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
     init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="pretrained weights, or random ones drawn from the model's config alone"
+        "pretrained", description="pretrained weights, or random weights for the architecture in the model's config"
     )
-    trust_remote_code: bool = Field(False, description="run the code that comes with the model")
+    trust_remote_code: bool = Field(False, description="run Python code from the model repository")
     attention: Literal["auto", "shared", "packed", "padded"] = Field(
-        "auto", description="shared computes each prompt once; auto takes the fastest that the self-test finds exact"
+        "auto", description="shared computes each prompt once; auto: the fastest path that the self-test finds exact"
     )
     head: Literal["fresh", "stored"] = Field(
-        "fresh", description="draw a new score head, or keep that of a sequence-classification checkpoint"
+        "fresh", description="draw a new score head, or keep the one stored in a sequence-classification checkpoint"
     )
     lora: LoraConfig = LoraConfig()
 
 
-def _path_may_be_lent(schema: JsonDict) -> None:
-    """In the JSON schema no key of a source is required: an eval source may leave out its path."""
+def _no_required_keys(schema: JsonDict) -> None:
+    """Require no key of a source in the JSON schema, because an eval source may take its path from data.train."""
     schema.pop("required")
 
 
 class SourceConfig(Section):
     """one data set"""
 
-    model_config = ConfigDict(json_schema_extra=_path_may_be_lent)
-    path: Text = Field(description="hub id, file, directory, glob, or `synthetic` (the embedded task)")
+    model_config = ConfigDict(json_schema_extra=_no_required_keys)
+    path: Text = Field(description="hub id, file, directory, glob pattern, or `synthetic` (the embedded task)")
     name: Text | None = Field(None, description="configuration name of a hub data set")
-    split: Text = Field("train", description="split to read, slices such as train[:10%] too")
+    split: Text = Field("train", description="split to read; slices such as train[:10%] work")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
     amount: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=100)] | None = Field(
-        None, description="rows to take (a whole number), or the share of all rows (0.5; 2.0: each twice); null: all"
+        None, description="number of rows (a whole number) or share of all rows (0.5; 2.0: each row twice); null: all"
     )
-    columns: dict[str, str] = Field({}, description="names in the data for rmcore's names, {chosen: better, ...}")
+    columns: dict[str, str] = Field(
+        {}, description="rmcore's column names mapped to those in the data: {chosen: better, ...}"
+    )
 
 
 def _as_list(value: Any) -> Any:
@@ -62,7 +65,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _one_or_many(schema: JsonDict) -> None:
-    """In the JSON schema: a source, a list of sources, or null."""
+    """Allow a source, a list of sources, or null in the JSON schema."""
     array: JsonDict = {"type": "array", "items": schema.pop("items")}
     schema.pop("type")
     schema["anyOf"] = [array["items"], array, {"type": "null"}]
@@ -74,48 +77,52 @@ Sources = Annotated[
 
 
 def _with_path_of(train: Any, source: Any) -> Any:
-    """An eval source that names no data set, with the train source's; as it was where both would be the same rows."""
+    """Complete an eval source without a path by the path of the train source, unless both would be the same rows."""
     if not isinstance(source, dict) or not isinstance(train, dict) or "path" in source or "path" not in train:
         return source
-    lent = {key: train[key] for key in ("path", "name", "revision", "columns") if key in train} | source
+    completed = {key: train[key] for key in ("path", "name", "revision", "columns") if key in train} | source
     split = SourceConfig.model_fields["split"].default
-    rows = [(each.get("name"), each.get("revision"), each.get("split", split)) for each in (train, lent)]
-    return lent if rows[0] != rows[1] else source
+    rows = [(each.get("name"), each.get("revision"), each.get("split", split)) for each in (train, completed)]
+    return completed if rows[0] != rows[1] else source
 
 
 class DataConfig(Section):
     """the preference pairs"""
 
-    train: Sources = Field(description="what to train on: one source or a list of them, each with the keys below")
+    train: Sources = Field(description="training data: one source or a list of sources, each with the keys below")
     eval: Sources = Field(
-        (), description="what to evaluate on, likewise; without a path: the data set of the one train source"
+        (), description="evaluation data, like data.train; without a path: the data set of the only train source"
     )
     template: Text = Field(
         "tokenizer",
         description="simple_concat_with_space, simple_concat_with_new_line, simple_chat, assistant_message_only, "
-        "zephyr, tulu, tokenizer (its own), a .jinja file, or none (texts as they stand, EOS appended)",
+        "zephyr, tulu, tokenizer (its own template), a .jinja file, or none (texts unchanged, EOS appended)",
     )
     max_tokens: int = Field(1024, ge=1, description="longest prompt plus answer, in tokens")
     max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt, in tokens; null: no limit")
     length_policy: Literal["drop", "truncate_left"] = Field(
-        "drop", description="rows that are too long: drop them, or cut the oldest prompt tokens"
+        "drop", description="rows that are too long: drop them, or cut the first tokens of the prompt"
     )
     group_by_prompt: bool = Field(
-        False, description="gather the pairs of one prompt into one comparison, whose prompt is computed once"
+        False, description="merge the pairs of one prompt into one comparison, so that its prompt is computed once"
     )
-    drop_repeated: bool = Field(False, description="drop rows that repeat an earlier one; they are counted anyway")
+    drop_repeated: bool = Field(False, description="drop rows that repeat an earlier row; they are counted in any case")
     drop_contradicted: bool = Field(
-        False, description="drop rows that judge the same answers to one prompt differently; they are counted anyway"
+        False, description="drop rows that judge the same answers to a prompt differently; they are counted in any case"
     )
-    limit: int | None = Field(None, ge=1, description="most rows of train and of eval; 100 is a sanity check")
-    shuffle: bool = Field(True, description="shuffle the rows anew each epoch")
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of train held out, by prompt; excludes eval")
+    limit: int | None = Field(
+        None, ge=1, description="use at most this many rows of train and of eval; 100 is a sanity check"
+    )
+    shuffle: bool = Field(True, description="shuffle the rows in every epoch")
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of train held out for evaluation, by prompt; excludes eval"
+    )
     cache: Text | None = Field(None, description="directory for tokenised data; null: $RMCORE_CACHE or ~/.cache/rmcore")
 
     @model_validator(mode="before")
     @classmethod
     def _lend_path(cls, values: Any) -> Any:
-        """Let an eval source without a path mean the data set of the one train source."""
+        """Complete eval sources without a path by the data set of the only train source."""
         if isinstance(values, dict) and values.get("eval"):
             train, sources = _as_list(values.get("train")), _as_list(values["eval"])
             if isinstance(train, list) and isinstance(sources, list) and len(train) == 1:
@@ -132,14 +139,16 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """how much a step trains on"""
+    """the size of a step and of a micro batch"""
 
-    pairs: int = Field(64, ge=1, description="global batch: pairs a step, over all ranks (regression: answers)")
+    pairs: int = Field(
+        64, ge=1, description="global batch: pairs per step, over all ranks (regression: scored answers)"
+    )
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="token budget of a micro batch on one rank"
     )
     shrink: bool = Field(
-        False, description="after a run ended out of memory: start again with 3/4 of the tokens that did not fit"
+        False, description="after a run ended out of memory: resume with 3/4 of the tokens that did not fit"
     )
 
 
@@ -148,12 +157,12 @@ class OptimConfig(Section):
 
     lr: float = Field(3e-6, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="after the warm-up: linear or cosine decay to zero over the whole run, or constant"
+        "linear", description="after the warm-up: linear or cosine decay to zero at the end of the run, or constant"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = Field((0.9, 0.999), description="decay of AdamW's two averages")
+    ] = Field((0.9, 0.999), description="decay rates of AdamW's two averages")
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
@@ -162,43 +171,51 @@ class OptimConfig(Section):
 class RunConfig(Section):
     """length, evaluation and checkpoints of the run"""
 
-    dir: Text = Field("runs/default", description="run directory; default: runs/<name of the config file>")
-    epochs: int = Field(1, ge=1, description="passes over the train data")
+    dir: Text = Field(
+        "runs/default", description="run directory; with a config file, the default is runs/<name of the file>"
+    )
+    epochs: int = Field(1, ge=1, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps; null: only epochs count")
-    seed: int = Field(1, ge=0, lt=2**31, description="fixes data order, score head and sampling")
-    evals: int = Field(1, ge=0, description="evaluations, spread evenly, the last at the end; 0: none")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: none by step")
+    seed: int = Field(1, ge=0, lt=2**31, description="determines data order, score head and sampling")
+    evals: int = Field(1, ge=0, description="number of evaluations, spread evenly, the last one at the end; 0: none")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: no checkpoints by steps")
     save_minutes: float | None = Field(
-        30.0, gt=0, description="minutes between checkpoints; null: none by time, nor at the end without save_every"
+        30.0,
+        gt=0,
+        description="minutes between checkpoints; null: none by time, and none at the end without save_every",
     )
     background_save: bool = Field(
-        True, description="write checkpoints beside the training, from a copy in host memory (12 bytes a parameter)"
+        True, description="write checkpoints during training, from a copy in host memory (12 bytes per parameter)"
     )
-    keep: int = Field(2, ge=1, description="checkpoints to keep, the newest")
-    keep_best: int = Field(0, ge=0, description="checkpoints to keep besides, the best by evaluation accuracy")
-    resume: Text = Field("auto", description="auto (newest good checkpoint, if any), never, or a checkpoint")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    keep_best: int = Field(
+        0, ge=0, description="number of further checkpoints to keep, the best by evaluation accuracy"
+    )
+    resume: Text = Field(
+        "auto", description="auto (newest intact checkpoint, if any), never, or the path of a checkpoint"
+    )
     allow_changes: list[Text] = Field(
-        [], description="keys or sections that may differ from the checkpoint's on resume, [data, run.seed]"
+        [], description="keys or sections that may differ from the checkpoint on resume: [data, run.seed]"
     )
-    max_bad_steps: int = Field(3, ge=1, description="non-finite steps in a row that end the run")
+    max_bad_steps: int = Field(3, ge=1, description="end the run after this many NaN or Inf steps in a row")
 
 
 class LogConfig(Section):
-    """what is reported"""
+    """logs and reports"""
 
     every: int = Field(10, ge=1, description="steps between log lines")
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: bool = Field(False, description="log to Weights & Biases (extra: wandb)")
-    samples: int = Field(10, ge=0, description="rows of the samples table at an evaluation")
+    samples: int = Field(10, ge=0, description="rows in the table of samples at each evaluation")
     report: Literal["none", "html", "png"] = Field(
-        "html", description="at the end: <run.dir>/report.html; png: its pictures too, as files in <run.dir>/plots"
+        "html", description="at the end write <run.dir>/report.html; png: also its pictures, in <run.dir>/plots"
     )
 
 
 class HubConfig(Section):
-    """pushing the result to the Hugging Face hub"""
+    """upload of the exported model to the Hugging Face hub"""
 
-    push: bool = Field(False, description="push the exported model at the end")
+    push: bool = Field(False, description="push the exported model at the end of the run")
     repo: Text | None = Field(None, description="user/name of the hub repository")
     revision: Text | None = Field(None, description="branch to push to; null: main")
     private: bool = Field(True, description="create the repository as private")
@@ -206,12 +223,12 @@ class HubConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "HubConfig":
         if self.push and self.repo is None:
-            raise conflict("hub.push", "needs hub.repo: the user/name to push to")
+            raise conflict("hub.push", "needs hub.repo, the user/name to push to")
         return self
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the texts which file.py would take for something else, and escapes strange ones."""
+    """SafeDumper that quotes texts which layers.py would not read as text, and escapes unprintable characters."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:
         if kind is yaml.ScalarNode and implicit[0] and plain_kind(value) != "str":
@@ -226,7 +243,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class Config(Section):
-    """A whole run."""
+    """The configuration of a whole run."""
 
     model: ModelConfig
     data: DataConfig
@@ -243,16 +260,16 @@ class Config(Section):
         if self.data.group_by_prompt and self.loss.name in ("plackett_luce", "regression"):
             raise conflict(
                 "data.group_by_prompt",
-                f"gathers rows of pairs, of which loss.name={self.loss.name} cannot make rankings or scores",
+                f"merges rows of pairs, from which loss.name={self.loss.name} cannot make rankings or scores",
             )
         if self.parallel.fp8 and self.model.lora.rank is not None:
-            raise conflict("parallel.fp8", "and model.lora exclude each other: that has never been tried")
+            raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         return self
 
     def dump_yaml(self) -> str:
-        """The whole configuration as YAML; `load_config` of it gives an equal `Config`."""
+        """The whole configuration as YAML, which `load_config` reads back into an equal `Config`."""
         values = self.model_dump(mode="json")
-        for key in ("train", "eval"):  # one source stands as a mapping, so that `data.train.path=X` reads naturally
+        for key in ("train", "eval"):  # write a single source as a mapping, without a list
             sources = values["data"][key]
             values["data"][key] = sources[0] if len(sources) == 1 else sources or None
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

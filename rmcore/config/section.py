@@ -1,6 +1,6 @@
-"""What the sections of a configuration share: their rules, and how a check across keys complains.
+"""The base class of all sections of a configuration, and the error that a check across keys raises.
 
-Example: a section with the keys a and b, in which b needs a, raises conflict("x.b", "needs x.a"); the user reads
+Example: in a section x, in which key b needs key a, the check raises conflict("x.b", "needs x.a"), and the user reads
 "configs/hh.yaml:12: x.b needs x.a".
 """
 
@@ -9,11 +9,11 @@ from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """The rules that every section shares: no unknown keys, no silent conversions, no changes afterwards."""
+    """The rules of every section: no unknown keys, no silent conversions, no later changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def conflict(key: str, text: str) -> PydanticCustomError:
-    """What a check across keys raises: the key to blame, and the rest of the sentence."""
+    """The error that a check across keys raises: the key with the mistake, and the rest of the sentence."""
     return PydanticCustomError("conflict", "{key} {text}", {"key": key, "text": text})

@@ -8,7 +8,6 @@ Example: runs/hh/model was trained in bf16 with the template simple_chat. evalua
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rmcore.config import load_config
+from rmcore.config import config_from_values, load_config
 from rmcore.config.schema import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.evaluation.evaluate import Evaluation, evaluate
@@ -52,14 +51,12 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
             values["data"]["template"] = "tokenizer"
     values["model"] = {"name": model, "head": "stored"}
     values["run"] = {"evals": 0}
-    values["data"].update({"train.path": data, "shuffle": False})
-    if data in HUB_SPLITS and not any(override.startswith("data.split") for override in overrides):
-        values["data"]["train.split"] = HUB_SPLITS[data]
-    # JSON as an override's value: text in quotes, so that no name is read as a number or a list.
-    settings = [f"{name}.{key}={json.dumps(value)}" for name, keys in values.items() for key, value in keys.items()]
+    values["data"].update({"train": {"path": data}, "shuffle": False})
+    if data in HUB_SPLITS:
+        values["data"]["train"]["split"] = HUB_SPLITS[data]
     source = ("data.split", "data.name", "data.revision", "data.amount", "data.columns")
     moved = [f"data.train.{o.removeprefix('data.')}" if o.startswith(source) else o for o in overrides]
-    return load_config(None, [*settings, *moved])
+    return config_from_values(values, moved, where="command line")
 
 
 class TrainedModel:

@@ -10,8 +10,6 @@ its weights are read only after LoRA. If the run's data can still be read, they 
 counts of the model card; otherwise built-in texts are used.
 """
 
-import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from rmcore.checkpoint import directory
 from rmcore.checkpoint.manifest import FILE, Manifest, check_file, read_manifest
 from rmcore.checkpoint.resume import Start
 from rmcore.checkpoint.shards import Damaged, read_slices
-from rmcore.config import Config, UserError, load_config
+from rmcore.config import Config, UserError, config_from_values
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.templates import Template, load_template
@@ -105,10 +103,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
 
 def config_of(manifest: Manifest, overrides: Sequence[str]) -> Config:
     """The run's configuration, from its checkpoint, with overrides applied."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(json.dumps(manifest.config), encoding="utf-8")
-        return load_config(str(path), list(overrides))
+    return config_from_values(manifest.config, overrides, where="configuration of the checkpoint")
 
 
 @dataclass(frozen=True)

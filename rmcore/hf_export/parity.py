@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.data.tokens.tokenizer import TextEncoder
+from rmcore.host.command import ExplainedError
 
 # The relative error of one rounding. The largest one is 2^-24 in fp32, 2^-8 in bf16 and 2^-4 in e4m3. For bf16 half of
 # it is taken, which makes the check stricter and still leaves 4 sigmas of the largest error.
@@ -27,7 +28,7 @@ SIGMAS = 8.0  # standard deviations: for a normal error, one reward in 10^15 wou
 FLOOR = 1e-5  # relative to the rewards; sums of thousands of fp32 terms in another order differ by up to this
 
 
-class ExportError(RuntimeError):
+class ExportError(ExplainedError):
     """The exported model is not the trained one."""
 
 

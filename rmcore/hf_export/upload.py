@@ -13,14 +13,11 @@ from pathlib import Path
 import huggingface_hub
 
 from rmcore.config.schema import HubConfig
+from rmcore.host.command import ExplainedError, UserError
 
 
-class PushError(RuntimeError):
+class PushError(ExplainedError):
     """The hub did not accept the model, which is safe on disk."""
-
-
-class NoModel(PushError):
-    """The directory does not hold a model."""
 
 
 def push(directory: str | Path, hub: HubConfig) -> str:
@@ -29,11 +26,11 @@ def push(directory: str | Path, hub: HubConfig) -> str:
     A missing repository or branch is created; `hub.private` applies only to a repository that is created now.
 
     Raises:
+        UserError: the directory does not hold an exported model.
         PushError: not logged in, no right to write, unknown user or no connection.
-        NoModel: the directory does not hold an exported model.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise NoModel(f"{directory} is not an exported model (config.json is missing); nothing was pushed")
+        raise UserError(f"{directory} is not an exported model (config.json is missing); nothing was pushed")
     if hub.repo is None:
         raise PushError("hub.repo is not set; nothing was pushed")
     api, repo = huggingface_hub.HfApi(), hub.repo

@@ -1,1 +1,1 @@
-"""This machine: its files, memory, terminal, network, and the points at which tests make things fail."""
+"""This machine: its files, memory, terminal and network, the end of a command, and fault points for tests."""

@@ -1,9 +1,10 @@
-"""Where tests make things go wrong: named points in the engine, at which a hook may kill, raise, wait or fill a disk.
+"""Fault points: named places in the engine, at which a hook of a test may kill, raise, wait or fill a disk.
 
-Enters: the name of a point, e.g. "forward", "save.write". Leaves: nothing; without a hook it costs one comparison.
-Example: a test sets `rmcore.host.faults.hook = lambda point: os.kill(os.getpid(), 9) if point == "save.rename" else
-None` in
-the process that it starts; nothing in rmcore ever sets it.
+Input: the name of a point, e.g. "forward" or "save.write". Output: none; without a hook, a point costs one comparison.
+Example: in the process that it starts, a test sets
+`rmcore.host.faults.hook = lambda point: os.kill(os.getpid(), 9) if point == "save.rename" else None`.
+
+Only tests set the hook.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,6 @@ hook: Callable[[str], None] | None = None
 
 
 def fault(point: str) -> None:
-    """Pass the point of this name."""
+    """Call the hook, if there is one, with the name of the point."""
     if hook is not None:
         hook(point)

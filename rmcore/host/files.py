@@ -1,6 +1,8 @@
-"""Files that survive a power cut: written whole, on disk before they take their name."""
+"""Writes files that survive a power cut: a new file is complete on disk before it takes its name.
 
-from __future__ import annotations
+Input: a path and a text. Output: the file. Example: `write_text_atomically(Path("run_status.json"), text)` writes
+.run_status.json.4711 (4711 is the process), flushes it to disk and renames it.
+"""
 
 import math
 import os
@@ -10,7 +12,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None: JSON has no word for them and strict readers stop at them."""
+    """A copy of `value` with None in place of NaN and infinities, which are not JSON: strict readers reject them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -21,9 +23,11 @@ def finite(value: Any) -> Any:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file that holds `text`, on disk (fsync) before it takes the name; 0644 under the umask."""
+    """Replace `path` by a file with this text, flushed to disk (fsync) before the rename; mode 0644 under the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # not mkstemp: its files are 0600 whatever the umask
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}"
+    )  # not mkstemp, which ignores the umask and creates files with mode 0600
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -37,7 +41,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make names just created or renamed in `directory` survive a power cut."""
+    """Flush a directory to disk, so that new and renamed files in it survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

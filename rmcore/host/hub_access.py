@@ -1,6 +1,6 @@
-"""Whether the hub answers: without a connection its clients work from their cache at once, not after retries.
+"""Checks whether the Hugging Face hub answers; if not, its clients use their cache at once instead of retrying.
 
-Enters: the environment (HF_HUB_OFFLINE, HF_ENDPOINT, proxies). Leaves: the reason why the hub cannot be used, or None.
+Input: the environment (HF_HUB_OFFLINE, HF_ENDPOINT, proxies). Output: the reason why the hub cannot be used, or None.
 Example: on a machine without a network, "the hub cannot be reached: huggingface.co", after at most 5 seconds.
 """
 
@@ -12,18 +12,18 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 
+import datasets
+import huggingface_hub
+
 _PROBE_SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[str | None]:
-    """Yields None when the hub answers, else the reason; then the hub's clients work from their cache without retries.
+    """Yield None if the hub answers. Otherwise yield the reason, and set the hub's clients to work from their cache.
 
-    By itself, a load without a connection waits some 25 seconds in retries before it looks into the cache.
+    Without this, a load without a connection retries for about 25 seconds before it looks into the cache.
     """
-    import datasets
-    import huggingface_hub
-
     if huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
         yield "offline mode is on: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE"
         return
@@ -41,7 +41,7 @@ def offline_if_unreachable() -> Iterator[str | None]:
 
 @functools.cache
 def _reachable(host: str, port: int) -> bool:
-    """A connection within some seconds, asked for once; in a thread, because a name look-up knows no timeout."""
+    """Whether the host accepts a connection within 5 s. It runs in a thread, because name look-ups have no timeout."""
     answers: list[bool] = []
 
     def probe() -> None:

@@ -1,19 +1,23 @@
-"""Host memory: what is left, and what the C library does with what tensors free."""
+"""Host memory: how much is left, and whether the C library keeps or returns the memory that tensors free.
+
+Input: none. Output: bytes, or whether a setting was accepted. Example: in a container limited to 8 GiB, of which 3 GiB
+are in use, `available_memory()` returns at most 5 * 2**30.
+"""
 
 import contextlib
 import ctypes
 import math
 from pathlib import Path
 
-# Names of glibc's malloc.h, for mallopt.
+# Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 
 DEFAULT_MMAP_MAX = 65536
 
-LARGE = 2**20  # bytes of a tensor that is mapped by itself
+LARGE = 2**20  # bytes; a larger tensor gets a mapping of its own
 
 
-def _tell_malloc(*settings: tuple[int, int]) -> bool:
+def _set_malloc(*settings: tuple[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library, another system
@@ -22,38 +26,39 @@ def _tell_malloc(*settings: tuple[int, int]) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep what tensors on the CPU free for the next ones; whether it could be told (glibc can).
+    """Let the C library keep the memory of freed CPU tensors for later ones. Returns whether it accepted (glibc does).
 
-    By default glibc maps each large tensor afresh and unmaps it when it is freed, so every step pays a page fault for
-    each 4 KB of its activations and gradients: 110,000 in 4 steps of a 70m model. Kept, 4 to 9 % of the time of a bf16
-    step is saved (medians of alternating runs), at the same peak memory.
+    By default glibc creates a new mapping for each large tensor and removes it with the tensor, so every step pays a
+    page fault for each 4 KB of its activations and gradients: 110,000 in 4 steps of a 70m model. Keeping the memory
+    saves 4 to 9 % of the time of a bf16 step (medians of alternating runs), at the same peak memory.
     """
-    return _tell_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
+    return _set_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
 
 
 def return_freed_memory() -> bool:
-    """Lets the C library give back at once what large tensors on the CPU free; whether it could be told (glibc can).
+    """Let the C library return the memory of large CPU tensors at once. Returns whether it accepted (glibc does).
 
-    By default glibc puts tensors of up to 32 MB on its heap once it has seen some, between others that stay, and what
-    they free is not given back: for strategies that split a model because it does not fit, memory counts more than page
-    faults. Pythia 160m, zero3, 2 gloo ranks, bf16: a peak of 1.91 GiB a rank in place of 2.6.
+    By default glibc soon places tensors of up to 32 MB on its heap, between objects that stay, and cannot return their
+    memory. Strategies that split a model because it does not fit need memory more than they need to avoid page faults.
+    Pythia 160m, zero3, 2 gloo ranks, bf16: a peak of 1.91 GiB per rank instead of 2.6 GiB.
     """
-    return _tell_malloc((M_MMAP_MAX, DEFAULT_MMAP_MAX), (M_MMAP_THRESHOLD, LARGE), (M_TRIM_THRESHOLD, LARGE))
+    return _set_malloc((M_MMAP_MAX, DEFAULT_MMAP_MAX), (M_MMAP_THRESHOLD, LARGE), (M_TRIM_THRESHOLD, LARGE))
 
 
 def available_memory() -> float:
-    """Bytes of host memory that this process may still take: the system's, or its control group's where that is less.
+    """Bytes of host memory that this process can still use, by the system and by its control group (Linux).
 
-    Infinite where the system does not say (not Linux).
+    Infinite on other systems.
     """
     left = math.inf
+    # Each part is skipped if its files are missing or have another format.
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         left = 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, StopIteration, ValueError):
         limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
-        kept = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-        files = int(next(line for line in kept if line.startswith("inactive_file")).split()[1])
-        left = min(left, limit - used + files)
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        file_cache = int(next(line for line in lines if line.startswith("inactive_file")).split()[1])
+        left = min(left, limit - used + file_cache)  # the kernel frees the file cache on demand
     return left

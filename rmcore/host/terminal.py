@@ -1,12 +1,10 @@
-"""Text for a terminal: control characters made visible, durations."""
-
-from __future__ import annotations
+"""Prepares text for a terminal: control characters made visible, durations. Example: ESC becomes the sign for ESC."""
 
 CONTROL_CHARACTERS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {127: "\u2421"}
 
 
 def visible(text: str) -> str:
-    """Control characters (an escape sequence in the data could rewrite the terminal) as their pictures."""
+    """Replace control characters by visible signs: an escape sequence in the data could rewrite the terminal."""
     return text.translate(CONTROL_CHARACTERS)
 
 

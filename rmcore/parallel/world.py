@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rmcore.config import UserError
+from rmcore.host.command import ExplainedError
 from rmcore.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class World:
         return self.device.type != "cpu"
 
 
-class RankError(RuntimeError):
+class RankError(ExplainedError):
     """A failure on some rank, raised on every rank so that all stop together."""
 
 

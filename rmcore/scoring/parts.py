@@ -67,8 +67,7 @@ def score_parts(scorer: Scorer, source: Path, parts: Path, world: World) -> None
             if number % world.size == world.rank and not part_file(parts, number).exists():
                 _write_part(part_file(parts, number), scorer, chunk)
     except UserError as error:
-        if not world.is_main:
-            print(f"rmcore score: {error}", file=sys.stderr)  # only this rank has read the row
+        error.only_this_rank = True  # only this rank has read the row
         raise
 
 
@@ -84,7 +83,9 @@ def wait_for_all(world: World) -> None:
     try:
         barrier(world)
     except RuntimeError as error:
-        raise RankError("another rank has stopped; the finished chunks are kept") from error
+        stopped = RankError("another rank has stopped; the finished chunks are kept")
+        stopped.only_this_rank = True  # the other rank may have been killed without a message
+        raise stopped from error
 
 
 def finish(parts: Path, source: Path, target: Path) -> tuple[int, int]:

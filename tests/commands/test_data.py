@@ -1,4 +1,4 @@
-"""validate, inspect and prepare: what they print, their JSON, their exit codes; real files, the real command line."""
+"""validate, inspect and prepare: output, JSON and exit codes, with real files and the real command line."""
 
 import gzip
 import json
@@ -14,6 +14,7 @@ from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
 from rmcore import inspect_data as inspect
 from rmcore import prepare, validate
+from rmcore.__main__ import MODULES
 from rmcore.data.inspection.statistics import length_bias, of_pairs, statistics, tokens
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.comparisons import EncodedRow
@@ -24,38 +25,54 @@ from rmcore.tracking.data_progress import DataProgress
 from tests.harness.paths import ROOT, SHARED, needs_shared
 
 PAIRS = SHARED / "data/pairs"
-ROWS = [{"prompt": f"Question {i}?", "chosen": f" yes {i}" * (1 + i % 3), "rejected": " no", "source": f"s{i % 2}"}
-        for i in range(40)]  # fmt: skip
+ROWS = [
+    {"prompt": f"Question {i}?", "chosen": f" yes {i}" * (1 + i % 3), "rejected": " no", "source": f"s{i % 2}"}
+    for i in range(40)
+]
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return ["model.name=synthetic", "model.init=random", "data.template=none", f"data.train.path={file}",
-            f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "batch.pairs=4",
-            "data.max_tokens=512"]  # fmt: skip
+    return [
+        "model.name=synthetic",
+        "model.init=random",
+        "data.template=none",
+        f"data.train.path={file}",
+        f"data.cache={tmp_path / 'cache'}",
+        f"run.dir={tmp_path / 'run'}",
+        "batch.pairs=4",
+        "data.max_tokens=512",
+    ]
 
 
-def test_validate_says_ok_and_leaves_no_run(arguments, tmp_path, capsys):
+def test_validate_passes_and_creates_no_run(arguments, tmp_path, capsys):
     assert validate.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] and {check["name"]: check["status"] for check in found["checks"]} == {
-        "config": "ok", "tokenizer": "ok", "model": "ok", "template": "ok", "data": "ok", "plan": "ok", "run.dir": "ok",
-    }  # fmt: skip
+        "config": "ok",
+        "tokenizer": "ok",
+        "model": "ok",
+        "template": "ok",
+        "data": "ok",
+        "plan": "ok",
+        "run.dir": "ok",
+    }
     assert not (tmp_path / "run").exists()
     assert validate.main(arguments) == 0
     out = capsys.readouterr().out
     assert "10 steps of 4 pairs" in out and "40 kept" in out and out.splitlines()[0].startswith("ok       config")
 
 
-def test_validate_names_every_fault_at_once(arguments, tmp_path, capsys):
+def test_validate_reports_every_mistake_at_once(arguments, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     broken = [*arguments, "data.template=zephir", f"run.dir={tmp_path}/file/run"]
     assert validate.main(broken) == 2
-    told = capsys.readouterr()
-    assert "2 of 7 checks failed" in told.err and "did you mean zephyr?" in told.err and "is a file" in told.err
-    assert "skipped  data       needs the template" in told.out and "skipped  plan" in told.out
+    printed = capsys.readouterr()
+    assert "2 of 7 checks failed" in printed.err and "did you mean zephyr?" in printed.err
+    assert "is a file" in printed.err
+    assert "skipped  data       needs the template" in printed.out and "skipped  plan" in printed.out
     assert validate.main([*arguments, "batch.tokens=8"]) == 2
     assert "batch.tokens=8 is less than the longest comparison" in capsys.readouterr().err
 
@@ -100,19 +117,21 @@ def test_help_answers_at_once_and_mistakes_are_refused(command, tmp_path):
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     heavy = "import sys; from rmcore.{0} import main; print({{'torch', 'datasets', 'transformers'}} & set(sys.modules))"
-    imported = subprocess.check_output([sys.executable, "-c", heavy.format(command)], cwd=ROOT, text=True)
+    imported = subprocess.check_output(
+        [sys.executable, "-c", heavy.format(MODULES.get(command, command))], cwd=ROOT, text=True
+    )
     assert imported.strip() == "set()"
     before = os.times()
-    told = run("--help")
+    done = run("--help")
     seconds = sum(os.times()[2:4]) - sum(before[2:4])  # CPU time of the child: a busy machine does not count
-    assert told.returncode == 0 and "--json" in told.stdout and "data.train.path" in told.stdout
+    assert done.returncode == 0 and "--json" in done.stdout and "data.train.path" in done.stdout
     assert seconds < 1.0, f"{seconds:.2f} s of CPU time"
     for words in (["data.trian=x"], ["--jsno"], ["nothing.yaml"]):
-        told = run(*words)
-        assert told.returncode == 2 and "Traceback" not in told.stderr and f"rmcore {command}: " in told.stderr
+        done = run(*words)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and f"rmcore {command}: " in done.stderr
 
 
-# ---- figures against plain loops
+# ---- statistics against plain loops
 
 
 def some_data():
@@ -159,7 +178,7 @@ def chat_tokenizer():
     return tokenizer
 
 
-def test_a_template_that_ends_elsewhere_than_the_model_is_pointed_at():
+def test_a_template_that_ends_differently_from_the_model_is_reported():
     tokenizer = chat_tokenizer()
     assert answer_ends(tokenizer) == ("<|im_end|>",)
     (line,) = ending_warning(load_template("tulu", tokenizer), tokenizer)
@@ -176,7 +195,7 @@ def test_a_template_that_ends_elsewhere_than_the_model_is_pointed_at():
 # ---- progress
 
 
-def test_progress_in_a_log_file_is_a_line_now_and_then(capsys, monkeypatch):
+def test_progress_in_a_log_file_is_a_line_every_ten_seconds(capsys, monkeypatch):
     clock = iter([100.0, 104.0, 110.0, 111.0, 120.5])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with DataProgress(10.0) as progress:
@@ -195,15 +214,21 @@ FILES = sorted(path.name for path in PAIRS.glob("*.jsonl.gz")) if PAIRS.is_dir()
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> list[str]:
-    """Arguments for the real Pythia tokenizer, and a model of its vocabulary small enough to train here."""
+    """Arguments for the real Pythia tokenizer and a small model with its vocabulary."""
     model = tmp_path_factory.mktemp("model")
     PreTrainedTokenizerFast(
         tokenizer_file=str(SHARED / "data/20B_tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|padding|>"
     ).save_pretrained(model)
     GPTNeoXConfig(
-        vocab_size=50304, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
-    ).save_pretrained(model)  # fmt: skip
+        vocab_size=50304,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+    ).save_pretrained(model)
     return [f"model.name={model}", "model.init=random", "data.max_tokens=512", "data.template=simple_chat"]
 
 
@@ -240,13 +265,23 @@ def test_all_real_pairs_in_full(name, real, tmp_path, capsys):
 @needs_shared
 @pytest.mark.parametrize("name", ["all mixed", *(pytest.param(file, marks=pytest.mark.slow) for file in FILES)])
 def test_real_pairs_train(name, real, tmp_path):
-    """A few steps by the command line, on all sources mixed (and, slow, on each alone)."""
+    """Train a few steps by the command line, on all sources mixed and (slow) on each of them."""
     run = tmp_path / "run"
-    words = [*real, sources_of(FILES if name == "all mixed" else [name], 100), f"data.cache={tmp_path}",
-             f"run.dir={run}", "run.max_steps=2", "batch.pairs=8", "run.evals=0", "log.every=1",
-             "log.tensorboard=false", "parallel.precision=fp32", "run.save_minutes=null"]  # fmt: skip
-    told = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr[-2000:]
+    words = [
+        *real,
+        sources_of(FILES if name == "all mixed" else [name], 100),
+        f"data.cache={tmp_path}",
+        f"run.dir={run}",
+        "run.max_steps=2",
+        "batch.pairs=8",
+        "run.evals=0",
+        "log.every=1",
+        "log.tensorboard=false",
+        "parallel.precision=fp32",
+        "run.save_minutes=null",
+    ]
+    done = subprocess.run([sys.executable, "-m", "rmcore.train", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [step["train/rm/loss"] for step in steps if "train/rm/loss" in step]
     assert len(losses) == 2 and all(0 < loss < 5 for loss in losses)

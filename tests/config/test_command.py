@@ -8,7 +8,7 @@ import pytest
 
 from rmcore.config import Config, config_from_argv, load_config
 from rmcore.config.help import keys_of
-from tests.config.test_config import NEEDED
+from tests.harness.configs import NEEDED
 from tests.harness.paths import ROOT
 
 
@@ -20,7 +20,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert capsys.readouterr().err == ""
 
     config_from_argv([*NEEDED, "run.seed=1", "run.seed=2"], "prog")
-    assert capsys.readouterr().err == "prog: override `run.seed=1` gives way to `run.seed=2`\n"
+    assert capsys.readouterr().err == "prog: override `run.seed=2` replaces `run.seed=1`\n"
 
     for argv in ([], [*NEEDED, "optim.lrr=1"], ["missing.yaml"], ["--flag"], [*NEEDED, hh]):
         with pytest.raises(SystemExit) as stopped:
@@ -30,7 +30,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         assert printed.err.startswith("prog: ")
         assert printed.err.endswith("(--help lists every key)\n")
 
-    monkeypatch.setenv("RANK", "1")  # the other ranks stop as well, without a word
+    monkeypatch.setenv("RANK", "1")  # the other ranks stop as well, but print nothing
     with pytest.raises(SystemExit) as stopped:
         config_from_argv([*NEEDED, "optim.lrr=1"], "prog")
     assert (stopped.value.code, capsys.readouterr().err) == (2, "")
@@ -58,7 +58,7 @@ def test_help_waits_for_no_heavy_import(module: str) -> None:
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert done.returncode == 0
     assert done.stdout.startswith("usage: ")
-    assert "rmcore" in imported  # so the list is one
+    assert "rmcore" in imported  # the list was parsed
     assert not imported & {"torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "rich"}
 
 
@@ -97,6 +97,6 @@ def test_the_json_schema_comes_from_the_same_classes() -> None:
     source = {"$ref": "#/$defs/SourceConfig"}
     for key in ("train", "eval"):  # an object, a list of objects, or nothing
         assert data["properties"][key]["anyOf"] == [source, {"type": "array", "items": source}, {"type": "null"}]
-    assert "required" not in schema["$defs"]["SourceConfig"]  # data.eval may leave its path to data.train
+    assert "required" not in schema["$defs"]["SourceConfig"]  # data.eval may take its path from data.train
     assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["exclusiveMinimum"] == 0
     assert run_python("-m", "rmcore.config").returncode == 2

@@ -1,4 +1,4 @@
-"""The configuration: its keys, what it accepts, how evaluation data follow from it, and that a dump loads again."""
+"""The configuration: its keys, the values that it accepts, the evaluation data, and dumps that load again."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rmcore.config import Config, SourceConfig, UserError, config_from_argv, load_config
+from rmcore.config import Config, SourceConfig, config_from_argv, load_config
 from rmcore.config.help import keys_of
+from tests.harness.configs import NEEDED, load_text, mistakes
 
-NEEDED = ["model.name=m", "data.train.path=p"]
-
-# name | type | default. Outside scripts rely on these: a line may be added, hardly ever changed.
+# name | type | default. Scripts of users rely on these: add lines, but do not change them.
 KEYS = """
 model.name | text | (required)
 model.revision | text | null | null
@@ -91,28 +90,12 @@ hub.private | true | false | true
 """
 
 
-def load_text(tmp_path: Path, text: str, overrides: list[str] | None = None) -> Config:
-    """Load `text` as the file c.yaml, with what every config needs where the text leaves it out."""
-    path = tmp_path / "c.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_config(str(path), overrides or [])
-
-
-def mistakes(tmp_path: Path, text: str | None, overrides: list[str]) -> list[str]:
-    """The lines of the UserError that loading raises, without its count and the folder of the file."""
-    with pytest.raises(UserError) as raised:
-        load_config(None, overrides) if text is None else load_text(tmp_path, text, overrides)
-    count, *lines = str(raised.value).replace(f"{tmp_path}/", "").splitlines()
-    assert count == f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in the configuration:"
-    return [line.strip() for line in lines]
-
-
 def test_the_keys_their_types_and_defaults_are_frozen() -> None:
     found = [f"{key.name} | {key.kind} | {key.default}" for key in keys_of(Config)]
     assert found == KEYS.strip().splitlines()
 
 
-def test_every_key_has_a_meaning_and_a_default_that_holds() -> None:
+def test_every_key_has_a_meaning_and_a_default_that_applies() -> None:
     config = load_config(None, NEEDED)
     for key in keys_of(Config):
         assert len(key.meaning) > 10, key.name
@@ -220,54 +203,55 @@ def test_one_source_or_a_list(tmp_path: Path) -> None:
 # ---- evaluation data
 
 
-LENDING = (
+WITHOUT_EVAL_PATH = (
     "model: {name: m}\ndata:\n  train: {path: p, name: n, revision: r, columns: {chosen: c}}\n  eval: {split: test}\n"
 )
 
 
-def test_an_eval_source_without_a_path_means_the_data_set_of_train(tmp_path: Path) -> None:
+def test_an_eval_source_without_a_path_uses_the_data_set_of_train(tmp_path: Path) -> None:
     held = SourceConfig(path="p", name="n", revision="r", columns={"chosen": "c"}, split="test")
-    assert load_text(tmp_path, LENDING).data.eval == (held,)
-    moved = load_text(tmp_path, LENDING, ["data.train.path=X", "data.eval.name=other"]).data.eval
+    assert load_text(tmp_path, WITHOUT_EVAL_PATH).data.eval == (held,)
+    moved = load_text(tmp_path, WITHOUT_EVAL_PATH, ["data.train.path=X", "data.eval.name=other"]).data.eval
     assert moved == (held.model_copy(update={"path": "X", "name": "other"}),)
-    own = load_text(tmp_path, LENDING, ["data.eval.path=own"]).data.eval
-    assert own == (SourceConfig(path="own", split="test"),)  # a data set of its own borrows nothing
-    assert load_text(tmp_path, LENDING, ["data.eval=null"]).data.eval == ()
+    own = load_text(tmp_path, WITHOUT_EVAL_PATH, ["data.eval.path=own"]).data.eval
+    assert own == (SourceConfig(path="own", split="test"),)  # its own data set takes nothing from train
+    assert load_text(tmp_path, WITHOUT_EVAL_PATH, ["data.eval=null"]).data.eval == ()
 
 
 def test_an_eval_source_is_never_the_training_rows_by_default(tmp_path: Path) -> None:
     message = (
-        "data.eval.path is missing: name a data set, or (with one train source) another split of it by data.eval.split"
+        "data.eval.path is missing: set a data set, or (with one train source) set data.eval.split to another split "
+        "of it"
     )
-    assert mistakes(tmp_path, LENDING, ["data.eval.split=train"]) == [f"c.yaml:4: {message}"]
+    assert mistakes(tmp_path, WITHOUT_EVAL_PATH, ["data.eval.split=train"]) == [f"c.yaml:4: {message}"]
     assert mistakes(tmp_path, None, [*NEEDED, "data.eval.amount=5"]) == [f"override `data.eval.amount=5`: {message}"]
     two = "data.train=[{path: a}, {path: b}]"
-    assert mistakes(tmp_path, LENDING, [two]) == [f"c.yaml:4: {message}"]
-    asked_for = load_config(None, [*NEEDED, "data.eval.path=p"])  # said in so many words: so be it
-    assert asked_for.data.eval == asked_for.data.train
+    assert mistakes(tmp_path, WITHOUT_EVAL_PATH, [two]) == [f"c.yaml:4: {message}"]
+    explicit = load_config(None, [*NEEDED, "data.eval.path=p"])  # an explicit path is allowed
+    assert explicit.data.eval == explicit.data.train
 
 
-def test_the_later_of_eval_and_eval_fraction_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_text(tmp_path, LENDING, ["data.eval_fraction=0.1"])
+def test_the_later_of_eval_and_eval_fraction_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_text(tmp_path, WITHOUT_EVAL_PATH, ["data.eval_fraction=0.1"])
     assert (config.data.eval, config.data.eval_fraction) == ((), 0.1)
     assert config_from_argv([str(tmp_path / "c.yaml"), "data.eval_fraction=0.1"], "prog") == config
     noted = capsys.readouterr()
     assert (noted.out, noted.err.replace(f"{tmp_path}/", "")) == (
         "",
-        "prog: data.eval (c.yaml:4) gives way to override `data.eval_fraction=0.1`\n",
+        "prog: override `data.eval_fraction=0.1` replaces data.eval (c.yaml:4)\n",
     )
-    fraction = LENDING.replace("eval: {split: test}", "eval_fraction: 0.2")
+    fraction = WITHOUT_EVAL_PATH.replace("eval: {split: test}", "eval_fraction: 0.2")
     config = load_text(tmp_path, fraction, ["data.eval.split=test"])
     assert (config.data.eval[0].path, config.data.eval_fraction) == ("p", 0.0)
 
-    assert mistakes(tmp_path, LENDING + "  eval_fraction: 0.2\n", []) == [
+    assert mistakes(tmp_path, WITHOUT_EVAL_PATH + "  eval_fraction: 0.2\n", []) == [
         "c.yaml:5: data.eval_fraction and data.eval (c.yaml:4) exclude each other"
     ]
-    assert mistakes(tmp_path, LENDING, ["data.eval_fraction=0.1", "data.eval.amount=5"]) == [
+    assert mistakes(tmp_path, WITHOUT_EVAL_PATH, ["data.eval_fraction=0.1", "data.eval.amount=5"]) == [
         "override `data.eval_fraction=0.1`: data.eval_fraction and data.eval (override `data.eval.amount=5`) "
         "exclude each other"
     ]
-    assert load_text(tmp_path, LENDING, ["data.eval_fraction=0"]).data.eval != ()
+    assert load_text(tmp_path, WITHOUT_EVAL_PATH, ["data.eval_fraction=0"]).data.eval != ()
 
 
 # ---- dumps
@@ -308,6 +292,6 @@ def test_a_dump_loads_to_the_same_config(
 
 
 def test_a_dump_of_one_source_takes_overrides(tmp_path: Path) -> None:
-    dumped = load_text(tmp_path, LENDING).dump_yaml()
+    dumped = load_text(tmp_path, WITHOUT_EVAL_PATH).dump_yaml()
     assert load_text(tmp_path, dumped, ["data.train.path=X"]).data.train[0].path == "X"
     assert set(yaml.safe_load(dumped)) == set(Config.model_fields)

@@ -1,4 +1,4 @@
-"""What a configuration refuses and in which words; and that any input gives a Config or a UserError, nothing else."""
+"""The mistakes that a configuration reports, and their messages. Any input gives a Config or a UserError."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rmcore.config import Config, UserError, load_config
 from rmcore.config.help import keys_of
-from tests.config.test_config import NEEDED, mistakes
+from tests.harness.configs import NEEDED, mistakes
 
 
 def test_all_mistakes_are_listed_at_once_each_with_its_place(tmp_path: Path) -> None:
@@ -44,10 +44,10 @@ batch: {tokens: many, pairs: true}
         "c.yaml:7: data.max_tokens: expected whole number >= 1, got `1e3` (write 1000)",
         "c.yaml:10: optim.lr: given twice (first at c.yaml:9)",
         "c.yaml:11: optim.schedule: expected linear | cosine | constant, got `liner`; did you mean linear?",
-        "c.yaml:12: optim.eps: expected number > 0, got `1e-8` (leave out the quotes)",
+        "c.yaml:12: optim.eps: expected number > 0, got `1e-8` (remove the quotes)",
         "c.yaml:13: optm: unknown key; did you mean optim?",
         "c.yaml:15: lr: unknown key; did you mean optim.lr?",
-        "c.yaml:17: hub.push needs hub.repo: the user/name to push to",
+        "c.yaml:17: hub.push needs hub.repo, the user/name to push to",
         "c.yaml:18: log: expected mapping of keys, got `5`",
         "c.yaml:19: batch.pairs: expected whole number >= 1, got `true`",
         "c.yaml:19: batch.tokens: expected whole number >= 1 | auto, got `many`",
@@ -55,8 +55,8 @@ batch: {tokens: many, pairs: true}
         "override `optim.lrr=1`: optim.lrr: unknown key; did you mean optim.lr?",
         "override `loss.margin=yes`: loss.margin: expected none | data | number >= 0, got `yes` "
         "(YAML reads it as true; quote it: 'loss.margin=\"yes\"')",
-        "override `data.shuffle='true'`: data.shuffle: expected true | false, got `'true'` (leave out the quotes)",
-        "override `--run.seed=3`: not of the form key.sub=value; leave out the dashes: run.seed=3",
+        "override `data.shuffle='true'`: data.shuffle: expected true | false, got `'true'` (remove the quotes)",
+        "override `--run.seed=3`: not of the form key.sub=value; remove the dashes: run.seed=3",
         "override `run.seed.x=1`: run.seed: expected whole number >= 0, < 2147483648, got a mapping",
         "override `foo`: not of the form key.sub=value",
     ]
@@ -108,7 +108,7 @@ def test_an_unknown_key_and_what_was_meant(tmp_path: Path, key: str, meant: str)
     assert line.endswith(f"unknown key; {meant}")
 
 
-def test_what_is_required_is_asked_for(tmp_path: Path) -> None:
+def test_a_missing_required_key_is_reported(tmp_path: Path) -> None:
     assert [line.split(":")[:2] for line in mistakes(tmp_path, None, [])] == [
         ["command line", " model.name is missing"],
         ["command line", " data.train.path is missing"],
@@ -130,7 +130,7 @@ def test_what_is_required_is_asked_for(tmp_path: Path) -> None:
         ("data.template='x", "data.template: not valid YAML: while scanning a quoted scalar"),
         ("model.name=[*a]", "model.name: not valid YAML: aliases (*name) are not read"),
         ("optim.lr.x.y=1", "optim.lr: expected number > 0, got a mapping"),
-        ("data.train.2.path=x", "data.train is a list of 1: it has no `2`"),
+        ("data.train.2.path=x", "data.train is a list of 1 and has no `2`"),
         ("data.train.columns={a: b, a: c}", "data.train.0.columns.a: given twice"),
         (".lr=1", "not of the form key.sub=value"),
         ("=1", "not of the form key.sub=value"),
@@ -142,11 +142,11 @@ def test_an_override_that_cannot_be_read(tmp_path: Path, override: str, message:
     assert line.startswith(f"override `{override}`: {message}")
 
 
-def test_an_override_that_misses_its_mark(tmp_path: Path) -> None:
+def test_an_override_of_a_key_that_does_not_exist(tmp_path: Path) -> None:
     two = "model: {name: m}\ndata: {train: [{path: a}, {path: b}]}\noptim: {lr: 1}\n"
     assert mistakes(tmp_path, two, ["data.train.path=X", "optim.lr.x=1"]) == [
         "override `data.train.path=X`: data.train is a list of 2: write data.train.0.path",
-        "override `optim.lr.x=1`: optim.lr holds a value, not keys: it has no `x`",
+        "override `optim.lr.x=1`: optim.lr is a single value and has no key `x`",
     ]
 
 
@@ -164,11 +164,11 @@ def test_an_override_that_misses_its_mark(tmp_path: Path) -> None:
         (b'model: {name: "\\UFFFFFFFF"}\n', ": not valid YAML:"),
         (b"[" * 5000, ": not valid YAML: nested too deeply"),
         (b"\x7fELF\x02\x00\x80\xff", ": not a text file in UTF-8 (byte 6)"),
-        (b"model\x00: x\n", ": not a text file (strange character at 5)"),
+        (b"model\x00: x\n", ": not a text file (control character at position 5)"),
         (b"#" * 1_000_001, ": larger than 1000000 bytes"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_configuration(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as raised:
@@ -186,7 +186,7 @@ def test_no_tag_builds_anything(tmp_path: Path, tag: str) -> None:
     assert "YAML tag" in line
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "hh.yaml").write_text("model: {}")
     for path, message in [
         (tmp_path / "hh.yml", f": no such file; did you mean {tmp_path}/hh.yaml?"),
@@ -200,8 +200,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         assert str(raised.value) == f"{path}{message}"
 
 
-def test_the_classes_alone_refuse_what_the_files_cannot_say() -> None:
-    """Built without a file, a config obeys the same rules."""
+def test_a_config_built_without_a_file_obeys_the_same_rules() -> None:
     data = {"train": {"path": "p"}, "eval": {"split": "test"}}
     assert Config.model_validate({"model": {"name": "m"}, "data": data}).data.eval[0].path == "p"
     for bad in [data | {"eval_fraction": 0.1}, {"train": []}, data | {"typo": 1}]:

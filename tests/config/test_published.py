@@ -1,4 +1,4 @@
-"""The files in configs/: each loads, and holds the values of the run that it stands for."""
+"""The files in configs/: each of them loads and has the values of the reference run."""
 
 import shlex
 
@@ -20,7 +20,7 @@ FIELDS = [
     "strategy",
     "precision",
 ]
-# `pairs` is pairs a device x accumulation x GPUs
+# `pairs` is pairs per device x accumulation steps x GPUs
 REFERENCE = {
     "sentiment_14m": (
         *(f"{PYTHIA}-14m", f"{TRL}/sentiment-trl-style", "train", "test"),
@@ -51,7 +51,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_of_this_repository_loads(name: str) -> None:
+def test_every_config_of_this_repository_loads(name: str) -> None:
     config = load_config(str(ROOT / "configs" / f"{name}.yaml"), [])
     assert config.run.dir == f"runs/{name}"
     assert config.data.eval
@@ -59,7 +59,7 @@ def test_a_config_of_this_repository_loads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_a_config_holds_the_values_of_the_reference_run(name: str) -> None:
+def test_a_config_has_the_values_of_the_reference_run(name: str) -> None:
     config = load_config(str(ROOT / "configs" / f"{name}.yaml"), [])
     (train,), (held,) = config.data.train, config.data.eval
     data, optim, parallel = config.data, config.optim, config.parallel
@@ -90,7 +90,7 @@ def test_the_commands_that_the_project_promises() -> None:
         ),
     )
     assert (real.data.eval, real.data.eval_fraction, real.run.dir) == ((), 0.1, "runs/hh-real")
-    assert real.data.max_prompt_tokens == 1024  # above max_tokens: not binding, not an error
+    assert real.data.max_prompt_tokens == 1024  # above max_tokens: no effect, but not an error
     oracle = load_config(
         hh,
         shlex.split(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rmcore.config import UserError
 from rmcore.config.schema import HubConfig
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.hf_export.card import model_card
@@ -44,7 +45,7 @@ def test_a_push_that_fails_says_where_the_model_is(tmp_path: Path) -> None:
     export(tmp_path / "model")
     with pytest.raises(PushError, match=rf"could not push to me/rm: .*saved in {tmp_path / 'model'}"):
         push(tmp_path / "model", HubConfig(push=True, repo="me/rm"))  # the tests run with the hub offline
-    with pytest.raises(PushError, match="not an exported model"):
+    with pytest.raises(UserError, match="not an exported model"):
         push(tmp_path, HubConfig(push=True, repo="me/rm"))
 
 

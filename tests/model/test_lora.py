@@ -21,7 +21,7 @@ from rmcore.hf_export.from_checkpoint import export
 from rmcore.model.backbone import load_model
 from rmcore.model.lora import add_lora, frozen_fingerprint, merged
 from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
-from tests.config.test_config import NEEDED, mistakes
+from tests.harness.configs import NEEDED, mistakes
 from tests.harness.oracle import PAD, odd_items, padded, tiny_model
 from tests.harness.ranks import run_ranks, train_rank
 

@@ -23,7 +23,7 @@ from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.arrays import answer_arrays, pair_arrays
 from rmcore.evaluation.pair_metrics import pair_metrics
 from rmcore.evaluation.samples import sample_rows
-from tests.config.test_config import NEEDED, mistakes
+from tests.harness.configs import NEEDED, mistakes
 
 TWO = {"prompt": "q", "answer_a": "x", "answer_b": "y"}
 
@@ -173,15 +173,15 @@ def test_evaluation_data_need_no_scores(tmp_path: Path) -> None:
 
 def test_keys_that_an_objective_does_not_use_are_refused(tmp_path: Path) -> None:
     assert mistakes(tmp_path, None, [*NEEDED, "loss.name=hinge", "loss.tie_rate=0.3"]) == [
-        "override `loss.tie_rate=0.3`: loss.tie_rate means nothing to loss.name=hinge, which uses loss.centering, "
+        "override `loss.tie_rate=0.3`: loss.tie_rate has no effect on loss.name=hinge, which uses loss.centering, "
         "loss.label_smoothing, loss.margin"
     ]
     assert mistakes(tmp_path, None, [*NEEDED, "loss.name=regression", "loss.margin=data"]) == [
-        "override `loss.margin=data`: loss.margin means nothing to loss.name=regression, which uses no other key of "
+        "override `loss.margin=data`: loss.margin has no effect on loss.name=regression, which uses no other key of "
         "loss"
     ]
     [line] = mistakes(tmp_path, None, [*NEEDED, "loss.name=plackett_luce", "data.group_by_prompt=true"])
-    assert line.startswith("override `data.group_by_prompt=true`: data.group_by_prompt gathers rows of pairs")
+    assert line.startswith("override `data.group_by_prompt=true`: data.group_by_prompt merges rows of pairs")
     for name in TRAITS:
         config = load_config(None, [*NEEDED, f"loss.name={name}", "loss.tie_rate=0.25"])  # a default is no mistake
         path = tmp_path / "dump.yaml"

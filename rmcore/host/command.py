@@ -1,0 +1,45 @@
+"""How a command ends: errors that are explained in a message, and their exit codes.
+
+Input: a function that does the work of a command. Output: the exit code of the process, and on stderr one message in
+place of a traceback.
+Example: if `work` raises UserError("rows.jsonl: no such file"), `run_command("rmcore score", work)` prints "rmcore
+score: rows.jsonl: no such file" and returns 2.
+
+Any other exception is a bug in rmcore or a failure of the machine; it passes through with its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class ExplainedError(Exception):
+    """A failure whose message tells the user everything: no traceback is printed.
+
+    All ranks raise it alike, so rank 0 prints it, unless `only_this_rank` is set because no other rank knows of it.
+    """
+
+    exit_code = 1
+    only_this_rank = False
+
+
+class UserError(ExplainedError):
+    """A mistake of the user: the message says what is wrong, where, and what to do."""
+
+    exit_code = 2
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 by torchrun's environment, or runs without torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_command(prog: str, work: Callable[[], object]) -> int:
+    """Do the work of a command and return its exit code: 0, 1 after an ExplainedError, 2 after a UserError."""
+    try:
+        work()
+    except ExplainedError as error:
+        if error.only_this_rank or is_first_rank():
+            print(f"{prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
