@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmcore.config.schema import Config
-from rmcore.cost.flops import PEAK_FLOPS, model_flops_per_token
-from rmcore.cost.memory import fit
+from rmcore.cost.flops import model_flops_per_token
+from rmcore.cost.machines import PEAK_FLOPS
+from rmcore.cost.memory import choose_budget
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
@@ -82,9 +83,9 @@ def rmcore_run(
     data, device = rows.data, world.device
     config = settings_of(pairs, "auto", compiled)
     longest = int(data.tokens_N.max())
-    memory = fit(config, model.backbone.config, longest, device, 1)
-    budget = max(longest, min(tokens, memory.tokens))
-    recompute_activations(model.backbone, memory.recompute)
+    chosen = choose_budget(config, model.backbone.config, longest, device, 1)
+    budget = max(longest, min(tokens, chosen.tokens))
+    recompute_activations(model.backbone, chosen.recompute)
     model.use(SHARED, pruned=True)
     strategy = make_strategy(config, model, world)
     plan = Plan(
@@ -115,7 +116,7 @@ def rmcore_run(
             strategy.optimizer.zero_grad(set_to_none=True)
     if forbid_sync:
         torch.cuda.set_sync_debug_mode("default")
-    return watch.record(model, rows) | {"budget": budget, "recompute": memory.recompute}
+    return watch.record(model, rows) | {"budget": budget, "recompute": chosen.recompute}
 
 
 def padded_run(

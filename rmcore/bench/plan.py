@@ -40,9 +40,9 @@ def main(arguments: list[str]) -> int:
 def foretold(config: Config, *flags: str) -> dict[str, Any]:
     """What `rmcore plan --json` says of a config on CPU ranks."""
     from rmcore.cost.report import as_dict
-    from rmcore.plan import plan_of
+    from rmcore.plan import estimate_for
 
-    return as_dict(plan_of(config, ["--gpu", "cpu", *flags]))
+    return as_dict(estimate_for(config, ["--gpu", "cpu", *flags]))
 
 
 def one_process(options: argparse.Namespace, model: str, precision: str) -> dict[str, Any]:

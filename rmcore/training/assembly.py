@@ -21,7 +21,7 @@ from rmcore import ops
 from rmcore.checkpoint.resume import Start, restore
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.cost.memory import fit
+from rmcore.cost.memory import choose_budget
 from rmcore.data.batches.counting import counted_N, size_N
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.inspection.first_example import show_first_example
@@ -58,7 +58,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     ranks = world.local_size if config.parallel.strategy == "hsdp" else world.size
     units = size_N(data.train, config.loss.traits.counts)
     share_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
-    memory = fit(config, loaded.hf_config, longest, world.device, ranks, share_of_step)
+    memory = choose_budget(config, loaded.hf_config, longest, world.device, ranks, share_of_step)
     budget = token_budget(config, memory.tokens)
     plan = first_error(world, "planning", lambda: make_plan(config, data.train, tokens_N, budget, world))
     loaded = to_train(loaded, config)

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rmcore.cost.flops import device_peak_flops
+from rmcore.cost.machines import device_peak_flops
 from rmcore.parallel.world import World, all_reduce_sum
 
 # What the device sums, in this order; the host's counts follow in the same vector when it is reduced.
