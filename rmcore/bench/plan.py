@@ -70,7 +70,7 @@ def one_process(options: argparse.Namespace, model: str, precision: str) -> dict
 
 def many_ranks(file: Path) -> dict[str, Any]:
     """The peak of each rank in a result of rmcore.bench memory, and the plan of that run."""
-    from rmcore.bench.memory import settings_of
+    from rmcore.bench.memory import overrides_of
     from rmcore.cost.shapes import SHAPES
 
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def many_ranks(file: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as directory:
         shape = Path(directory, "config.json")
         shape.write_text(json.dumps(SHAPES[f"EleutherAI/{settings['shape']}"]), encoding="utf-8")
-        overrides = settings_of({**settings, "model": "synthetic", "directory": directory})
+        overrides = overrides_of({**settings, "model": "synthetic", "directory": directory})
         flags = ["--gpus", str(settings["ranks"]), "--nodes", "1", "--rate", "0.1", "--model-config", str(shape)]
         plan = foretold(load_config(None, overrides), *flags)
     peaks = [rank[PHASE] for rank in found["ranks"]]
