@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from rmcore.config import Config, UserError, config_from_argv
 
 if TYPE_CHECKING:
+    from rmcore.cost.data_size import Comparisons
     from rmcore.cost.run_cost import RunEstimate
 
 ABOUT = """Predicts what a run takes before it starts: memory, time, disk, communication. Reads no weights. Options:
@@ -77,7 +78,11 @@ def _estimate(config: Config, options: argparse.Namespace) -> RunEstimate:
     if options.gpu == "cpu":  # the memory of this process is part of the prediction: import what a run imports
         import rmcore.training.assembly  # noqa: F401
 
-    return estimate_run(config, options, prepare=lambda config: prepared(config)[1])
+    def comparisons(config: Config) -> Comparisons:
+        data = prepared(config)[1]
+        return data.train, data.eval
+
+    return estimate_run(config, options, prepare=comparisons)
 
 
 def _check(options: argparse.Namespace) -> None:

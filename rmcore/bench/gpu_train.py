@@ -43,7 +43,7 @@ class Rows:
 
 
 def rows_of_lengths(lengths: list[list[int]], vocabulary: int) -> Rows:
-    """Comparisons of random tokens of lengths [prefix, chosen tail, rejected tail]; tails differ in their first token."""
+    """Comparisons of random tokens; lengths: [prefix, chosen tail, rejected tail]. Tails differ from the start."""
     generator = np.random.Generator(np.random.PCG64(0))
     rows = []
     for prefix, *tails in lengths:

@@ -14,8 +14,10 @@ import numpy as np
 from rmcore.config import Config, UserError
 from rmcore.data.batches.counting import counted_N, size_N
 from rmcore.data.batches.step_plan import Plan, work
-from rmcore.data.prepare import PreparedData
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
+
+# The prepared comparisons of training and evaluation.
+Comparisons = tuple[TokenizedComparisons, TokenizedComparisons | None]
 
 # Means of hh-rlhf's test sets, helpful and harmless base: 3,773 pairs, Pythia's tokenizer.
 HH_TOKENS = 227.0  # computed tokens per pair, the prompt once
@@ -67,23 +69,27 @@ class DataSize:
 
 def size_of_data(
     config: Config,
-    prepare: Callable[[Config], PreparedData],
+    prepare: Callable[[Config], Comparisons],
     pairs: int | None = None,
     tokens: float | None = None,
     sharing: float | None = None,
 ) -> DataSize:
-    """Calls `prepare`, which reads the data, unless both `pairs` and `tokens` are given. Raises UserError."""
+    """The size of the config's data. Raises UserError for flags out of range.
+
+    `prepare` reads the data; it is called unless both `pairs` and `tokens` are given. Where it raises UserError, the
+    means are assumed.
+    """
     if pairs is not None and tokens is not None:
         return _assumed(config, pairs, tokens, sharing, [])
     try:
-        data = prepare(config)
+        train, evaluation = prepare(config)
     except UserError as error:
         reason = " ".join(str(error).split())
         flags = [flag for flag, value in (("--pairs N", pairs), ("--tokens-a-pair T", tokens)) if value is None]
         note = f"the data cannot be read; give {' and '.join(flags)}. {reason}"
         return _assumed(config, pairs, tokens, sharing, [note])
     share = config.model.attention in ("auto", "shared")
-    return _measured(data.train, data.eval, share=share, counts=config.loss.traits.counts)
+    return _measured(train, evaluation, share=share, counts=config.loss.traits.counts)
 
 
 def _measured(

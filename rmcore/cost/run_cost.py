@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rmcore.config import Config, UserError
-from rmcore.cost.data_size import DataSize, size_of_data
+from rmcore.cost.data_size import Comparisons, DataSize, size_of_data
 from rmcore.cost.dry_run import DryRun, Sizes
 from rmcore.cost.estimate import Estimate, Setting, cheapest, estimate, steps_of_run
 from rmcore.cost.flops import flops_of_pair
 from rmcore.cost.machines import Machine, copy_rate, cpu, gpu, matrix_rate
 from rmcore.cost.memory import BYTES_A_PARAMETER
 from rmcore.cost.shapes import shape_of
-from rmcore.data.prepare import PreparedData
 
 GPU_MFU, CPU_MFU = 0.4, 1.0  # a CPU's rate is measured on a product of the model's size
 MFU_SOURCE = (
@@ -66,10 +65,11 @@ class RunEstimate:
         return None if self.steps is None else self.steps * one.step_seconds / 3600
 
 
-def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[[Config], PreparedData]) -> RunEstimate:
+def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[[Config], Comparisons]) -> RunEstimate:
     """The prediction for `config`. `options`: the flags of rmcore/plan.py, checked.
 
-    prepare: reads the data of the config; it is called unless the options give number and length of the pairs.
+    prepare: reads training and evaluation data of the config; it is called unless the options give number and length of
+    the pairs.
     Raises UserError for a model whose shape cannot be found and for data flags out of range.
     """
     hf_config, shape_from = shape_of(config.model, options.model_config)

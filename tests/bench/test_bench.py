@@ -4,6 +4,7 @@ a clock.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,7 +13,7 @@ import pytest
 
 from rmcore.bench import scaling
 from rmcore.bench.__main__ import COMMANDS, main
-from rmcore.bench.measure import add_up, undisturbed
+from rmcore.bench.measure import RESULTS, add_up, undisturbed
 from rmcore.bench.profile import kind_of
 from rmcore.bench.train import ratios
 from tests.harness.paths import ROOT, SHARED, needs_shared
@@ -159,6 +160,13 @@ def test_sums_and_kinds():
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
     assert "unknown command `trian`" in capsys.readouterr().err
+
+
+def test_the_readme_covers_every_command_and_every_results_file():
+    readme = (ROOT / "rmcore/bench/README.md").read_text(encoding="utf-8")
+    assert [command for command in COMMANDS if f"| `{command}` |" not in readme] == []
+    names = {re.sub(r"^profile_.*", "profile_*.json", path.name) for path in RESULTS.iterdir()}
+    assert [name for name in sorted(names) if name not in readme] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
