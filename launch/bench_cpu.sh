@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU benchmarks of the README, in turn, on a machine that does nothing else: about two hours with 3 repetitions.
+# The CPU benchmarks of rmcore/bench/README.md, in turn, on a machine that does nothing else: about two hours with 3 repetitions.
 # Results go to rmcore/bench/results; `python -m rmcore.bench tables` prints them.
 #
 #   RMCORE_BENCH=~/bench PEERS=~/peers bash launch/bench_cpu.sh             # made by `python -m rmcore.bench prepare`

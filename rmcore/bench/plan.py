@@ -25,6 +25,7 @@ from rmcore.cost.report import as_dict
 from rmcore.cost.shapes import SHAPES
 from rmcore.plan import estimate_for
 
+QUANTITIES = {"gflop_a_pair": "GFLOP per pair", "seconds_a_step": "seconds per step", "peak_gib": "peak GiB"}
 PHASE = "train"  # of rmcore.bench memory, which the plan predicts
 
 
@@ -116,9 +117,8 @@ def table(record: dict[str, Any]) -> str:
         if "ranks" in run:
             name += f", {run['strategy']}, {run['ranks']} ranks"
         lines += [
-            f"| {name} | {quantity.replace('_', ' ')} | {run[quantity]['foretold']:.3g} "
-            f"| {run[quantity]['measured']:.3g} | {run[quantity]['error']:+.0%} |"
-            for quantity in ("gflop_a_pair", "seconds_a_step", "peak_gib")
-            if quantity in run
+            f"| {name} | {label} | {run[key]['foretold']:.3g} | {run[key]['measured']:.3g} | {run[key]['error']:+.0%} |"
+            for key, label in QUANTITIES.items()
+            if key in run
         ]
     return "\n".join(lines)

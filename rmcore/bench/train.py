@@ -31,7 +31,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     p.add_argument("--arms", nargs="+", default=list(TRL_ARMS), choices=TRL_ARMS, help="settings of TRL to run")
     p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--batch", type=int, default=8, help="pairs a step")
+    p.add_argument("--batch", type=int, default=8, help="pairs per step")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--warm", type=int, default=4, help="first steps that steady state excludes")
     p.add_argument("--max-steps", type=int, help="end each run early")

@@ -89,10 +89,10 @@ def size_of_data(
         note = f"the data cannot be read; give {' and '.join(flags)}. {reason}"
         return _assumed(config, pairs, tokens, sharing, [note])
     share = config.model.attention in ("auto", "shared")
-    return _measured(train, evaluation, share=share, counts=config.loss.traits.counts)
+    return measured_size(train, evaluation, share=share, counts=config.loss.traits.counts)
 
 
-def _measured(
+def measured_size(
     train: TokenizedComparisons, evaluation: TokenizedComparisons | None, *, share: bool, counts: str
 ) -> DataSize:
     """The means of the prepared data.

@@ -63,7 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape_of(model: ModelConfig, file: str | None = None) -> tuple[PretrainedConfig, str]:
-    """The model's config, and a phrase that says where it was read.
+    """The model's config, and the place where it was read, as a phrase.
 
     file: a config.json, or a directory with one, that is read in place of the model's own.
     Raises UserError when no config can be found; the message says what to give.
