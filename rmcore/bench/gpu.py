@@ -1,5 +1,4 @@
-"""Measures exactness, ceilings and training rates on one GPU, compared with a padded loop and TRL, in one call of
-minutes.
+"""Measures exactness, ceilings and training rates on one GPU, compared with a padded loop and TRL; takes minutes.
 
 Input: this machine. Pythia shapes with random weights, and random tokens in the lengths of 256 real HH and TL;DR pairs
 (lengths.json): no network, no tokenizer, no `datasets`.

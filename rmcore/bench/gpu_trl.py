@@ -1,5 +1,4 @@
-"""Runs TRL's RewardTrainer for `rmcore.bench gpu`, on the same shapes of random weights and the same rows of random
-tokens.
+"""Runs TRL's RewardTrainer for `rmcore.bench gpu`, on the same random weights and rows of random tokens.
 
 Input: a model's configuration, rows, the Python of an environment that has TRL.
 Output: pairs per second and peak memory, as train_trl.py reports them.
