@@ -1,11 +1,12 @@
-"""`rmcore plan CONFIG --gpus N --gpu h100 [--nodes M] [--json] [key=value ...]`: what a run takes, before it starts.
+"""`rmcore plan CONFIG [--gpus N] [--gpu h100] [--json] [key=value ...]`: predicts what a run takes before it starts.
 
-In: a configuration. Out, without weights: memory a rank by part, the largest token budget and the recompute, steps,
-tokens before and after sharing, FLOPs, hours at an assumed MFU, bytes sent by link and whether compute hides them, disk
-a checkpoint, the cheapest strategy that fits, and a table over 1, 8, 64 and 512 GPUs. Whatever is assumed is said.
+Input: a configuration; no weights are read.
+Output: memory per rank by part, the largest token budget and the recompute, steps, tokens before and after sharing,
+FLOPs, hours at an assumed MFU, bytes sent by link and whether compute hides them, disk per checkpoint, the cheapest
+strategy that fits, and a table over 1, 8, 64 and 512 GPUs. Every assumption is printed.
+Example: `rmcore plan configs/hh.yaml --gpus 8 --gpu h100 --pairs 112000 --tokens-a-pair 227`.
 
-Example: `rmcore plan configs/hh.yaml --gpus 8 --gpu h100 --pairs 112000 --tokens-a-pair 227`. Exit codes: 0 planned, 2
-refused (config, a model that cannot be had).
+Exit codes: 0 done, 2 refused (config, flags, a model whose config cannot be found).
 """
 
 from __future__ import annotations
@@ -19,21 +20,20 @@ from rmcore.config import Config, UserError, config_from_argv
 from rmcore.host.command import run_command
 
 if TYPE_CHECKING:
-    from rmcore.cost.report import RunPlan
+    from rmcore.cost.data_size import Comparisons
+    from rmcore.cost.run_cost import RunEstimate
 
-ABOUT = """What a run takes before it starts: memory, time, disk, communication. It reads no weights. Its options:
+ABOUT = """Predicts what a run takes before it starts: memory, time, disk, communication. Reads no weights. Options:
   --gpus N             ranks (1)
-  --gpu NAME           a100, a100-40gb, h100 (default), h200, or cpu: its rate is measured
-  --nodes M            hosts; default: 8 GPUs a host
-  --mfu X              share of the peak that is reached (GPU 0.4; cpu 1: the rate is that of the model's products)
-  --rate TFLOPS        the device's peak in the config's precision, in place of the data sheet's or of measuring
-  --pairs N, --tokens-a-pair T   the data, where they cannot or need not be read (both: they are not); T: computed once
-  --sharing R          tokens in both texts for each one computed, with the above (1.58, as hh-rlhf's)
-  --model-config FILE  a config.json in place of the model's own
-  --json               one JSON object and nothing else"""
-
-MFU = {False: 0.4, True: 1.0}
-GPUS_A_HOST, TABLE = 8, (1, 8, 64, 512)
+  --gpu NAME           a100, a100-40gb, h100 (default), h200, or cpu: the rates of this machine are measured
+  --nodes M            hosts; default: 8 GPUs per host
+  --mfu X              share of the peak that the run reaches (GPU 0.4; cpu 1, because its rate is measured)
+  --rate TFLOPS        the device's peak in the config's precision; default: the data sheet, or for a cpu a measurement
+  --pairs N            pairs of the training data
+  --tokens-a-pair T    mean of the tokens that are computed per pair; with both flags the data are not read
+  --sharing R          tokens in both texts per computed token, for --tokens-a-pair (1.58, as in hh-rlhf)
+  --model-config FILE  a config.json that replaces the model's own
+  --json               print one JSON object and nothing else"""
 
 
 def main(argv: list[str]) -> int:
@@ -42,12 +42,17 @@ def main(argv: list[str]) -> int:
     config = config_from_argv(rest, "rmcore plan", ABOUT)
 
     def work() -> None:
-        found = _planned(config, options)
-        from rmcore.cost.report import as_dict, lines
+        from rmcore.cost.report import as_dict, as_lines
 
-        print(json.dumps(as_dict(found)) if options.json else "\n".join(lines(found)))
+        run = _estimate(config, options)
+        print(json.dumps(as_dict(run)) if options.json else "\n".join(as_lines(run)))
 
     return run_command("rmcore plan", work)
+
+
+def estimate_for(config: Config, flags: list[str]) -> RunEstimate:
+    """The prediction for a config with the command's flags. Raises UserError."""
+    return _estimate(config, _parser().parse_args(flags))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,24 +70,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan_of(config: Config, flags: list[str]) -> RunPlan:
-    """The plan of a config with the command's flags. Raises UserError."""
-    return _planned(config, _parser().parse_args(flags))
-
-
-def _planned(config: Config, options: argparse.Namespace) -> RunPlan:
-    _check(options)
-    from rmcore.cost.run_cost import plan_run
+def _estimate(config: Config, options: argparse.Namespace) -> RunEstimate:
+    from rmcore.cost.run_cost import estimate_run
     from rmcore.training.run_data import prepared
 
-    if options.gpu == "cpu":
-        import rmcore.training.assembly  # noqa: F401  (a rank on a CPU holds what a run imports: it is measured)
+    _check(options)
+    if options.gpu == "cpu":  # the memory of this process is part of the prediction: import what a run imports
+        import rmcore.training.assembly  # noqa: F401
 
-    return plan_run(config, options, lambda config: prepared(config)[1], MFU, GPUS_A_HOST, TABLE)
+    def comparisons(config: Config) -> Comparisons:
+        data = prepared(config)[1]
+        return data.train, data.eval
+
+    return estimate_run(config, options, prepare=comparisons)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises UserError that lists every flag out of range."""
+    """Raises one UserError that lists every flag out of range."""
     from rmcore.cost.machines import NAMES
 
     wrong = [
@@ -93,9 +97,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.mfu is not None and options.mfu > 1:
         wrong.append("--mfu is a share: at most 1")
     if options.sharing is not None and not 1 <= options.sharing <= 2:
-        wrong.append("--sharing lies between 1 (nothing shared) and 2 (a pair that is all prompt)")
+        wrong.append("--sharing must be between 1 (nothing shared) and 2 (a pair that is all prompt)")
     if options.gpu not in NAMES:
-        wrong.append(f"--gpu {options.gpu} is not known; there are {', '.join(NAMES)}")
+        wrong.append(f"--gpu {options.gpu} is unknown; known are {', '.join(NAMES)}")
     if options.nodes and options.gpus % options.nodes:
         wrong.append(f"--gpus {options.gpus} do not divide into --nodes {options.nodes} hosts")
     if wrong:

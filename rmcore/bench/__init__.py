@@ -1,1 +1,1 @@
-"""Benchmarks: rmcore and its peers measured in turn on the same rows, model, precision, batch and threads."""
+"""Benchmarks: rmcore and its peers in alternating runs, on the same rows, model, precision, batch and threads."""

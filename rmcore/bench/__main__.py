@@ -1,27 +1,29 @@
-"""`python -m rmcore.bench COMMAND ...`: the benchmarks, side by side with peers where those are installed.
+"""`python -m rmcore.bench COMMAND ...` runs a benchmark.
 
-Example: `python -m rmcore.bench train --model DIR --data rows.jsonl --peers VENV` -> one JSON file in
-rmcore/bench/results, of which `python -m rmcore.bench tables` makes the README's tables.
+Input: the name of a benchmark and its options.
+Output: results on the screen, and one JSON file in rmcore/bench/results.
+Example: `python -m rmcore.bench train --model DIR --data rows.jsonl --peers VENV`; then `python -m rmcore.bench tables`
+prints the results files as Markdown.
 """
 
 import sys
 from importlib import import_module
 
 COMMANDS = {
-    "prepare": "rows and models for the other commands, from a tokenizer and preference files",
-    "kernels": "the ops' kernels: rmcore, eager PyTorch and torch.compile in turn",
-    "train": "training: rmcore and TRL's RewardTrainer in turn",
-    "scaling": "weak scaling: 2 ranks of one thread against 1",
-    "score": "scoring: rmcore and transformers' padded forward in turn",
-    "serve": "the HTTP service: one client after another, and many at once",
-    "data": "preparing and planning data: rmcore, datasets.map and TRL in turn",
-    "gpu": "one GPU: exactness, ceilings, training rates",
-    "profile": "where a training step goes: a table and a trace",
-    "checkpoint": "saving and loading a state of 500 MB against the disk's own speed",
-    "scale": "a billion pairs on 1,024 ranks: start, order, balance",
+    "prepare": "write rows and models for the other commands, from a tokenizer and preference files",
+    "kernels": "the ops' kernels, compared with eager PyTorch and torch.compile",
+    "train": "training, compared with TRL's RewardTrainer",
+    "scaling": "weak scaling: 2 ranks of one thread, compared with 1",
+    "score": "scoring, compared with transformers' padded forward",
+    "serve": "the HTTP service: many clients at once, compared with one",
+    "data": "preparing and planning data, compared with datasets.map and TRL",
+    "gpu": "one GPU: exactness, ceilings, training rates compared with a padded loop and TRL",
+    "profile": "the time of a training step by kind of work and by operation",
+    "checkpoint": "saving and loading 500 MB, compared with dd on the same disk",
+    "scale": "a billion pairs on 1,024 ranks, extrapolated: start, order, balance",
     "memory": "peak memory of each rank while a large model is loaded, trained and exported",
-    "plan": "what `rmcore plan` foretells beside what is measured",
-    "tables": "Markdown tables of the results",
+    "plan": "predictions of `rmcore plan`, compared with measurements",
+    "tables": "print the results files as Markdown tables",
 }
 
 
@@ -29,9 +31,10 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m rmcore.bench COMMAND [arguments]\n")
         print("\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items()))
+        print("\n`COMMAND --help` explains what is measured, with what it is compared, and what a ratio means.")
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"rmcore.bench: unknown command `{arguments[0]}`; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"rmcore.bench: unknown command `{arguments[0]}`; known are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return import_module(f"rmcore.bench.{arguments[0]}").main(arguments[1:])
 

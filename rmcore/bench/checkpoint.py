@@ -1,12 +1,15 @@
-"""`python -m rmcore.bench checkpoint [--megabytes 500] [--runs 7] [--directory DIR]`: saving and loading, and the disk.
+"""Measures saving and loading a checkpoint, compared with `dd` on the same disk.
 
-Enters: a place on the disk to measure. Leaves: seconds and MB/s of rmcore (written and hashed; verified and loaded)
-and of `dd` on the same disk, in turn, both until the data are on the disk (fsync) and read from the disk (not from its
-cache); the memory that saving takes; and what a training step feels of it. Example: 500 MB in 0.61 s with hashing, dd
-0.55 s.
+Input: a directory on the disk to measure.
+Output: seconds and MB/s of rmcore (written and hashed; verified and loaded) and of `dd`, in turn. Both write until the
+data are on the disk (fsync), and read from the disk, not from its cache. Also the memory that saving takes, and the
+seconds of a training step with and without a checkpoint being written at the same time.
+Example: 500 MB in 0.61 s with hashing, dd 0.55 s.
+
+Ratio: dd's seconds over rmcore's, within each turn; 1 means that rmcore works at the speed of the disk, above 1 that it
+is faster than dd.
 """
 
-import argparse
 import os
 import subprocess
 import tempfile
@@ -20,15 +23,15 @@ from typing import Any
 import torch
 
 from rmcore.bench.kernels import peak_memory
-from rmcore.bench.measure import Clock, add_up, machine, spread, write_results
+from rmcore.bench.measure import Clock, add_up, machine, parser, spread, write_results
 from rmcore.checkpoint.shards import hash_file, read_slices, write_shard
 from rmcore.checkpoint.state import HostCopy, Piece
 
-TENSORS = 60  # the state is cut into as many, as a model is
+TENSORS = 60  # into which the state is divided, as in a model
 
 
 def state(megabytes: int) -> list[Piece]:
-    """Random fp32 tensors of about this size in all, as the pieces of one rank that holds everything."""
+    """Random fp32 tensors of this total size, as the pieces of one rank that holds the whole state."""
     elements = megabytes * 10**6 // 4 // TENSORS
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(elements, generator=generator) for _ in range(TENSORS)]
@@ -42,7 +45,7 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def forget(path: Path) -> None:
-    """Drop the file from the system's cache, so that it is read from the disk."""
+    """Drops the file from the system's cache, so that the next read comes from the disk."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -52,12 +55,12 @@ def dd(*words: str) -> None:
 
 
 def measure(directory: Path, megabytes: int, runs: int) -> dict[str, Any]:
-    """All figures; rmcore and dd take turns, so that a busy disk hits both."""
+    """All results. rmcore and dd take turns, so that a busy disk slows both."""
     pieces, host = state(megabytes), HostCopy()
     ours, theirs = directory / "ours.safetensors", directory / "theirs"
     wanted = {piece.key: (0, torch.empty_like(piece.local)) for piece in pieces}
     times: dict[str, list[float]] = {"copy": [], "write": [], "dd_write": [], "verify_and_load": [], "dd_read": []}
-    source = directory / "source"  # what dd copies: the same bytes, in memory
+    source = directory / "source"  # dd copies the same bytes, from the system's cache
     host.take(pieces)
     write_shard(source, host.slices)
     for _ in range(runs):
@@ -72,7 +75,9 @@ def measure(directory: Path, megabytes: int, runs: int) -> dict[str, Any]:
         times["verify_and_load"].append(verify + seconds(partial(read_slices, [ours], wanted)))
         forget(theirs)
         times["dd_read"].append(seconds(lambda: dd(f"if={theirs}", "of=/dev/null")))
-    assert all(torch.equal(wanted[piece.key][1], piece.local) for piece in pieces), "what was read is what was written"
+    assert all(torch.equal(wanted[piece.key][1], piece.local) for piece in pieces), (
+        "the loaded state differs from the written one"
+    )
     ratios = [plain / own for plain, own in zip(times["dd_write"], times["write"], strict=True)]
     reads = [plain / own for plain, own in zip(times["dd_read"], times["verify_and_load"], strict=True)]
     size = ours.stat().st_size
@@ -87,12 +92,12 @@ def measure(directory: Path, megabytes: int, runs: int) -> dict[str, Any]:
             "copy": peak_memory(lambda: fresh.take(pieces), "cpu"),
             "write": peak_memory(lambda: write_shard(ours, host.slices), "cpu"),
         },
-        "step": steps_beside(directory, host, runs),
+        "step": steps_while_saving(directory, host, runs),
     }
 
 
-def steps_beside(directory: Path, host: HostCopy, runs: int) -> dict[str, Any]:
-    """Median seconds of a training step of some 0.1 s alone, and while a checkpoint is written beside it, in turn."""
+def steps_while_saving(directory: Path, host: HostCopy, runs: int) -> dict[str, Any]:
+    """Seconds of a training step of about 0.1 s, without saving and while a thread writes a checkpoint, in turn."""
     model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(12)))
     optimizer, batch = torch.optim.AdamW(model.parameters(), fused=True), torch.randn(512, 512)
 
@@ -101,38 +106,38 @@ def steps_beside(directory: Path, host: HostCopy, runs: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    alone, beside = [], []
+    alone, saving = [], []
     for number in range(runs):
         alone += [seconds(step) for _ in range(10)]
-        path = directory / f"beside-{number}"
+        path = directory / f"checkpoint-{number}"
         thread = threading.Thread(target=write_shard, args=(path, host.slices))
         thread.start()
         while thread.is_alive():
-            beside.append(seconds(step))
+            saving.append(seconds(step))
         thread.join()
         path.unlink()
-    return {"alone": spread(alone), "while_saving": spread(beside)}
+    return {"alone": spread(alone), "while_saving": spread(saving)}
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rmcore.bench checkpoint")
-    parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--directory", default=".", help="on the disk to measure")
-    parser.add_argument("--out")
-    asked = parser.parse_args(arguments)
+    p = parser("checkpoint", __doc__)
+    p.add_argument("--megabytes", type=int, default=500)
+    p.add_argument("--runs", type=int, default=7)
+    p.add_argument("--directory", default=".", help="on the disk to measure")
+    p.add_argument("--out", help="result file; default: rmcore/bench/results/checkpoint.json")
+    options = p.parse_args(arguments)
     torch.set_num_threads(1)
     clock = Clock()
-    with tempfile.TemporaryDirectory(dir=asked.directory) as directory:
-        figures = measure(Path(directory), asked.megabytes, asked.runs)
-    figures["others_share"] = add_up([clock.lap()])["others_share"]  # of the machine; dd is among the others
-    path = write_results("checkpoint", {"machine": machine(), **figures}, asked.out)
-    for name, value in figures["seconds"].items():
-        rate = figures["bytes"] / 1e6 / value["median"]
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        result = measure(Path(directory), options.megabytes, options.runs)
+    result["others_share"] = add_up([clock.lap()])["others_share"]  # dd counts as another process
+    path = write_results("checkpoint", {"machine": machine(), **result}, options.out)
+    for name, value in result["seconds"].items():
+        rate = result["bytes"] / 1e6 / value["median"]
         print(f"{name:<16} {value['median']:.3f} s ({value['least']:.3f} to {value['most']:.3f}), {rate:,.0f} MB/s")
     for name in ("write_speed_over_dd", "load_speed_over_dd"):
-        print(f"{name:<20} {figures[name]['median']:.2f} ({figures[name]['least']:.2f} to {figures[name]['most']:.2f})")
-    step = figures["step"]
-    print(f"a step {step['alone']['median']:.4f} s, {step['while_saving']['median']:.4f} s while saving")
-    print(f"peak extra memory, bytes: {figures['peak_extra_bytes']}; in {path}")
+        print(f"{name:<20} {result[name]['median']:.2f} ({result[name]['least']:.2f} to {result[name]['most']:.2f})")
+    step = result["step"]
+    print(f"step {step['alone']['median']:.4f} s, {step['while_saving']['median']:.4f} s while saving")
+    print(f"peak extra memory, bytes: {result['peak_extra_bytes']}\nwritten: {path}")
     return 0

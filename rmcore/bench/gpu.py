@@ -1,15 +1,19 @@
-"""python -m rmcore.bench gpu: exactness, ceilings and training rates on one GPU, in one call of minutes; one JSON file.
+"""Measures exactness, ceilings and training rates on one GPU, compared with a padded loop and TRL; takes minutes.
 
-Enters: nothing but the machine: Pythia shapes with random weights, random tokens in the lengths of 256 real HH and
-TL;DR pairs (lengths.json), no network, no tokenizer, no `datasets`. Leaves: sections, each with its figures or the
-error that ended it: ceiling, exactness, sync, attention, train. Example: train of 1.4b on HH lengths: tokens/s, MFU,
-sharing ratio, peak memory; beside it the padded loop of the same pairs, as a padded trainer computes them, and TRL's
-RewardTrainer on them where it is installed.
+Input: this machine. Pythia shapes with random weights, and random tokens in the lengths of 256 real HH and TL;DR pairs
+(lengths.json): no network, no tokenizer, no `datasets`.
+Output: one JSON file of sections, each with its results or the error that ended it: ceiling, exactness, sync,
+attention, train.
+Example: train of 1.4b on HH lengths: tokens per second, MFU, sharing ratio, peak memory, for rmcore, for a padded loop
+over the same pairs, and for TRL's RewardTrainer where it is installed.
+
+Ratio: none is computed; divide the pairs per second of two arms. `mfu_of_h100` is the share of an H100's dense bf16
+peak. `within_twice_bf16` is true if the error of the fast path in bf16 is at most twice that of the padded forward in
+bf16, both compared with the padded forward in fp32.
 
 `--tiny` runs every section on any machine in seconds, with small shapes.
 """
 
-import argparse
 import json
 import time
 import traceback
@@ -25,7 +29,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 
 from rmcore.bench.gpu_train import Rows, padded_run, rmcore_run, rows_of_lengths
 from rmcore.bench.gpu_trl import python_with_trl, trl_run
-from rmcore.bench.measure import machine, write_results
+from rmcore.bench.measure import machine, parser, write_results
 from rmcore.data.batches.batch import AttentionLayout, build_batch
 from rmcore.model.attention import attention_forward
 from rmcore.model.pruning import LAYOUT
@@ -33,7 +37,7 @@ from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from rmcore.model.selftest import choose_path
 from rmcore.parallel.world import World, running_world
 
-# layers, width, heads, MLP width: EleutherAI's configurations of these names
+# Layers, width, heads and MLP width of EleutherAI's Pythia models.
 SHAPES = {"410m": (24, 1024, 16, 4096), "1.4b": (24, 2048, 16, 8192), "2.8b": (32, 2560, 32, 10240)}
 TINY = {"tiny": (2, 64, 2, 128)}
 VOCABULARY = 50304
@@ -55,7 +59,7 @@ def llama(shape: tuple[int, int, int, int], vocabulary: int) -> PretrainedConfig
 
 
 class Bench:
-    """What the sections share: the device, the sizes, and the time at which to stop."""
+    """What the sections share: the device, the sizes, and the time after which no run starts."""
 
     def __init__(self, world: World, tiny: bool, minutes: float, peers: str | None = None) -> None:
         self.world, self.device, self.tiny = world, world.device, tiny
@@ -70,7 +74,7 @@ class Bench:
         }
 
     def timed(self, call: Callable[[], Any], repeat: int = 10) -> float:
-        """Seconds of a call: the best of `repeat`, after two to warm up."""
+        """Seconds of a call: the best of `repeat` calls, after two to warm up."""
         repeat = 2 if self.tiny else repeat
         best = float("inf")
         for turn in range(repeat + 2):
@@ -96,7 +100,7 @@ class Bench:
 
 
 def ceiling(bench: Bench) -> dict[str, Any]:
-    """bf16 matrix products, and a copy: what the machine can do."""
+    """The rates that the machine reaches: bf16 matrix products, and a copy."""
     size = 256 if bench.tiny else 8192
     a, b = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     product = bench.timed(lambda: a @ b)
@@ -107,7 +111,7 @@ def ceiling(bench: Bench) -> dict[str, Any]:
 
 
 def gradient(bench: Bench, model: RewardModel, path: str, half: bool) -> tuple[Tensor, Tensor]:
-    """Rewards of the first 8 comparisons by a path (pruned where it can be), and the whole gradient as one row."""
+    """Rewards of the first 8 comparisons by a path (pruned where possible), and the whole gradient as one vector."""
     model.use(path, pruned=True)
     batch = build_batch(bench.rows["hh"].data, range(8), share=path == SHARED).on(bench.device)
     model.zero_grad(set_to_none=True)
@@ -118,8 +122,8 @@ def gradient(bench: Bench, model: RewardModel, path: str, half: bool) -> tuple[T
 
 
 def exactness(bench: Bench) -> dict[str, Any]:
-    """Rewards and gradients of the fast path in bf16 against the padded forward in fp32, beside the padded one in
-    bf16.
+    """Errors of rewards and gradients, compared with the padded forward in fp32: of the fast path in fp32 and bf16, and
+    of the padded forward in bf16.
     """
     found = {}
     small = (2, 64, 2, 128) if bench.tiny else (6, 512, 8, 2048)
@@ -127,32 +131,32 @@ def exactness(bench: Bench) -> dict[str, Any]:
     for name, config in configs.items():
         model = bench.model(config)
         data, numbers = bench.rows["hh"].data, list(range(8))
-        with torch.no_grad():  # weights larger than a fresh model's, so that an error shows
+        with torch.no_grad():  # larger weights than those of a fresh model make errors visible
             for parameter in model.parameters():
                 parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)
 
         exact = gradient(bench, model, PADDED, False)
-        figures: dict[str, Any] = {}
+        errors: dict[str, Any] = {}
         for label, arguments in {
             "fp32 shared": (SHARED, False),
             "bf16 padded": (PADDED, True),
             "bf16 shared": (SHARED, True),
         }.items():
             rewards, gradients = gradient(bench, model, *arguments)
-            figures[label] = {
+            errors[label] = {
                 "rewards_off": float((rewards - exact[0]).abs().max()),
                 "gradients_off": float((gradients - exact[1]).norm() / exact[1].norm()),
             }
-        figures["chosen"] = choose_path(model, data, numbers[:4], half=bench.half() if bench.cuda else None)[1]
-        figures["within_twice_bf16"] = all(
-            figures["bf16 shared"][key] <= 2 * figures["bf16 padded"][key] for key in ("rewards_off", "gradients_off")
+        errors["chosen"] = choose_path(model, data, numbers[:4], half=bench.half() if bench.cuda else None)[1]
+        errors["within_twice_bf16"] = all(
+            errors["bf16 shared"][key] <= 2 * errors["bf16 padded"][key] for key in ("rewards_off", "gradients_off")
         )
-        found[name] = figures
+        found[name] = errors
     return found
 
 
 def sync(bench: Bench) -> dict[str, Any]:
-    """Whether a training step waits for the device anywhere: PyTorch's sync debug mode raises where it does."""
+    """Checks that a training step never waits for the device: PyTorch's sync debug mode raises if it does."""
     if not bench.cuda:
         return {"missing": "no CUDA device"}
     config = neox((2, 256, 4, 1024))
@@ -165,7 +169,7 @@ def sync(bench: Bench) -> dict[str, Any]:
 def random_inputs(
     batch: int, heads: int, tokens: int, size: int, kind: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """q, k, v [batch, heads, tokens, size]."""
+    """q, k and v, each [batch, heads, tokens, size]."""
     return tuple(torch.randn(batch, heads, tokens, size, device=device, dtype=kind, requires_grad=True) for _ in "qkv")
 
 
@@ -180,7 +184,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def attention(bench: Bench) -> dict[str, Any]:
-    """Forward and backward of one layer's attention on a packed micro batch, and SDPA on the padded texts."""
+    """One layer's attention, forward and backward: on a packed micro batch, and by SDPA on the padded texts."""
     found = {}
     for name, rows in bench.rows.items():
         batch = build_batch(rows.data, range(4 if bench.tiny else 48)).on(bench.device)
@@ -234,7 +238,7 @@ def train(bench: Bench) -> dict[str, Any]:
 
 
 def trl_arm(bench: Bench, config: PretrainedConfig, rows: Rows, arm: str, pairs: int, steps: int) -> dict[str, Any]:
-    """TRL in a process of its own, which has the whole GPU: what this one keeps in reserve is given back first."""
+    """TRL in a process of its own. This process frees the GPU memory that it has cached first."""
     if bench.trl is None or time.monotonic() > bench.deadline:
         return {"missing": "out of time"}
     if bench.cuda:
@@ -249,7 +253,7 @@ def trl_arm(bench: Bench, config: PretrainedConfig, rows: Rows, arm: str, pairs:
 def with_less_memory(
     bench: Bench, config: PretrainedConfig, call: Callable[..., dict[str, Any]], rows: Rows, pairs: int, steps: int
 ) -> dict[str, Any]:
-    """A run with the largest micro batch that fits, halved each time the memory is exceeded."""
+    """A run with the largest micro batch that fits: it is halved whenever memory runs out."""
     tokens = 4096 if bench.tiny else 32768
     while True:
         try:
@@ -267,11 +271,11 @@ SECTIONS = {"ceiling": ceiling, "exactness": exactness, "sync": sync, "attention
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 1 when a section failed; the others' figures are written all the same."""
-    p = argparse.ArgumentParser(prog="python -m rmcore.bench gpu", description="one GPU: exactness, ceilings, rates")
-    p.add_argument("--tiny", action="store_true", help="small shapes, on any machine")
-    p.add_argument("--minutes", type=float, default=8.5, help="start no further run after this many")
-    p.add_argument("--peers", help="virtual environment that has trl; default: this one, where it has")
+    """Exit code 1 when a section failed; the results of the others are written."""
+    p = parser("gpu", __doc__)
+    p.add_argument("--tiny", action="store_true", help="small shapes, for any machine")
+    p.add_argument("--minutes", type=float, default=8.5, help="start no run after so many minutes")
+    p.add_argument("--peers", help="virtual environment that has trl; default: this one, if it has trl")
     p.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     p.add_argument("--out", help="result file; default: rmcore/bench/results/gpu.json")
     options = p.parse_args(arguments)
@@ -282,10 +286,10 @@ def main(arguments: list[str]) -> int:
         for name in options.sections:
             began = time.monotonic()
             try:
-                figures = SECTIONS[name](bench)
-            except Exception:  # one section must not take the others' figures with it
-                figures, failed = {"error": traceback.format_exc()[-3000:]}, True
-            record["sections"][name] = {**figures, "seconds": time.monotonic() - began}
+                result = SECTIONS[name](bench)
+            except Exception:  # a failed section must not lose the results of the others
+                result, failed = {"error": traceback.format_exc()[-3000:]}, True
+            record["sections"][name] = {**result, "seconds": time.monotonic() - began}
             print(f"{name}: {json.dumps(record['sections'][name], indent=1)}", flush=True)
             path = write_results("gpu", record, options.out)
     print(f"written: {path}")

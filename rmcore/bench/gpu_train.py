@@ -1,9 +1,9 @@
-"""Training steps of a model of random weights on rows of given lengths: rmcore's way, and padded as other trainers do.
+"""Runs training steps of a model with random weights on rows of given lengths: by rmcore's loop, and padded.
 
-Enters: a reward model, rows, a number of steps of `pairs` pairs. Leaves: pairs/s, computed and logical tokens/s, MFU,
-peak memory. Both ways: bf16 autocast over fp32 weights, fused AdamW, clipping at 1.0, gradients summed over micro
-batches.
-Example: 8 steps of 64 pairs of HH lengths, about 200 computed tokens a pair: 102,400 tokens.
+Input: a reward model, rows, a number of steps of `pairs` pairs.
+Output: pairs per second, computed and logical tokens per second, MFU, peak memory. Both ways: bf16 autocast over fp32
+weights, fused AdamW, clipping at 1.0, gradients summed over micro batches.
+Example: 8 steps of 64 pairs of HH lengths, about 200 computed tokens per pair: 102,400 tokens.
 """
 
 import time
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmcore.config.schema import Config
-from rmcore.cost.flops import PEAK_FLOPS, model_flops_per_token
-from rmcore.cost.memory import fit
+from rmcore.cost.flops import model_flops_per_token
+from rmcore.cost.machines import PEAK_FLOPS
+from rmcore.cost.memory import choose_budget
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
@@ -27,7 +28,7 @@ from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.world import World
 
-WARM = 2  # steps that are not timed
+WARM = 2  # first steps, which are not timed
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Rows:
 
 
 def rows_of_lengths(lengths: list[list[int]], vocabulary: int) -> Rows:
-    """[prefix, chosen tail, rejected tail] -> comparisons of random tokens of those lengths; tails differ at once."""
+    """Comparisons of random tokens; lengths: [prefix, chosen tail, rejected tail]. Tails differ from the start."""
     generator = np.random.Generator(np.random.PCG64(0))
     rows = []
     for prefix, *tails in lengths:
@@ -78,13 +79,13 @@ def rmcore_run(
     compiled: bool = False,
     forbid_sync: bool = False,
 ) -> dict[str, Any]:
-    """The steps of `rmcore.train`, without logging; `forbid_sync` makes PyTorch raise where the host would wait."""
+    """The steps of `rmcore.train`, without logging. `forbid_sync`: PyTorch raises if the host waits for the device."""
     data, device = rows.data, world.device
     config = settings_of(pairs, "auto", compiled)
     longest = int(data.tokens_N.max())
-    memory = fit(config, model.backbone.config, longest, device, 1)
-    budget = max(longest, min(tokens, memory.tokens))
-    recompute_activations(model.backbone, memory.recompute)
+    chosen = choose_budget(config, model.backbone.config, longest, device, 1)
+    budget = max(longest, min(tokens, chosen.tokens))
+    recompute_activations(model.backbone, chosen.recompute)
     model.use(SHARED, pruned=True)
     strategy = make_strategy(config, model, world)
     plan = Plan(
@@ -115,15 +116,13 @@ def rmcore_run(
             strategy.optimizer.zero_grad(set_to_none=True)
     if forbid_sync:
         torch.cuda.set_sync_debug_mode("default")
-    return watch.record(model, rows) | {"budget": budget, "recompute": memory.recompute}
+    return watch.record(model, rows) | {"budget": budget, "recompute": chosen.recompute}
 
 
 def padded_run(
     model: RewardModel, rows: Rows, world: World, *, steps: int, pairs: int, tokens: int, recompute: bool = False
 ) -> dict[str, Any]:
-    """The same pairs in a rectangle of texts a micro batch, as padded trainers compute them; in the order of the
-    rows.
-    """
+    """The same pairs in the order of the rows; a micro batch is a padded rectangle of texts, as in other trainers."""
     device = world.device
     if recompute:
         recompute_activations(model.backbone, "full")
@@ -165,7 +164,7 @@ def rectangle(texts: list[np.ndarray], device: torch.device) -> tuple[Tensor, Te
 
 
 class Watch:
-    """Counts what is done between `start` and `record`, and the time."""
+    """Counts tokens, pairs and seconds between `start` and `record`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -188,7 +187,7 @@ class Watch:
             torch.cuda.synchronize()
 
     def record(self, model: RewardModel, rows: Rows) -> dict[str, Any]:
-        """Rates, MFU over the tokens computed (against the data sheet's H100 peak), peak memory in GB."""
+        """Rates, MFU of the computed tokens (as a share of the H100's peak), peak memory in GB."""
         self._wait()
         seconds = time.perf_counter() - self._began
         embedding = model.backbone.get_input_embeddings()

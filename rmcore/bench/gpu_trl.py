@@ -1,8 +1,10 @@
-"""TRL's RewardTrainer for `rmcore.bench gpu`: the same shapes of random weights, the same rows of random tokens.
+"""Runs TRL's RewardTrainer for `rmcore.bench gpu`, on the same random weights and rows of random tokens.
 
-Enters: a model's configuration, rows, the Python of an environment that has TRL. Leaves: pairs/s and peak memory, as
-train_trl.py's child reports them. TRL gets token ids, which it takes as a prepared data set: neither text nor the hub
-is needed. Example: 64 pairs a step as 4 micro batches of 16, bf16, without recompute.
+Input: a model's configuration, rows, the Python of an environment that has TRL.
+Output: pairs per second and peak memory, as train_trl.py reports them.
+Example: 64 pairs per step as 4 micro batches of 16, bf16, without recompute.
+
+TRL accepts token ids as a prepared data set, so neither text nor the hub is needed.
 """
 
 import importlib.util
@@ -13,16 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, models
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from rmcore.bench.gpu_train import WARM, Rows
 from rmcore.bench.measure import run_child
 
-MEMORY_WORDS = ("OutOfMemoryError", "out of memory")
+MEMORY_WORDS = ("OutOfMemoryError", "out of memory")  # in the error of a run that exceeds the memory
 
 
 def python_with_trl(peers: str | None) -> str | None:
-    """The Python of the environment `peers`, or this one where TRL is installed."""
+    """The Python of the environment `peers`, or this one if it has TRL; None without TRL."""
     if peers is not None:
         python = str(Path(peers, "bin", "python"))
         found = subprocess.run([python, "-c", "import trl, datasets"], capture_output=True).returncode == 0
@@ -31,9 +34,7 @@ def python_with_trl(peers: str | None) -> str | None:
 
 
 def prepare(directory: Path, config: PretrainedConfig, rows: Rows) -> None:
-    """What TRL reads: config.json, a tokenizer that only has to know its padding token, rows of token ids."""
-    from tokenizers import Tokenizer, models
-
+    """Writes what TRL reads: config.json, a tokenizer with a padding token and few words, rows of token ids."""
     config.save_pretrained(directory)
     words = {"<pad>": 1, "<eos>": 0}
     wrapped = PreTrainedTokenizerFast(
@@ -49,20 +50,26 @@ def prepare(directory: Path, config: PretrainedConfig, rows: Rows) -> None:
 def trl_run(
     python: str, config: PretrainedConfig, rows: Rows, *, arm: str, steps: int, pairs: int, threads: int
 ) -> dict[str, Any]:
-    """`arm` as in train_trl.py; micro batches are halved until they fit the memory. RuntimeError as `run_child`."""
+    """`arm` as in train_trl.py. Micro batches are halved until they fit. Raises RuntimeError like `run_child`."""
     script = str(Path(__file__).with_name("train_trl.py"))
     with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as name:
         prepare(Path(name), config, rows)
         settings = {
-            "model": name, "data": str(Path(name, "rows.jsonl")), "random_weights": True, "arm": arm,
-            "precision": "bf16", "batch": pairs, "threads": threads, "warm": WARM, "max_steps": steps + WARM,
-        }  # fmt: skip
+            "model": name,
+            "data": str(Path(name, "rows.jsonl")),
+            "random_weights": True,
+            "arm": arm,
+            "precision": "bf16",
+            "batch": pairs,
+            "threads": threads,
+            "warm": WARM,
+            "max_steps": steps + WARM,
+        }
         accumulate = 1
         while accumulate <= pairs:
             try:
-                return run_child([python, script], threads, settings | {"accumulate": accumulate}) | {
-                    "pairs_at_once": pairs // accumulate
-                }
+                record = run_child([python, script], threads, settings | {"accumulate": accumulate})
+                return record | {"pairs_at_once": pairs // accumulate}
             except RuntimeError as error:
                 if not any(word in str(error) for word in MEMORY_WORDS):
                     raise

@@ -1,10 +1,12 @@
-"""What every benchmark shares: a clock that sees the other processes, the machine's matrix rate, children that answer
-in JSON.
+"""What all benchmarks share: a clock that sees the other processes, child processes that answer in JSON, results files.
 
-Enters: a command to run. Leaves: its record, a dict. Example: a run of 10 s wall in which other processes used 1 s of 2
-cores has `others_share` 0.05; above that a run is marked as disturbed, and medians leave it out while others remain.
+Input: a command to run.
+Output: its record, a dict.
+Example: in a run of 10 s, other processes used 1 s of 2 cores: `others_share` is 0.05. A run above that is disturbed,
+and medians leave it out as long as undisturbed runs remain.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -18,9 +20,18 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-MARK = "RESULT "  # a child's record is the line that begins with it
+MARK = "RESULT "  # begins the line of a child's output that holds its record
 DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/\"':,;]+/)+")
-DISTURBED = 0.05  # share of the machine that others may take
+DISTURBED = 0.05  # largest share of the machine that other processes may take in an undisturbed run
+
+
+def parser(command: str, documentation: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark; its help begins with the docstring of the benchmark's module."""
+    return argparse.ArgumentParser(
+        prog=f"python -m rmcore.bench {command}",
+        description=documentation,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 class Clock:
@@ -34,7 +45,7 @@ class Clock:
         own = time.process_time()
         try:
             fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except OSError:  # not Linux: what others do is not known
+        except OSError:  # not Linux: the time of other processes is unknown
             return time.perf_counter(), own, own
         busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
         return time.perf_counter(), own, busy
@@ -47,14 +58,14 @@ class Clock:
 
 
 def add_up(laps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The sum of laps, with the share of the machine that others took."""
+    """The sum of laps, with the share of the machine that other processes took."""
     total = {key: sum(lap[key] for lap in laps) for key in ("wall_s", "cpu_s", "others_cpu_s")}
     total["others_share"] = total["others_cpu_s"] / total["wall_s"] / (os.cpu_count() or 1)
     return total
 
 
 def report(record: dict[str, Any]) -> None:
-    """The child's side: the record as the last line of standard output, with the process's peak memory."""
+    """Called by a child: prints the record, with the process's peak memory, as the last line of standard output."""
     import resource
 
     record.setdefault("peak_rss_mb", 0.0)
@@ -63,8 +74,9 @@ def report(record: dict[str, Any]) -> None:
 
 
 def run_child(command: Sequence[str], threads: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """The parent's side: runs `command` with `settings` as its last argument; RuntimeError with its output if it
-    fails.
+    """Called by the parent: runs `command` with `settings` as its last argument, and returns the child's record.
+
+    Raises RuntimeError, with the child's output, if the child fails.
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -84,11 +96,12 @@ def run_child(command: Sequence[str], threads: int, settings: dict[str, Any]) ->
 
 
 def own_child(module: str) -> list[str]:
+    """The command that runs a module of rmcore.bench as a child, with this Python."""
     return [sys.executable, "-m", module]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine and the versions that the results belong to."""
     import torch
     import transformers
 
@@ -111,17 +124,17 @@ def machine() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least, greatest and count."""
+    """Median, least and greatest value, and their number."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values), "runs": len(values)}
 
 
 def undisturbed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs in which others took little of the machine; all of them when there is none."""
+    """The runs in which other processes took little of the machine; all runs if there is none."""
     return [run for run in runs if run["others_share"] <= DISTURBED] or runs
 
 
 def write_results(name: str, record: dict[str, Any], out: str | None) -> Path:
-    """Written as JSON; of absolute paths in it only the last part: where files lay on one machine is of no use."""
+    """Writes the record as JSON. Directories are removed from absolute paths, because they are those of one machine."""
     path = Path(out) if out else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(DIRECTORIES.sub("", json.dumps(record, indent=1)) + "\n", encoding="utf-8")

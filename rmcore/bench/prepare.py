@@ -1,29 +1,32 @@
-"""python -m rmcore.bench prepare: the rows and the models that the other benchmarks read.
+"""Writes the rows and the models that the other benchmarks read.
 
-Enters: a tokenizer file, files of preference rows (JSON lines, also .gz) with prompt, chosen, rejected as text, or
-chosen and rejected alone. Leaves: OUT/data/NAME.jsonl (the first rows whose texts have fewer than 1,024 tokens, as
-whole texts) and OUT/models/NAME (random weights under a fixed seed, with the tokenizer).
+Input: a tokenizer file, and files of preference rows (JSON lines, also .gz): prompt, chosen, rejected as texts, or
+chosen and rejected only.
+Output: OUT/data/NAME.jsonl, the first rows whose texts have fewer than 1,024 tokens, as whole texts; and
+OUT/models/NAME, random weights under a fixed seed, with the tokenizer.
 Example: --rows hh256=hh.jsonl.gz tldr256=tldr.jsonl.gz -> 256 pairs each, and three models.
 """
 
-import argparse
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from rmcore.bench.measure import parser
+
 SEED = 20240611
 
 
 def main(arguments: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m rmcore.bench prepare", description="rows and models for the benchmarks")
+    p = parser("prepare", __doc__)
     p.add_argument("--tokenizer", required=True, help="tokenizer.json of Pythia (20B_tokenizer.json)")
     p.add_argument("--rows", nargs="+", default=[], metavar="NAME=FILE", help="preference rows, .jsonl or .jsonl.gz")
-    p.add_argument("--count", type=int, default=256, help="pairs of each")
+    p.add_argument("--count", type=int, default=256, help="pairs of each file")
     p.add_argument("--out", required=True, help="directory to write")
     options = p.parse_args(arguments)
-    from transformers import PreTrainedTokenizerFast
-
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=options.tokenizer,
@@ -49,15 +52,12 @@ def main(arguments: list[str]) -> int:
         with open(out / "data" / f"{name}.jsonl", "w", encoding="utf-8") as target:
             target.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_models(out / "models", tokenizer)
-    print(f"ready: {out}")
+    print(f"written: {out}")
     return 0
 
 
 def write_models(folder: Path, tokenizer: Any) -> None:
-    """Two Pythia shapes and a small Llama, each a directory with its tokenizer."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig
-
+    """Two Pythia shapes and a small Llama, each in a directory with its tokenizer."""
     common: dict[str, Any] = {
         "vocab_size": 50304,
         "max_position_embeddings": 2048,

@@ -1,9 +1,12 @@
-"""python -m rmcore.bench profile: where a training step goes, as a table, a JSON file and a trace.
+"""Measures how the time of a training step divides into kinds of work and operations.
 
-Enters: a model directory and rows. Leaves: shares of the time by kind of work and by operation, and which share of the
-measured matrix rate the useful FLOPs reach (those of the model's products and visible attention; the steps' wall time,
-the profiler's own included); with --trace a file for Perfetto or chrome://tracing.
+Input: a model directory and rows.
+Output: a table, a JSON file, and with --trace a file for Perfetto or chrome://tracing.
 Example: `matrix products 71 %, attention 9 %, elementwise 8 %, optimizer 5 %, ...`; 112 of 170 GFLOP/s, 66 %.
+
+Ratio: the useful FLOP/s over the measured rate of a large matrix product; 66 % means that a step that does nothing but
+such products would take 0.66 of the time. Useful are the FLOPs of the model's products and of visible attention. The
+time is the wall time of the steps, and includes the profiler's own.
 """
 
 import argparse
@@ -12,9 +15,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rmcore.bench.measure import add_up, machine, write_results
+import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
 
-# The first kind with a part of the operation's name takes its time.
+from rmcore.bench.measure import add_up, machine, parser, write_results
+from rmcore.bench.train_rmcore import Stopwatch, config_of, flops_of_step
+from rmcore.checkpoint.resume import choose_start
+from rmcore.cost.machines import matrix_rate
+from rmcore.data.batches.batch import build_batch
+from rmcore.parallel.world import running_world
+from rmcore.train import train
+from rmcore.training.assembly import assemble
+
+# An operation belongs to the first kind of which a part occurs in its name.
 KINDS = {
     "attention": ("ragged_attention", "varlen", "flash", "_softmax", "gather_prefix"),
     "loss": ("pairwise",),
@@ -35,19 +49,19 @@ KINDS = {
     "collectives": ("gloo", "nccl", "c10d", "all_reduce", "reduce_scatter", "all_gather"),
     "elementwise": ("aten::",),
 }
-WARM = 4
+WARM = 4  # steps before the profile
 
 
 def main(arguments: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m rmcore.bench profile", description="where a training step goes")
+    p = parser("profile", __doc__)
     p.add_argument("--model", required=True, help="directory of a sequence-classification model, or `synthetic`")
     p.add_argument("--data", required=True, help="JSONL file of whole texts: chosen, rejected; or `synthetic`")
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    p.add_argument("--batch", type=int, default=8, help="pairs a step")
+    p.add_argument("--batch", type=int, default=8, help="pairs per step")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--rows", type=int, default=20, help="operations in the table")
-    p.add_argument("--trace", help="where to write the trace (.json)")
+    p.add_argument("--trace", help="file for the trace (.json)")
     p.add_argument("--out", help="result file; default: rmcore/bench/results/profile.json")
     options = p.parse_args(arguments)
     record = profile(options)
@@ -57,19 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def profile(options: argparse.Namespace) -> dict[str, Any]:
-    """Profiles `steps` steps of the real loop after four to warm up."""
-    import torch
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    from rmcore.bench.train_rmcore import Stopwatch, config_of, flops_of_step
-    from rmcore.checkpoint.resume import choose_start
-    from rmcore.cost.machines import matrix_rate
-    from rmcore.data.batches.batch import build_batch
-    from rmcore.parallel.world import running_world
-    from rmcore.train import train
-    from rmcore.training.assembly import assemble
-
+    """Profiles `steps` steps of the real loop, after WARM steps."""
     torch.set_num_threads(options.threads)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     settings = {"model": options.model, "data": options.data, "precision": options.precision, "batch": options.batch}
@@ -79,7 +81,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
         seen = profiler(activities=activities)
 
         class Watch(Stopwatch):
-            """Opens the profile after the warm-up and closes it with the last step, before anything is saved."""
+            """Starts the profile after the warm-up and stops it after the last step, before anything is saved."""
 
             def step_done(self, step: int) -> None:
                 super().step_done(step)
@@ -92,7 +94,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
         train(run, watch)
         steps, time = len(watch.laps) - WARM, add_up(watch.laps[WARM:])
         done = rate = 0.0
-        if world.device.type == "cpu":  # a GPU's ceiling is measured by rmcore.bench gpu
+        if world.device.type == "cpu":  # rmcore.bench gpu measures the rate of a GPU
             some = [micro for step in range(WARM, WARM + steps) for micro in run.plan.step(step).ranks[0]]
             flops = sum(flops_of_step(run, build_batch(run.data.train, micro, run.share)) for micro in some)
             done, rate = 1e-9 * flops / time["wall_s"], 1e-9 * matrix_rate(options.precision)
@@ -110,7 +112,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def shares(events: Iterable[Any], steps: int, on_gpu: bool) -> dict[str, Any]:
-    """The profiler's averages as shares of the time spent (on the GPU, if there is one): by kind, by operation."""
+    """The profiler's averages as shares of the time (of the GPU's, if there is one): by kind, and by operation."""
     total_us: dict[str, float] = {}
     calls: dict[str, int] = {}
     for event in events:
@@ -142,12 +144,12 @@ def table(record: dict[str, Any], rows: int) -> str:
     """The shares as Markdown."""
     lines = ["| kind of work | share |", "|---|--:|"]
     lines += [f"| {kind} | {share:.1%} |" for kind, share in sorted(record["kinds"].items(), key=lambda one: -one[1])]
-    lines += ["", "| operation | share | ms a step | calls a step |", "|---|--:|--:|--:|"]
+    lines += ["", "| operation | share | ms per step | calls per step |", "|---|--:|--:|--:|"]
     lines += [
         f"| {one['name']} | {one['share']:.1%} | {one['ms_a_step']:.2f} | {one['calls_a_step']:.0f} |"
         for one in record["operations"][:rows]
     ]
     if rate := record.get("matrix_gflops"):
         done = record["useful_gflops"]
-        lines += ["", f"Useful work: {done:.0f} GFLOP/s of {rate:.0f} that a matrix product reaches: {done / rate:.0%}"]
+        lines += ["", f"Useful work: {done:.0f} GFLOP/s, {done / rate:.0%} of the {rate:.0f} of a large matrix product"]
     return "\n".join(lines)

@@ -1,11 +1,16 @@
-"""python -m rmcore.bench score: rmcore and transformers' padded forward in turn, on the same texts.
+"""Measures scoring in texts per second, compared with transformers' padded forward on the same texts.
 
-Enters: a model directory, a file of rows {"chosen", "rejected"}. Leaves: texts/s of each arm as JSON. Two kinds of
-work: `pairs` (both texts of each row) and `answers` (rows of one prompt with 8 answers, made from those rows). Both
-arms tokenise as they go. Example: 256 pairs are 512 texts; a pair a second is two texts a second.
+Input: model directories, a file of rows {"chosen", "rejected"}.
+Output: JSON with the texts per second of each arm. Two kinds of work: `pairs` (both texts of each row) and `answers`
+(rows of one prompt with 8 answers, made from those rows).
+Example: 256 pairs are 512 texts; one pair per second is two texts per second.
+
+Ratio: rmcore's texts per second over those of the padded arm; 4 means that rmcore scores four times as many texts in
+the same time. bf16 is compared with the better of transformers' two precisions. `padded` takes batches in the order of
+the file, `padded, sorted` sorts the texts by length first. All arms tokenise the texts; they alternate, each in a
+process of its own.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -18,6 +23,7 @@ from rmcore.bench.measure import (
     add_up,
     machine,
     own_child,
+    parser,
     report,
     run_child,
     spread,
@@ -31,12 +37,12 @@ ANSWERS = 8
 
 
 def rows_of(data: str, kind: str, limit: int | None) -> list[dict[str, Any]]:
-    """Rows {"prompt", "answers"}; for `answers` each prompt gets the answers of the rows that follow it, too."""
+    """Rows {"prompt", "answers"}. For `answers` each prompt also gets the answers of the rows that follow it."""
     with open(data, encoding="utf-8") as lines:
         given = [json.loads(line) for line in lines][:limit]
     rows = []
     for row in given:
-        prompt = os.path.commonprefix([row["chosen"], row["rejected"]])  # noqa: RUF071  (characters are what is wanted)
+        prompt = os.path.commonprefix([row["chosen"], row["rejected"]])  # noqa: RUF071  (of characters, not of path components)
         prompt = prompt[: prompt.rfind(" ") + 1]
         rows.append({"prompt": prompt, "answers": [row[side][len(prompt) :] for side in ("chosen", "rejected")]})
     if kind == "pairs":
@@ -49,6 +55,7 @@ def rows_of(data: str, kind: str, limit: int | None) -> list[dict[str, Any]]:
 
 
 def measured(settings: dict[str, Any]) -> dict[str, Any]:
+    """The child: one arm over the data. Each arm imports what it needs, because its peak memory is recorded."""
     import torch
 
     torch.set_num_threads(settings["threads"])
@@ -65,7 +72,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def scorer(settings: dict[str, Any], rows: list[dict[str, Any]]):  # type: ignore[no-untyped-def]
-    """All rows through `rmcore score`'s own code."""
+    """Scores all rows with the code of `rmcore score`."""
     from rmcore.scoring.scorer import Scorer
 
     precision = f"parallel.precision={settings['precision']}"
@@ -76,7 +83,7 @@ def scorer(settings: dict[str, Any], rows: list[dict[str, Any]]):  # type: ignor
 
 
 def padded(settings: dict[str, Any], rows: list[dict[str, Any]]):  # type: ignore[no-untyped-def]
-    """All texts through AutoModelForSequenceClassification, padded, a batch at a time, in file order or by length."""
+    """Scores all texts with AutoModelForSequenceClassification, in padded batches, in file order or by length."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -97,14 +104,14 @@ def padded(settings: dict[str, Any], rows: list[dict[str, Any]]):  # type: ignor
 
 
 def main(arguments: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m rmcore.bench score", description="rmcore and transformers in turn")
+    p = parser("score", __doc__)
     p.add_argument("--model", nargs="+", required=True, help="directories of sequence-classification models")
     p.add_argument("--data", required=True, help="JSONL file of whole texts: chosen, rejected")
     p.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     p.add_argument("--kind", nargs="+", default=list(KINDS), choices=KINDS)
     p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--passes", type=int, default=2, help="over the data, in each run")
-    p.add_argument("--batch", type=int, default=8, help="texts a padded batch")
+    p.add_argument("--passes", type=int, default=2, help="passes over the data in each run")
+    p.add_argument("--batch", type=int, default=8, help="texts per padded batch")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--limit", type=int, help="rows to read")
     p.add_argument("--out", help="result file; default: rmcore/bench/results/score.json")
@@ -137,7 +144,7 @@ def main(arguments: list[str]) -> int:
 
 
 def ratios(runs: list[dict[str, Any]]) -> list[str]:
-    """rmcore's median over each padded arm's; bf16 is held against the better precision of the other side."""
+    """rmcore's median over that of each padded arm; bf16 is compared with the better precision of the padded arm."""
     lines = []
     for model, kind, precision in dict.fromkeys((run["model"], run["kind"], run["precision"]) for run in runs):
 
@@ -150,11 +157,11 @@ def ratios(runs: list[dict[str, Any]]) -> list[str]:
             return spread([run["texts_per_s"] for run in undisturbed(chosen)])["median"] if chosen else 0.0
 
         for arm in ARMS[1:]:
-            rival = max(rate(arm, other) for other in {"fp32", precision})
-            if rival:
-                lines.append(f"{model} {kind} {precision}: {rate('rmcore', precision) / rival:.2f} times {arm}")
+            padded_rate = max(rate(arm, other) for other in {"fp32", precision})
+            if padded_rate:
+                lines.append(f"{model} {kind} {precision}: {rate('rmcore', precision) / padded_rate:.2f} times {arm}")
     return lines
 
 
-if __name__ == "__main__":  # the child
+if __name__ == "__main__":
     report(measured(json.loads(sys.argv[-1])))

@@ -1,11 +1,15 @@
-"""python -m rmcore.bench serve: `rmcore serve` asked by one client after another, and by many at once.
+"""Measures `rmcore serve`: many clients at once, compared with one client that waits for each answer.
 
-Enters: a model directory, a file of rows {"chosen", "rejected"}. Leaves: texts/s and the times to an answer as JSON,
-and whether every answer was the one that the text has alone. Example: one client, 256 requests of one text, each sent
-when the one before is answered: what an RL loop gets that asks one by one; then the same requests from 64 clients.
+Input: a model directory, a file of rows {"chosen", "rejected"}.
+Output: JSON with texts per second and the times to an answer, and the number of wrong answers.
+Example: 256 requests of one text, each sent when the one before is answered, as by an RL loop that sends single
+requests; then the same requests from 64 clients.
+
+Ratio: texts per second of many clients over those of one; above 1 requests that wait are scored together. An answer is
+wrong if it is lost, or differs from that of the first run with one client by more than rounding. The exit code is 1 if
+any is.
 """
 
-import argparse
 import asyncio
 import json
 import signal
@@ -15,15 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rmcore.bench.measure import machine, spread, write_results
+from rmcore.bench.measure import machine, parser, spread, write_results
+from rmcore.bench.score import rows_of
 
-CLOSE = {"fp32": 1e-4, "bf16": 5e-2}  # of a reward of order 1: what other company in a batch may change by rounding
+# The largest difference, for rewards of order 1, that the other texts of a batch may make by rounding.
+CLOSE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 def requests_of(data: str, count: int, answers: int) -> list[dict[str, Any]]:
-    """Requests as OpenRLHF sends them; with `answers` > 1 each holds so many answers to one prompt."""
-    from rmcore.bench.score import rows_of
-
+    """Requests as OpenRLHF sends them, each with `answers` answers to one prompt."""
     rows = rows_of(data, "pairs" if answers == 1 else "answers", None)
     made = []
     for row in rows:
@@ -49,11 +53,11 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGTERM)
         if self._process.wait(60) != 0:
-            raise RuntimeError("the service did not end well")
+            raise RuntimeError(f"rmcore serve ended with exit code {self._process.returncode}")
 
 
-async def ask(address: str, requests: list[dict[str, Any]], clients: int) -> tuple[list[Any], list[float], float]:
-    """Every request once, `clients` at a time: (rewards by request, seconds of each, seconds of all)."""
+async def send(address: str, requests: list[dict[str, Any]], clients: int) -> tuple[list[Any], list[float], float]:
+    """Sends every request once, `clients` at a time: (rewards by request, seconds of each, seconds of all)."""
     import httpx
 
     answers: list[Any] = [None] * len(requests)
@@ -76,22 +80,26 @@ async def ask(address: str, requests: list[dict[str, Any]], clients: int) -> tup
 
 
 def measured(served: Served, requests: list[dict[str, Any]], clients: int) -> dict[str, Any]:
-    answers, seconds, wall = asyncio.run(ask(served.address, requests, clients))
+    answers, seconds, wall = asyncio.run(send(served.address, requests, clients))
     texts = sum(len(request["query"]) for request in requests)
     ordered = sorted(seconds)
-    record = {
-        "clients": clients, "requests": len(requests), "texts": texts, "wall_s": wall, "texts_per_s": texts / wall,
+    return {
+        "clients": clients,
+        "requests": len(requests),
+        "texts": texts,
+        "wall_s": wall,
+        "texts_per_s": texts / wall,
         "answer_s": {"median": ordered[len(ordered) // 2], "p95": ordered[int(0.95 * len(ordered))]},
-    }  # fmt: skip
-    return {**record, "answers": answers}
+        "answers": answers,
+    }
 
 
 def main(arguments: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m rmcore.bench serve", description="one client, and many at once")
+    p = parser("serve", __doc__)
     p.add_argument("--model", required=True, help="directory of a sequence-classification model")
     p.add_argument("--data", required=True, help="JSONL file of whole texts: chosen, rejected")
     p.add_argument("--precision", default="fp32", choices=list(CLOSE))
-    p.add_argument("--answers", type=int, nargs="+", default=[1, 8], help="texts of one prompt in a request")
+    p.add_argument("--answers", type=int, nargs="+", default=[1, 8], help="answers to one prompt in a request")
     p.add_argument("--requests", type=int, default=256)
     p.add_argument("--clients", type=int, default=64)
     p.add_argument("--repeat", type=int, default=3)
@@ -101,14 +109,14 @@ def main(arguments: list[str]) -> int:
     with Served(options.model, options.precision) as served:
         for answers in options.answers:
             requests = requests_of(options.data, options.requests, answers)
-            measured(served, requests[: options.clients], options.clients)  # warm
-            alone: list[Any] = []
+            measured(served, requests[: options.clients], options.clients)  # warms up
+            expected: list[Any] = []  # the answers of the first run with one client
             for repetition in range(options.repeat):
                 for clients in (1, options.clients):
                     record = measured(served, requests, clients)
                     found = record.pop("answers")
-                    alone = alone or found
-                    wrong += different(found, alone, CLOSE[options.precision])
+                    expected = expected or found
+                    wrong += different(found, expected, CLOSE[options.precision])
                     runs.append({"answers": answers, "repetition": repetition, **record})
                     print(f"{answers} answers, {clients} clients: {record['texts_per_s']:.1f} texts/s", flush=True)
     ratios = {str(answers): ratio(runs, answers) for answers in options.answers}
@@ -121,7 +129,7 @@ def main(arguments: list[str]) -> int:
 
 
 def different(found: list[Any], expected: list[Any], close: float) -> int:
-    """Answers that are lost, or lie further from those of one client than rounding moves them."""
+    """The number of answers that are lost, or differ from the expected ones by more than `close`."""
     return sum(
         len(one) != len(other) or any(abs(a - b) > close for a, b in zip(one, other, strict=True))
         for one, other in zip(found, expected, strict=True)

@@ -1,27 +1,31 @@
-"""python -m rmcore.bench tables: the results files as Markdown, as the README shows them.
+"""Prints the results files as Markdown tables.
 
-Enters: rmcore/bench/results/{train,score,scaling,profile,data}*.json, those that exist. Leaves: tables on standard
-output, medians with the least and the greatest of the undisturbed runs. Example: `| pythia-14m | fp32 | 51.2
-(50.1-52.0) | ...`.
+Input: rmcore/bench/results/{train,score,scaling,profile,data}*.json, those that exist.
+Output: tables on standard output: medians with the least and the greatest value of the undisturbed runs.
+Example: `| pythia-14m | fp32 | 51.20 (50.10-52.00) | ...`.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from rmcore.bench import profile, scaling, score, train
-from rmcore.bench.measure import RESULTS, spread, undisturbed
+from rmcore.bench.measure import RESULTS, parser, spread, undisturbed
+
+TRAIN_COLUMNS = ("pairs_per_s", "epoch_pairs_per_s", "computed_tokens_per_s", "share_of_matrix_rate", "peak_rss_mb")
 
 
 def main(arguments: list[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m rmcore.bench tables", description="results as Markdown")
+    p = parser("tables", __doc__)
     p.add_argument("--results", default=str(RESULTS), help="directory of the results files")
     folder = Path(p.parse_args(arguments).results)
     makers = {
-        "train": train_table, "score": score_table, "scaling": scaling_table, "profile": profile_table,
+        "train": train_table,
+        "score": score_table,
+        "scaling": scaling_table,
+        "profile": profile_table,
         "data": data_table,
-    }  # fmt: skip
+    }
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("what") in makers:
@@ -30,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 
 def setting_line(record: dict[str, Any]) -> str:
-    """The machine and the settings, in a line each."""
+    """The machine and the settings, in one line."""
     machine = record["machine"]
     kept = {key: value for key, value in record["settings"].items() if value is not None}
     return (
@@ -43,14 +47,14 @@ def setting_line(record: dict[str, Any]) -> str:
     )
 
 
-def figure(values: list[float]) -> str:
+def median_and_spread(values: list[float]) -> str:
     """Median (least-most)."""
     found = spread(values)
     return f"{found['median']:.2f} ({found['least']:.2f}-{found['most']:.2f})"
 
 
 def train_table(record: dict[str, Any]) -> str:
-    """pairs/s a model, precision and arm; beside them tokens, the share of the matrix rate and memory."""
+    """pairs/s by model, arm and precision, with tokens, the share of the matrix rate, and memory."""
     lines = [
         "| model | rows | arm | precision | pairs/s | over the epoch | computed tokens/s | of matrix rate | peak MB |",
         "|---|---|---|---|--:|--:|--:|--:|--:|",
@@ -58,25 +62,13 @@ def train_table(record: dict[str, Any]) -> str:
     runs = record["runs"]
     for key in dict.fromkeys((run["model"], run["data"], run["arm"], run["precision"]) for run in runs):
         chosen = undisturbed([run for run in runs if (run["model"], run["data"], run["arm"], run["precision"]) == key])
-        column = {
-            name: [run[name] for run in chosen if name in run]
-            for name in (
-                "pairs_per_s",
-                "epoch_pairs_per_s",
-                "computed_tokens_per_s",
-                "share_of_matrix_rate",
-                "peak_rss_mb",
-            )
-        }
+        column = {name: [run[name] for run in chosen if name in run] for name in TRAIN_COLUMNS}
+        cells = [*key, *(median_and_spread(column[name]) for name in ("pairs_per_s", "epoch_pairs_per_s"))]
         tokens, share = column["computed_tokens_per_s"], column["share_of_matrix_rate"]
-        lines.append(
-            f"| {' | '.join(key)} | {figure(column['pairs_per_s'])} | {figure(column['epoch_pairs_per_s'])} "
-            f"| {spread(tokens)['median']:,.0f} "
-            if tokens
-            else f"| {' | '.join(key)} | {figure(column['pairs_per_s'])} | {figure(column['epoch_pairs_per_s'])} | "
-        )
-        lines[-1] += f"| {spread(share)['median']:.0%} " if share else "| "
-        lines[-1] += f"| {max(column['peak_rss_mb']):,.0f} |"
+        cells.append(f"{spread(tokens)['median']:,.0f}" if tokens else "")
+        cells.append(f"{spread(share)['median']:.0%}" if share else "")
+        cells.append(f"{max(column['peak_rss_mb']):,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in train.summary(runs).splitlines())
 
 
@@ -85,7 +77,9 @@ def score_table(record: dict[str, Any]) -> str:
     lines = ["| model | work | precision | arm | texts/s |", "|---|---|---|---|--:|"]
     for key in dict.fromkeys((run["model"], run["kind"], run["precision"], run["arm"]) for run in runs):
         chosen = [run for run in runs if (run["model"], run["kind"], run["precision"], run["arm"]) == key]
-        lines.append(f"| {' | '.join(key)} | {figure([run['texts_per_s'] for run in undisturbed(chosen)])} |")
+        lines.append(
+            f"| {' | '.join(key)} | {median_and_spread([run['texts_per_s'] for run in undisturbed(chosen)])} |"
+        )
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in score.ratios(runs))
 
 
@@ -96,7 +90,7 @@ def scaling_table(record: dict[str, Any]) -> str:
         name = names[arm].format(record["settings"]["ranks"])
         lines.append(f"| {name} | {rate['median']:.2f} ({rate['least']:.2f}-{rate['most']:.2f}) |")
     shares = [scaling.percent(record[name]) for name in ("efficiency", "ceiling", "of_ceiling")]
-    return "\n".join([*lines, "", "Efficiency {}; the machine allows {}; of that {}".format(*shares)])
+    return "\n".join([*lines, "", "Efficiency {}; the machine allows {}; the ranks reach {} of that".format(*shares)])
 
 
 def profile_table(record: dict[str, Any]) -> str:
@@ -104,7 +98,7 @@ def profile_table(record: dict[str, Any]) -> str:
 
 
 def data_table(record: dict[str, Any]) -> str:
-    """Pairs a CPU second of each way to prepare the same rows; then starting again, memory and planning."""
+    """Pairs per CPU second of each way to prepare the same rows; then the second start, memory and planning."""
     found, size = record["figures"], record["settings"]
     lines = ["| preparing | pairs/CPU s | rmcore's rate over its |", "|---|--:|--:|"]
     for arm, name in (("rmcore", "rmcore"), ("map", "datasets.map"), ("trl", "TRL")):
@@ -115,7 +109,7 @@ def data_table(record: dict[str, Any]) -> str:
     if "second_start_s" in found:
         start, cpu = found["second_start_s"]["median"], found["second_start_cpu_s"]["median"]
         lines.append(f"- second start, {size['pairs']:,} pairs: {start:.2f} s ({cpu:.2f} CPU s)")
-    for kind, name in (("peak_anonymous_mb", "its own memory"), ("peak_rss_mb", "resident, mapped files included")):
+    for kind, name in (("peak_anonymous_mb", "anonymous memory"), ("peak_rss_mb", "resident, with mapped files")):
         peaks = ", ".join(f"{int(pairs):,} pairs {peak:,.0f} MB" for pairs, peak in found[kind].items())
         lines += [f"- peak while preparing, {name}: {peaks}"] if peaks else []
     for name, what in (("plan", "100 steps cut"), ("plan_every_step_cut", "every step cut")):

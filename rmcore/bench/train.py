@@ -1,10 +1,16 @@
-"""python -m rmcore.bench train: rmcore and TRL's RewardTrainer in turn, on the same rows, model, precision and threads.
+"""Measures training in pairs per second, compared with TRL's RewardTrainer.
 
-Enters: model directories, files of rows {"chosen", "rejected"} (whole texts), the environment that has TRL. Leaves:
-JSON with every run, and a summary on standard output. Each run is a process of its own; the arms take turns within each
-repetition, so that a slower hour of the machine slows all of them.
-
+Input: model directories, files of rows {"chosen", "rejected"} (whole texts), the environment that has TRL.
+Output: JSON with every run; a summary on the screen.
 Example: 2 models, fp32 and bf16, 3 repetitions, arms rmcore, trl default, trl best, trl grouped: 48 runs.
+
+Ratio: rmcore's pairs per second over TRL's; 6 means that rmcore trains on six times as many pairs in the same time.
+fp32 is compared with TRL's fp32, bf16 with the better of TRL's two precisions. TRL's settings: `default` recomputes
+activations, `best` does not (both are compared in steady state, without the first steps), `grouped` does not and
+batches rows of similar length (compared over the whole epoch, because its first steps hold the longest rows).
+
+rmcore and TRL get the same rows, model, precision, batch and threads. Each run is a process of its own. The arms
+alternate within each repetition, so that a slow hour of the machine slows all of them.
 """
 
 import argparse
@@ -12,32 +18,30 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from rmcore.bench.measure import machine, own_child, run_child, spread, undisturbed, write_results
+from rmcore.bench.measure import DISTURBED, machine, own_child, parser, run_child, spread, undisturbed, write_results
 
 TRL_ARMS = ("default", "best", "grouped")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m rmcore.bench train", description="rmcore and TRL in turn on the same rows"
-    )
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    p = parser("train", __doc__)
     p.add_argument("--model", nargs="+", required=True, help="directories of sequence-classification models")
     p.add_argument("--data", nargs="+", required=True, help="JSONL files of whole texts: chosen, rejected")
-    p.add_argument("--peers", help="virtual environment that has trl; without it rmcore runs alone")
+    p.add_argument("--peers", help="virtual environment that has trl; without it only rmcore runs")
     p.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     p.add_argument("--arms", nargs="+", default=list(TRL_ARMS), choices=TRL_ARMS, help="settings of TRL to run")
     p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--batch", type=int, default=8, help="pairs a step")
+    p.add_argument("--batch", type=int, default=8, help="pairs per step")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--warm", type=int, default=4, help="first steps that steady state leaves out")
+    p.add_argument("--warm", type=int, default=4, help="first steps that steady state excludes")
     p.add_argument("--max-steps", type=int, help="end each run early")
     p.add_argument("--limit", type=int, help="rows to read")
     p.add_argument("--out", help="result file; default: rmcore/bench/results/train.json")
-    return p
+    return p.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
+    options = parsed(arguments)
     children: dict[str, list[str]] = {"rmcore": own_child("rmcore.bench.train_rmcore")}
     if options.peers:
         python = str(Path(options.peers, "bin", "python"))
@@ -75,7 +79,9 @@ def write(options: argparse.Namespace, runs: list[dict[str, Any]]) -> Path:
 
 
 def one_line(run: dict[str, Any]) -> str:
-    disturbed = "" if run["others_share"] <= 0.05 else f"  DISTURBED: others took {run['others_share']:.0%}"
+    disturbed = (
+        "" if run["others_share"] <= DISTURBED else f"  DISTURBED: other processes took {run['others_share']:.0%}"
+    )
     return (
         f"{run['model']} {run['data']} {run['precision']} {run['arm']:<11} {run['pairs_per_s']:7.2f} pairs/s, "
         f"epoch {run['epoch_pairs_per_s']:7.2f}, {run['peak_rss_mb']:,.0f} MB{disturbed}"
@@ -83,7 +89,7 @@ def one_line(run: dict[str, Any]) -> str:
 
 
 def summary(runs: list[dict[str, Any]]) -> str:
-    """Medians and ratios to TRL, a line each."""
+    """Medians and ratios to TRL, one line each."""
     lines = []
     for model, data in dict.fromkeys((run["model"], run["data"]) for run in runs):
         chosen = [run for run in runs if (run["model"], run["data"]) == (model, data)]
@@ -91,28 +97,21 @@ def summary(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def median(
-    runs: list[dict[str, Any]], arm: str, precision: str, figure: str = "pairs_per_s"
-) -> dict[str, float] | None:
+def median(runs: list[dict[str, Any]], arm: str, precision: str, rate: str) -> float | None:
+    """The median of a rate over the undisturbed runs of an arm in one precision; None without such runs."""
     chosen = [run for run in runs if run["arm"] == arm and run["precision"] == precision]
-    return spread([run[figure] for run in undisturbed(chosen)]) if chosen else None
+    return spread([run[rate] for run in undisturbed(chosen)])["median"] if chosen else None
 
 
 def ratios(runs: list[dict[str, Any]]) -> list[str]:
-    """rmcore in each precision over the better precision of TRL that it is held against.
-
-    fp32 against TRL's fp32; bf16 against the better of TRL's two. Steady state against `default` and `best`, whole
-    epochs against `grouped` (whose first steps hold the longest rows).
-    """
+    """rmcore in each precision over TRL in the precision that it is compared with: see the module's docstring."""
     lines = []
     for precision in dict.fromkeys(run["precision"] for run in runs):
         for arm in ("trl default", "trl best", "trl grouped"):
-            figure = "epoch_pairs_per_s" if arm == "trl grouped" else "pairs_per_s"
-            ours = median(runs, "rmcore", precision, figure)
-            rivals = [median(runs, arm, p, figure) for p in ("fp32", "bf16") if p in ("fp32", precision)]
-            best = max((rival["median"] for rival in rivals if rival), default=None)
+            rate = "epoch_pairs_per_s" if arm == "trl grouped" else "pairs_per_s"
+            ours = median(runs, "rmcore", precision, rate)
+            theirs = [median(runs, arm, other, rate) for other in ("fp32", "bf16") if other in ("fp32", precision)]
+            best = max((one for one in theirs if one), default=None)
             if ours and best:
-                lines.append(
-                    f"{precision} rmcore {ours['median']:.2f} / {arm} {best:.2f} = {ours['median'] / best:.2f}"
-                )
+                lines.append(f"{precision} rmcore {ours:.2f} / {arm} {best:.2f} = {ours / best:.2f}")
     return lines

@@ -1,7 +1,8 @@
-"""A child of `rmcore.bench train` and `scaling`: rmcore's own loop over one epoch, timed from outside, one JSON line.
+"""Child of `rmcore.bench train`, `scaling` and `plan`: runs rmcore's own loop and times its steps from outside.
 
-Enters: settings as JSON: model, data, batch, precision, threads, and overrides of the config. Leaves: pairs/s in steady
-state (without the first `warm` steps) and over the epoch. Example: 256 pairs in 32 steps of 8, of which 28 count.
+Input: settings as JSON: model, data, batch, precision, threads, and further keys of the config.
+Output: one JSON line on rank 0: pairs per second over the epoch and in steady state (without the first `warm` steps).
+Example: 256 pairs in 32 steps of 8, of which 28 count.
 """
 
 import json
@@ -31,12 +32,12 @@ from rmcore.training.run import Run
 
 
 class Stopwatch(Tracker):
-    """A tracker that writes nothing: it laps the clock at each step that is done."""
+    """A tracker that writes nothing, and laps the clock after each step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.laps: list[dict[str, float]] = []
-        self.peak_rss_mb = 0.0  # until the last step: what comes after it (a checkpoint) is no part of the comparison
+        self.peak_rss_mb = 0.0  # until the last step: the checkpoint that follows is not part of the comparison
         self._clock = Clock()
 
     def step_done(self, step: int) -> None:
@@ -45,7 +46,7 @@ class Stopwatch(Tracker):
 
 
 def config_of(settings: dict[str, Any], directory: str) -> Config:
-    """The config of a run on one file of whole texts, without evaluation, export or logs; makes its run directory."""
+    """The config of a run on one file of whole texts, without evaluation, export or logs. Creates its run directory."""
     os.makedirs(os.path.join(directory, "run"), exist_ok=True)
     return Config.model_validate(
         {
@@ -87,7 +88,8 @@ def flops_of_step(run: Run, batch: RaggedBatch) -> float:
     with counter, run.strategy.autocast():
         run.strategy.model(batch).loss_sum.backward()
     run.strategy.optimizer.zero_grad(set_to_none=True)
-    # Attention is an op of its own: 4 FLOPs forward and 8 backward for each visible pair of tokens and unit of width.
+    # The counter does not know the attention op: 4 FLOPs forward and 8 backward per visible pair of tokens and unit of
+    # width.
     seen = sum(
         (end - start) * (prefix_end - prefix_start) + (end - start) * (end - start + 1) / 2
         for start, end, prefix_start, prefix_end in batch.layout.segments_S4.tolist()
@@ -96,7 +98,7 @@ def flops_of_step(run: Run, batch: RaggedBatch) -> float:
 
 
 def measured(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of this rank; None on all ranks but the first."""
+    """The record on rank 0; None on the other ranks."""
     torch.set_num_threads(settings["threads"])
     directory = settings.get("directory") or tempfile.mkdtemp(prefix="rmcore-bench-")
     try:
@@ -104,18 +106,18 @@ def measured(settings: dict[str, Any]) -> dict[str, Any] | None:
             config = config_of(settings, directory)
             run = assemble(config, world, choose_start(config, world))
             rate = 1e-9 * matrix_rate(settings["precision"]) if world.size == 1 else 0.0
-            alone = all_reduce_seconds(run)
+            all_reduce_s = all_reduce_seconds(run)
             barrier(world)
             watch = Stopwatch()
             train(run, watch)
-            return {**record_of(settings, run, watch, rate), "all_reduce_s": alone} if world.is_main else None
+            return {**record_of(settings, run, watch, rate), "all_reduce_s": all_reduce_s} if world.is_main else None
     finally:
         if "directory" not in settings:
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def all_reduce_seconds(run: Run) -> float:
-    """Median seconds of a reduction as large as the gradients, with nothing beside it; 0 for one rank."""
+    """Median seconds of an all-reduce as large as the gradients, with no other work; about 0 for one rank."""
     gradients = torch.zeros(sum(p.numel() for p in run.strategy.model.parameters()))
     seconds = []
     for _ in range(5):
@@ -131,7 +133,7 @@ def record_of(settings: dict[str, Any], run: Run, watch: Stopwatch, rate: float)
     warm = min(settings.get("warm", 4), len(laps) - 1)
     kept, whole = add_up(laps[warm:]), add_up(laps)
     pairs = np.diff([0, *(run.plan.step(index).episode for index in range(len(laps)))]).tolist()
-    numbers = [run.plan.step(index).ranks for index in range(len(laps))]
+    numbers = [run.plan.step(index).ranks for index in range(len(laps))]  # by step, rank and micro batch
     loads = np.array([[sum(int(run.plan.tokens_N[m].sum()) for m in rank) for rank in ranks] for ranks in numbers])
     tokens = loads.sum(1).tolist()
     logical = [int(sum(run.data.train.logical_tokens_N[m].sum() for rank in ranks for m in rank)) for ranks in numbers]
@@ -143,12 +145,12 @@ def record_of(settings: dict[str, Any], run: Run, watch: Stopwatch, rate: float)
         "pairs_per_s": sum(pairs[warm:]) / kept["wall_s"],
         "epoch_pairs_per_s": sum(pairs) / whole["wall_s"],
         "computed_tokens_per_s": sum(tokens[warm:]) / kept["wall_s"],
-        "busiest": float((loads.max(1) / loads.mean(1))[warm:].mean()),  # rank, tokens over the mean of all ranks
+        "busiest": float((loads.max(1) / loads.mean(1))[warm:].mean()),  # tokens of the busiest rank over the mean
         "logical_tokens_per_s": sum(logical[warm:]) / kept["wall_s"],
         **kept,
         "peak_rss_mb": watch.peak_rss_mb,
     }
-    if rate:
+    if rate:  # the useful FLOPs of four steps, over their time
         some = range(warm, min(warm + 4, len(laps)))
         batches = [build_batch(run.data.train, micro, run.share) for step in some for micro in numbers[step][0]]
         gflop = 1e-9 * sum(flops_of_step(run, batch) for batch in batches)

@@ -1,10 +1,13 @@
-"""A child of `rmcore.bench train`, run by the Python of an environment that has TRL: its RewardTrainer over one epoch.
+"""Child of `rmcore.bench train` and `gpu`: runs TRL's RewardTrainer over one epoch, with the Python of its environment.
 
-Its loop, collator and defaults are untouched; a callback laps a clock at each step's end. Settings come as JSON (see
-train.py): arm `default` recomputes activations, as TRL does by default; `best` does not; `grouped` also draws rows of
-like length together, for which TRL needs a length column that it does not make. Leaves one JSON line, as
-train_rmcore.py. With `random_weights` (see gpu_trl.py) the model is built from its configuration alone, and the rows
-hold token ids.
+Input: settings as JSON, see train.py. Arm `default` recomputes activations, as TRL does by default; `best` does not;
+`grouped` does not and draws rows of similar length together, for which TRL needs a length column that it does not make.
+Output: one JSON line, as train_rmcore.py prints it.
+Example: 256 pairs in 32 steps of 8, of which 28 count.
+
+TRL's loop, collator and defaults are unchanged; a callback laps a clock after each step. With `random_weights` (see
+gpu_trl.py) the model is built from its configuration, and the rows hold token ids. rmcore need not be installed in
+TRL's environment, so this file imports nothing of it.
 """
 
 import importlib.util
@@ -17,17 +20,17 @@ from typing import Any
 
 
 def load_measure() -> ModuleType:
-    """measure.py by its path: rmcore itself need not be installed beside TRL."""
+    """Loads measure.py by its path, because rmcore need not be installed next to TRL."""
     spec = importlib.util.spec_from_file_location("measure", Path(__file__).with_name("measure.py"))
     if spec is None or spec.loader is None:
-        raise ImportError("measure.py must lie beside this file")
+        raise ImportError(f"cannot load measure.py from {Path(__file__).parent}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def arguments_of(settings: dict[str, Any]) -> Any:
-    """TRL's RewardConfig: its defaults but for the batch, the precision and what the arm is about."""
+    """TRL's RewardConfig: its defaults, except for batch, precision and the settings of the arm."""
     import torch
     from trl import RewardConfig
 
@@ -58,7 +61,7 @@ def arguments_of(settings: dict[str, Any]) -> Any:
 
 
 def model_of(settings: dict[str, Any]) -> Any:
-    """A directory for TRL to load, or a model of random weights, made where it will be trained."""
+    """A directory for TRL to load, or a model of random weights on the device where it will be trained."""
     if not settings.get("random_weights"):
         return settings["model"]
     import torch
@@ -125,5 +128,5 @@ def main(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this directory, put there for a script: its profile.py would hide the standard library's
+    sys.path.pop(0)  # the script's directory: its profile.py would hide the module of the standard library
     main(json.loads(sys.argv[-1]))

@@ -1,12 +1,14 @@
-"""What a step sends, by link, and what it can hide behind.
+"""Predicts what the ranks send in a step, over which links, and which computation can hide it.
 
-Enters: strategy, parameters, ranks and hosts, micro batches a step. Leaves: `Transfer`s of one rank. Example: zero2 in
-bf16, 2.8b parameters on 8 GPUs of one host: 4.6 GB gathered while the forward computes, 9.3 GB of gradients scattered
-while the backward does.
+Input: strategy, parameters, ranks and hosts, micro batches per step.
+Output: the `Collective`s of one rank.
+Example: zero2 in bf16, 2.8b parameters on 8 GPUs of one host: 4.6 GB of weights are gathered during the forward,
+9.3 GB of gradients are scattered during the backward.
 
-A ring all-reduce of S bytes over n ranks makes each send 2 (n - 1)/n S, an all-gather or a reduce-scatter half of that
-(Patarasu and Yuan 2009; Rajbhandari et al., arXiv 1910.02054, section 7). Over hosts of g GPUs with a port each, g
-rings run side by side, and each leaves the host through another port: of what a rank sends, 1/g goes over the network.
+In a ring all-reduce of S bytes over n ranks, each rank sends 2 (n - 1)/n S; in an all-gather or a reduce-scatter half
+of that (Patarasu and Yuan 2009; Rajbhandari et al., arXiv 1910.02054, section 7). On hosts with g GPUs and one network
+port per GPU, g rings run in parallel and each leaves the host through another port, so 1/g of what a rank sends goes
+over the network.
 """
 
 from collections.abc import Iterator
@@ -16,12 +18,17 @@ from rmcore.config.parallel import TRAITS
 from rmcore.cost.dry_run import Sizes
 from rmcore.cost.machines import LINK_SHARE, Machine
 
-FORWARD, BACKWARD, NOTHING = "forward", "backward", "nothing"
+FORWARD, BACKWARD, NOTHING = "forward", "backward", "nothing"  # what can hide a collective
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """Bytes that a rank sends `times` a step: `within` its host, `between` hosts; `behind`: what computes meanwhile."""
+class Collective:
+    """One collective operation of a step.
+
+    within, between: bytes that a rank sends each time to ranks of its host, and to other hosts.
+    behind: FORWARD or BACKWARD, which computes at the same time; or NOTHING.
+    times: how often it runs in a step.
+    """
 
     what: str
     within: float
@@ -30,22 +37,22 @@ class Transfer:
     times: int = 1
 
     def seconds(self, machine: Machine) -> float:
-        """Of one time, at LINK_SHARE of the links' rates; both links work at once. 0 where no rate is known."""
+        """Duration of one time. Both links work at once, at LINK_SHARE of their rates. 0 where the rate is unknown."""
         if not machine.within:
             return 0.0
         return max(self.within / machine.within, self.between / machine.between) / LINK_SHARE
 
 
-def transfers(
+def collectives(
     strategy: str, precision: str, model: Sizes, ranks: int, hosts: int, micro_batches: int
-) -> list[Transfer]:
+) -> list[Collective]:
     """Everything that one rank sends in a step; nothing on one rank."""
-    return list(_transfers(strategy, precision, model, ranks, hosts, micro_batches)) if ranks > 1 else []
+    return list(_collectives(strategy, precision, model, ranks, hosts, micro_batches)) if ranks > 1 else []
 
 
-def _transfers(
+def _collectives(
     strategy: str, precision: str, model: Sizes, ranks: int, hosts: int, micro_batches: int
-) -> Iterator[Transfer]:
+) -> Iterator[Collective]:
     gradients, weights = 4.0 * model.total, (2.0 if precision == "bf16" else 4.0) * model.total
     local, traits = ranks // hosts, TRAITS[strategy]
     if not traits.shards_weights:
@@ -63,8 +70,9 @@ def _transfers(
         yield _ring("all-reduce gradients between hosts", 2 * gradients / local, hosts, 1, BACKWARD)
 
 
-def _ring(what: str, size: float, ranks: int, local: int, behind: str, times: int = 1) -> Transfer:
+def _ring(what: str, size: float, ranks: int, local: int, behind: str, times: int = 1) -> Collective:
+    """A ring over `ranks`, `local` of them on each host. `size`: bytes of the tensor, twice that for an all-reduce."""
     sent = size * (ranks - 1) / ranks
     if ranks <= local:
-        return Transfer(what, sent, 0.0, behind, times)
-    return Transfer(what, sent * (local - 1) / local, sent / local, behind, times)
+        return Collective(what, sent, 0.0, behind, times)
+    return Collective(what, sent * (local - 1) / local, sent / local, behind, times)

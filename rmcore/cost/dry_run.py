@@ -1,15 +1,16 @@
-"""What a model's training takes, from its config alone: parameters counted on meta, activations on fake tensors.
+"""Counts the parameters and activation bytes of a model, from its config only.
 
-Enters: a Hugging Face config. Leaves: a `DryRun` with `Sizes` (parameters by place) and `TokenBytes` (activation bytes
-of one token of a micro batch). No weights are read and no arithmetic is done: a forward and a backward of two small
-copies of the model (two and three layers) run on torch's fake tensors while the bytes of live storages are counted.
-Example: a 2.8b GPT-NeoX (D 2560) in bf16 keeps 85 kB a token and layer without recompute (33 D), 51 kB (20 D)
-selective, 6 kB (2.3 D) with full recompute.
+Input: a Hugging Face config.
+Output: a `DryRun` with `Sizes` (parameters by place) and `TokenBytes` (activation bytes per token of a micro batch).
+Example: a 2.8b GPT-NeoX (D 2560) in bf16 keeps 85 kB per token and layer without recompute (33 D bytes), 51 kB (20 D)
+with selective and 6 kB (2.3 D) with full recompute.
 
-What is counted is rmcore's own packed forward with the last layer pruned, so it holds for any decoder that runs there.
-It is the CPU's path: on CUDA attention keeps gathered copies of keys and values besides, which `TokenBytes` adds.
-Where a model does not run on fake tensors, the rule of thumb of `ESTIMATE` stands in (30 D a token and layer in bf16
-without recompute, 18 D selective, 2 D full; an estimate that others checked against llm.c).
+No weights are read and no arithmetic is done: two small copies of the model (two and three layers) run forward and
+backward on torch's fake tensors, while the bytes of live storages are counted. What runs is rmcore's own packed forward
+with the last layer pruned, so the count holds for any decoder that runs there. It is the path of the CPU; on CUDA
+attention also keeps gathered copies of keys and values, which `DryRun.token_bytes` adds.
+
+For a model that does not run on fake tensors, the rule of thumb in RULE_OF_THUMB is used.
 """
 
 import copy
@@ -32,38 +33,35 @@ from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dr
 from rmcore.model.pruning import ATTENTION, OUTPUT, QUERY, part
 from rmcore.model.reward_model import SHARED, RewardModel
 
-HOW = ("none", "selective", "full")  # recompute, the fastest first
-ESTIMATE = {"none": 30.0, "selective": 18.0, "full": 2.0}  # bytes a token, layer and unit of width in bf16
-PREFIX, TAIL = 2**17, 2**16  # tokens of the comparisons of the dry run: no gradient of a weight outweighs so many
-AUTOCAST, CAST, FP32 = "autocast", "cast", "fp32"  # fp32 weights that products cast to bf16; bf16 weights; neither
+RECOMPUTES = ("none", "selective", "full")  # the fastest first
+# Bytes per token, layer and unit of width in bf16: an estimate that others checked against llm.c.
+RULE_OF_THUMB = {"none": 30.0, "selective": 18.0, "full": 2.0}
+PREFIX, TAIL = 2**17, 2**16  # tokens of the dry run's comparisons: so many that activations outweigh gradients
+# fp32 weights that products cast to bf16 (autocast); bf16 copies of the weights (FSDP2); fp32 throughout.
+AUTOCAST, CAST, FP32 = "autocast", "cast", "fp32"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a reward model: `total`, of one decoder `layer` (the largest), of all else (`root`), of the
-    `embedding` alone; `products`: what a token is multiplied with in all layers but the last, `last` in the last one,
-    of which only keys and values are computed for every token.
-    """
+    """Parameters of a reward model, by place."""
 
     total: int
-    layer: int
-    root: int
+    layer: int  # of the largest decoder layer
+    root: int  # outside the decoder layers
     embedding: int
-    products: int
-    last: int
-    layers: int
-    width: int  # heads x head size: what attention multiplies
+    products: int  # that a token is multiplied with in all layers but the last
+    last: int  # the same in the last layer, where all tokens need keys and values only
+    layers: int  # number of decoder layers
+    width: int  # query heads x head size
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes that one token of a micro batch takes: `kept` until the backward in all layers, `working` at most on top
-    of that at any moment; `counted`: by a dry run, or by the rule of thumb.
-    """
+    """Activation bytes per token of a micro batch."""
 
-    kept: float
-    working: float
-    counted: bool
+    kept: float  # until the backward, in all layers
+    working: float  # the most that is needed on top of that at any moment
+    counted: bool  # by a dry run; False: by the rule of thumb
 
     @property
     def total(self) -> float:
@@ -71,9 +69,9 @@ class TokenBytes:
 
 
 class DryRun:
-    """A model as far as its config tells: `sizes`, and the bytes of a token, each counted when first asked for.
+    """A model without weights: its `sizes`, and its bytes per token, which are counted on the first call.
 
-    Raises ValueError or OSError for a config of no decoder that transformers can build.
+    Raises ValueError or OSError for a config from which transformers cannot build a decoder.
     """
 
     def __init__(self, hf_config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
@@ -82,37 +80,39 @@ class DryRun:
         self._known: dict[tuple[str, str, bool], TokenBytes] = {}
 
     def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True) -> TokenBytes:
-        """What a token of a micro batch takes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute`.
+        """Activation bytes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute` (one of RECOMPUTES).
 
         cuda: attention gathers keys and values for each answer (rmcore.model.attention) and keeps the copies.
         """
-        asked = arithmetic, recompute, cuda and arithmetic != FP32
-        if asked not in self._known:
-            self._known[asked] = self._count(*asked)
-        return self._known[asked]
+        key = arithmetic, recompute, cuda and arithmetic != FP32
+        if key not in self._known:
+            self._known[key] = self._count(*key)
+        return self._known[key]
 
     def _count(self, arithmetic: str, recompute: str, cuda: bool) -> TokenBytes:
         layers, half = self.sizes.layers, 4.0 if arithmetic == FP32 else 2.0
-        # Everything is linear in the tokens, and what is kept is linear in the layers; a constant (bf16 copies of
-        # weights) falls out of the difference of two lengths. Pruning is tried first, as the self-test of a run does.
+        # All bytes are linear in the tokens, and those that are kept are linear in the layers as well. A constant part
+        # (bf16 copies of weights) cancels in the difference of two lengths. Pruning is tried first, as a run's
+        # self-test does.
         for pruned in (True, False):
             try:
                 two, three = (self._slope(count, arithmetic, recompute, pruned) for count in (2, 3))
                 break
-            except Exception:  # whatever stops a model on fake tensors must not stop a plan or a run
+            except Exception:  # a model that fails on fake tensors must not stop `rmcore plan` or a run
                 continue
         else:
             width = half / 2.0 * self.hf_config.hidden_size
-            live = 0.0 if recompute == "none" else ESTIMATE["none"]
-            return TokenBytes(layers * width * ESTIMATE[recompute], width * live, counted=False)
+            live = 0.0 if recompute == "none" else RULE_OF_THUMB["none"]
+            return TokenBytes(layers * width * RULE_OF_THUMB[recompute], width * live, counted=False)
+
         kept = two[0] + (layers - 2) * (three[0] - two[0])
         if cuda and recompute == "none":
-            rows = (2 * PREFIX + 2 * TAIL) / (PREFIX + 2 * TAIL)  # gathered a token computed
+            rows = (2 * PREFIX + 2 * TAIL) / (PREFIX + 2 * TAIL)  # gathered keys per computed token
             kept += (layers - 1) * rows * 2 * half * _attention_widths(self.hf_config)[1]
         return TokenBytes(kept, max(two[1], three[1]), counted=True)
 
     def _slope(self, layers: int, arithmetic: str, recompute: str, pruned: bool) -> tuple[float, float]:
-        """(kept, working) bytes a token of a model of so many layers."""
+        """(kept, working) bytes per token of a model with so many layers."""
         short, long = (self._live_bytes(layers, count, arithmetic, recompute, pruned) for count in (2, 4))
         tokens = 2 * (PREFIX + 2 * TAIL)
         kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
@@ -121,7 +121,7 @@ class DryRun:
     def _live_bytes(
         self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool
     ) -> tuple[int, int]:
-        """Live bytes after the forward, and at most until the end of the backward, parameters and gradients apart."""
+        """Live bytes after the forward, and their peak until the backward ends; not parameters and gradients."""
         small = copy.deepcopy(self.hf_config)
         small.num_hidden_layers = layers
         if getattr(small, "layer_types", None):
@@ -146,7 +146,7 @@ class DryRun:
         return kept, live.peak
 
     def _meta_model(self, hf_config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The classifier with its shapes and without its memory."""
+        """The sequence classifier on the meta device: shapes without memory."""
         hf_config = copy.deepcopy(hf_config)
         hf_config.num_labels, hf_config.pad_token_id = 1, 0
         with torch.device("meta"):
@@ -170,18 +170,18 @@ def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel) -> Sizes:
 
 
 def _attention_widths(hf_config: PretrainedConfig) -> tuple[int, int]:
-    """Query heads, and key heads, times the head size."""
+    """The number of query heads and that of key heads, each times the head size."""
     heads = hf_config.num_attention_heads
     head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     return heads * head, (getattr(hf_config, "num_key_value_heads", None) or heads) * head
 
 
 def _keys_and_values(layer: nn.Module, whole: int) -> int:
-    """The matrices of the last layer that meet every token: attention's, without its output, without its query."""
+    """Elements of the matrices that all tokens need in the last layer: attention's, without output and query."""
     try:
         attention = part(layer, ATTENTION)
         others = [part(attention, OUTPUT), *(getattr(attention, name) for name in QUERY if hasattr(attention, name))]
-    except ValueError:  # it is not pruned
+    except ValueError:  # the layer cannot be pruned
         return whole
     return _matrices(attention) - sum(_matrices(module) for module in others)
 
@@ -195,7 +195,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _to_fake(model: nn.Module) -> None:
-    """Parameters and buffers of a meta model as fake tensors of the CPU; call it under a FakeTensorMode."""
+    """Replaces parameters and buffers of a meta model by fake CPU tensors. The caller opens a FakeTensorMode."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -206,19 +206,28 @@ def _to_fake(model: nn.Module) -> None:
 
 
 class _Comparisons:
-    """Any number of alike comparisons of two answers."""
+    """Any number of equal comparisons of two answers."""
 
     def comparison(self, number: int) -> TokenizedComparison:
         one = np.ones(1, dtype=np.float32)
         tail = np.zeros(TAIL, dtype=np.int32)
-        return TokenizedComparison(np.zeros(PREFIX, dtype=np.int32), [tail, tail], np.array([[0, 1]]), 0 * one, one)
+        return TokenizedComparison(
+            prefix=np.zeros(PREFIX, dtype=np.int32),
+            tails=[tail, tail],
+            pairs=np.array([[0, 1]]),
+            margin=0 * one,
+            weight=one,
+            ties=np.zeros((0, 2), dtype=np.int64),
+            tie_weight=one[:0],
+            score=np.full(2, np.nan, dtype=np.float32),
+        )
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that tensor operations make, while they live: `now`, and the `peak`.
+    """Counts the bytes of the live storages that tensor operations have allocated: `now`, and their `peak`.
 
-    Those of `model`'s parameters and buffers are left out, and so are its gradients once they are accumulated. Counts
-    fake tensors and real ones alike (memory that an operation takes and frees within itself is not seen).
+    `model`'s parameters and buffers are not counted, nor are its gradients once they are accumulated. Works on fake
+    tensors and on real ones. Memory that an operation allocates and frees internally is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -245,13 +254,13 @@ class LiveBytes(TorchDispatchMode):
         self._sizes[key] = storage.nbytes()
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key)
+        weakref.finalize(storage, self._freed, key)
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
     def _accumulated(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None, "called when there is one"
+        assert parameter.grad is not None, "the hook runs after accumulation"
         key = parameter.grad.untyped_storage()._cdata
         self.now -= self._sizes.get(key, 0)
         self._sizes[key] = 0

@@ -1,21 +1,24 @@
-"""The memory of a training step on one rank, by part; how many tokens fit in a micro batch; whether to recompute.
+"""Predicts the memory of a training step on one rank; chooses the token budget and the recompute that fit a device.
 
-Enters: `Sizes` of the model (rmcore.cost.dry_run), strategy, precision, ranks, tokens of a micro batch. Leaves:
-`Memory`, bytes by part; or `Fit(tokens, recompute)`, for `batch.tokens=auto` and `rmcore plan` alike. Example: a 1.4b
-GPT-NeoX (24 layers, D 2048) on one 80 GB GPU in bf16: weights, gradients, AdamW's averages and bf16 copies take 18
-bytes a parameter = 24 GB; a token keeps 34 * 2048 * 24 = 1.7 MB -> some 25,000 tokens without recompute.
+Input: `Sizes` of the model (rmcore.cost.dry_run), strategy, precision, ranks, tokens of a micro batch.
+Output: `Memory`, bytes by part; or `Budget(tokens, recompute)`, for `batch.tokens=auto` and for `rmcore plan` alike.
+Example: a 1.4b GPT-NeoX (24 layers, D 2048) on one 80 GB GPU in bf16. Weights, gradients, AdamW's averages and bf16
+copies take 18 bytes per parameter, 24 GB. A token keeps 34 * 2048 * 24 bytes = 1.7 MB, so about 25,000 tokens fit
+without recompute.
 
-The model, in bytes; N parameters, B of a decoder layer, R of all else, n ranks that share a state, w = 2 in bf16, 4 in
-fp32. Weights, gradients and AdamW's two averages are fp32: 4 + 4 + 8 a parameter; zero1 keeps 1/n of the averages,
-zero2, zero3 and hsdp 1/n of all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp16).
-- copies: ddp and zero1 in bf16: what autocast casts, 2 (N - embedding). zero2: all weights gathered, w N. zero3, hsdp:
-  w (R + 2 B), two layers.
-- deferred gradients: zero2 adds up 4 N unsharded when a step is several micro batches; zero3 and hsdp do not.
-- in flight, at the first moment of the backward: activations, a layer's gradients (w B) and two fp32 buffers of the
-  reduce-scatter (2 * 4 B) and one of the all-gather (w B); at its last moment the embedding's gradient instead, w R and
-  4 R (ddp: 4 R). The larger of the two counts. gloo scatters a copy: 4 B or 4 R more.
+The model, in bytes. W parameters, B of them in a decoder layer and R outside the layers; n ranks share one state; w is
+2 in bf16, 4 in fp32. Weights, gradients and AdamW's two averages are fp32: 4 + 4 + 8 bytes per parameter. zero1 keeps
+1/n of the averages; zero2, zero3 and hsdp keep 1/n of all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32
+in place of fp16).
+- copies: ddp and zero1 in bf16: what autocast casts, 2 (W - embedding). zero2: all weights gathered, w W. zero3, hsdp:
+  two layers, w (R + 2 B).
+- deferred gradients: zero2 accumulates 4 W bytes unsharded when a step has several micro batches; zero3 and hsdp do
+  not.
+- buffers, at the start of the backward: next to the activations, a layer's gradients (w B), two fp32 buffers of the
+  reduce-scatter (2 * 4 B) and one of the all-gather (w B). At its end: the embedding's gradient, w R and 4 R (ddp:
+  4 R). The larger of the two moments counts. gloo scatters a copy: 4 B or 4 R more.
 - activations: tokens * (kept + working), counted by a dry run. There are no logits.
-`python -m rmcore.bench plan` compares this with measured memory; its figures stand in rmcore/plan/__init__.py.
+README.md has this as a table, and compares it with measurements.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,23 +26,21 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PretrainedConfig
 
-from rmcore.config.parallel import ParallelConfig
-from rmcore.config.schema import Config
-from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, HOW, DryRun, Sizes, TokenBytes
+from rmcore.config.schema import Config, ParallelConfig
+from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, RECOMPUTES, DryRun, Sizes, TokenBytes
 
-BYTES_A_PARAMETER = 12  # fp32 weight and AdamW's two averages
-
+BYTES_A_PARAMETER = 12  # of a checkpoint: the fp32 weight and AdamW's two averages
 
 CPU_TOKENS = 4096  # large enough for full-rate matrix products, small enough that a micro batch stays under a gigabyte
-MOST_TOKENS = 32768  # more adds no speed
-ENOUGH_TOKENS = 8192  # with fewer than this, recomputing for a larger micro batch is worth more than it costs
-RESERVE = 0.85  # share of the GPU's memory that is planned with; the rest is fragments, kernels' work space, NCCL
-UNEVEN = 1.25  # the rank with most tokens in a step has at most so many times the average
+MOST_TOKENS = 32768  # a larger micro batch is not faster
+ENOUGH_TOKENS = 8192  # below this, a larger micro batch is worth the recompute that makes room for it
+RESERVE = 0.85  # share of the GPU's memory to plan with; fragments, kernels' work space and NCCL take the rest
+UNEVEN = 1.25  # the busiest rank of a step has at most this many times the mean tokens
 
 
 @dataclass(frozen=True)
-class Fit:
-    """`tokens`: the budget of a micro batch; `recompute`: none, selective or full."""
+class Budget:
+    """`tokens`: the most tokens of a micro batch; `recompute`: none, selective or full."""
 
     tokens: int
     recompute: str
@@ -47,13 +48,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank at the fullest moment of a step."""
+    """Bytes on one rank at the moment of a step that needs most."""
 
     weights: float
     gradients: float
     optimizer: float
     copies: float  # weights gathered, or cast to bf16
-    buffers: float  # of communication, and gradients on their way
+    buffers: float  # of communication, and of gradients before they are sharded
     activations: float
 
     @property
@@ -62,18 +63,18 @@ class Memory:
 
     @property
     def state(self) -> float:
-        """What does not grow with the tokens of a micro batch."""
+        """The part that does not grow with the tokens of a micro batch."""
         return self.total - self.activations
 
 
 def arithmetic_of(parallel: ParallelConfig) -> str:
-    """How weights come to their precision: see rmcore.cost.dry_run."""
+    """How weights get their precision: AUTOCAST, CAST or FP32 of rmcore.cost.dry_run."""
     if parallel.precision == "fp32":
         return FP32
     return CAST if parallel.traits.shards_weights else AUTOCAST
 
 
-def memory(
+def memory_of_step(
     parallel: ParallelConfig,
     model: Sizes,
     per_token: TokenBytes,
@@ -83,12 +84,16 @@ def memory(
     deferred: bool,
     gloo: bool = False,
 ) -> Memory:
-    """Bytes by part. `ranks`: that share one state (hsdp: of a host); `deferred`: a step is several micro batches."""
+    """Bytes by part, as the module's docstring derives them.
+
+    tokens: of the largest micro batch. ranks: that share one state (hsdp: those of a host). deferred: the step has
+    several micro batches. gloo: the backend is gloo, which copies what it scatters.
+    """
     traits, width = parallel.traits, 2.0 if parallel.precision == "bf16" else 4.0
     everything, layer, root = float(model.total), float(model.layer), float(model.root)
     activations = tokens * per_token.total
     if not traits.shards_weights:
-        largest = max(everything / ranks, float(model.embedding))  # zero1 deals out whole parameters
+        largest = max(everything / ranks, float(model.embedding))  # zero1 distributes whole parameters
         averages = largest if traits.shards_optimizer else everything
         gradients = everything / ranks if traits.shards_gradients else everything
         copies = 2.0 * (everything - model.embedding) if parallel.precision == "bf16" else 0.0
@@ -105,55 +110,69 @@ def memory(
     return Memory(4 * own, 4 * own, 8 * own, width * gathered, buffers, activations)
 
 
-def fit(
+def choose_budget(
     config: Config,
     hf_config: PretrainedConfig,
     longest: int,
     device: torch.device,
     ranks: int,
     step_tokens: float | None = None,
-) -> Fit:
-    """The token budget and the recompute that `batch.tokens` and `parallel.recompute` ask for, or that suit the memory.
+) -> Budget:
+    """The token budget and the recompute of the config; where these are `auto`, the ones that suit the device's memory.
 
-    `longest` is the longest comparison in tokens: the budget is at least that, since a comparison is never cut.
-    `step_tokens`: what a rank computes in a step, on average; None: more than a micro batch holds.
+    longest: tokens of the longest comparison. The budget is at least that, because a comparison is never cut.
+    ranks: that share one state.
+    step_tokens: mean tokens of a rank in a step; None: more than a micro batch holds.
     """
     if device.type == "cpu":
-        asked = None if config.batch.tokens == "auto" else config.batch.tokens
-        recompute = config.parallel.recompute
-        return Fit(asked or max(longest, CPU_TOKENS), "none" if recompute == "auto" else recompute)
-    room = torch.cuda.get_device_properties(device).total_memory
+        return cpu_budget(config, longest)
+    device_memory = torch.cuda.get_device_properties(device).total_memory
     model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code)
-    return fit_in(config, model, longest, room, ranks, step_tokens)
+    return gpu_budget(config, model, longest, device_memory, ranks, step_tokens)
 
 
-def fit_in(
-    config: Config, model: DryRun, longest: int, room: float, ranks: int, step_tokens: float | None = None
-) -> Fit:
-    """`fit` on a GPU of `room` bytes: the first recompute with which enough tokens fit, and as many as fit then."""
-    asked_tokens = None if config.batch.tokens == "auto" else config.batch.tokens
-    asked = config.parallel.recompute
-    wanted = max(longest, asked_tokens or ENOUGH_TOKENS)
+def cpu_budget(config: Config, longest: int) -> Budget:
+    """`choose_budget` for a CPU, whatever its memory."""
+    tokens = max(longest, CPU_TOKENS) if config.batch.tokens == "auto" else config.batch.tokens
+    return Budget(tokens, config.parallel.recompute.replace("auto", "none"))
+
+
+def gpu_budget(
+    config: Config, model: DryRun, longest: int, device_memory: float, ranks: int, step_tokens: float | None = None
+) -> Budget:
+    """`choose_budget` for a GPU with `device_memory` bytes.
+
+    Takes the fastest recompute with which ENOUGH_TOKENS (or the configured budget) fit, and then as many tokens as fit.
+    """
+    configured = None if config.batch.tokens == "auto" else config.batch.tokens
+    recompute = config.parallel.recompute
+    wanted = max(longest, configured or ENOUGH_TOKENS)
     fits: dict[str, int] = {}
-    for how in HOW if asked == "auto" else (asked,):
-        per_token = model.token_bytes(arithmetic_of(config.parallel), how)
-        fits[how] = most_tokens(config.parallel, model.sizes, per_token, room, ranks, step_tokens)
-        if fits[how] >= wanted:
+    for name in RECOMPUTES if recompute == "auto" else (recompute,):
+        per_token = model.token_bytes(arithmetic_of(config.parallel), name)
+        fits[name] = largest_budget(config.parallel, model.sizes, per_token, device_memory, ranks, step_tokens)
+        if fits[name] >= wanted:
             break
-    recompute = max(fits, key=lambda how: (min(fits[how], wanted), fits[how]))
-    return Fit(asked_tokens or max(longest, min(fits[recompute], MOST_TOKENS)), recompute)
+    best = max(fits, key=lambda name: (min(fits[name], wanted), fits[name]))
+    return Budget(configured or max(longest, min(fits[best], MOST_TOKENS)), best)
 
 
-def most_tokens(
-    parallel: ParallelConfig, model: Sizes, per_token: TokenBytes, room: float, ranks: int, step_tokens: float | None
+def largest_budget(
+    parallel: ParallelConfig,
+    model: Sizes,
+    per_token: TokenBytes,
+    device_memory: float,
+    ranks: int,
+    step_tokens: float | None,
 ) -> int:
-    """Tokens of the largest micro batch that fits in RESERVE of `room` bytes; 0 or less when nothing fits."""
+    """Tokens of the largest micro batch that fits RESERVE of `device_memory` bytes; 0 or less when nothing fits."""
 
-    def most(deferred: bool) -> int:
-        state = memory(parallel, model, per_token, tokens=0, ranks=ranks, deferred=deferred).state
-        return int((RESERVE * room - state) / per_token.total)
+    def largest(deferred: bool) -> int:
+        state = memory_of_step(parallel, model, per_token, tokens=0, ranks=ranks, deferred=deferred).state
+        return int((RESERVE * device_memory - state) / per_token.total)
 
-    whole_step = most(deferred=False)
-    if step_tokens is not None and UNEVEN * step_tokens <= min(whole_step, MOST_TOKENS):
-        return whole_step
-    return most(deferred=True)
+    # A step that is one micro batch needs no room for deferred gradients.
+    one_micro_batch = largest(deferred=False)
+    if step_tokens is not None and UNEVEN * step_tokens <= min(one_micro_batch, MOST_TOKENS):
+        return one_micro_batch
+    return largest(deferred=True)

@@ -1,43 +1,76 @@
-"""Everything that `rmcore plan` finds, put together.
+"""Puts the prediction of a whole run together.
 
-Enters: a config and the command's options. Leaves: a `RunPlan` for the report. Example: hh.yaml on 8 H100s -> zero2 as
-it asks, the cheapest strategy beside it, and one estimate each for 1, 8, 64 and 512 GPUs.
+Input: a config and the options of `rmcore plan`.
+Output: a `RunEstimate` for the report.
+Example: hh.yaml on 8 H100s -> an estimate under zero2, as the config has it; the cheapest strategy that fits; and the
+cheapest one each on 1, 8, 64 and 512 GPUs.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rmcore.config import Config, UserError
-from rmcore.cost.data_size import figures_of
+from rmcore.cost.data_size import Comparisons, DataSize, size_of_data
 from rmcore.cost.dry_run import DryRun, Sizes
-from rmcore.cost.estimate import Setting, cheapest, estimate, steps_of
+from rmcore.cost.estimate import Estimate, Setting, cheapest, estimate, steps_of_run
 from rmcore.cost.flops import flops_of_pair
-from rmcore.cost.machines import Machine, copy_rate, machine, matrix_rate
+from rmcore.cost.machines import Machine, copy_rate, cpu, gpu, matrix_rate
 from rmcore.cost.memory import BYTES_A_PARAMETER
-from rmcore.cost.report import MFU_SOURCE, RunPlan
 from rmcore.cost.shapes import shape_of
-from rmcore.data.prepare import PreparedData
 
-PRODUCT_ROWS = 2048  # tokens of a micro batch, about, on a CPU
+GPU_MFU, CPU_MFU = 0.4, 1.0  # a CPU's rate is measured on a product of the model's size
+MFU_SOURCE = (
+    "published on H100 in bf16: 0.39 torchtitan 8B, 0.43 to 0.46 llm-foundry 1b and 3b; rmcore's own is unmeasured"
+)
+GPUS_PER_HOST = 8
+GPU_COUNTS = (1, 8, 64, 512)  # rows of the table
+CPU_PRODUCT_TOKENS = 2048  # rows of the matrix product that is measured on a CPU: about a micro batch
 
 
-def plan_run(
-    config: Config,
-    options: argparse.Namespace,
-    prepare: Callable[[Config], PreparedData],
-    mfus: dict[bool, float],
-    gpus_a_host: int,
-    gpus: tuple[int, ...],
-) -> RunPlan:
-    """Raises UserError: a model whose shape is not to be had, data flags out of range.
+@dataclass(frozen=True)
+class RunEstimate:
+    """Everything that `rmcore plan` predicts."""
 
-    prepare: reads the data of the config; called when the options do not say how many there are.
+    config: Config
+    sizes: Sizes
+    shape_from: str  # where the model's shape was read
+    data: DataSize
+    setting: Setting
+    mfu_from: str
+    flops_a_pair: float
+    steps: int | None  # None: the number of pairs is unknown
+    checkpoint_bytes: float
+    checkpoints: int  # at most on disk at a time
+    runtime_bytes: float  # of a process without a model; 0 on a GPU
+    saves_from_copy: bool  # a checkpoint is written from a copy in host memory
+    configured: Estimate  # under the config's own strategy
+    cheapest: Estimate
+    strategies: list[Estimate]
+    by_gpus: list[Estimate]  # the cheapest on other numbers of GPUs
+
+    def copy_bytes(self, one: Estimate) -> float:
+        """Host memory of the copy that a rank writes its share of a checkpoint from."""
+        return self.checkpoint_bytes / one.gpus if self.saves_from_copy else 0.0
+
+    def host_bytes(self, one: Estimate) -> float:
+        """Memory that a rank on a CPU takes in addition to the step itself; 0 on a GPU."""
+        return self.runtime_bytes + self.copy_bytes(one) if self.setting.machine.is_cpu else 0.0
+
+    def hours(self, one: Estimate) -> float | None:
+        return None if self.steps is None else self.steps * one.step_seconds / 3600
+
+
+def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[[Config], Comparisons]) -> RunEstimate:
+    """The prediction for `config`. `options`: the flags of rmcore/plan.py, checked.
+
+    prepare: reads training and evaluation data of the config; it is called unless the options give number and length of
+    the pairs.
+    Raises UserError for a model whose shape cannot be found and for data flags out of range.
     """
     hf_config, shape_from = shape_of(config.model, options.model_config)
     try:
@@ -45,57 +78,64 @@ def plan_run(
     except (ValueError, OSError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"model.name {config.model.name}: no reward model can be built of its config: {reason}"
+            f"model.name {config.model.name}: no reward model can be built from its config: {reason}"
         ) from None
-    data = figures_of(config, prepare, options.pairs, options.tokens_a_pair, options.sharing)
-    runtime = _runtime() if options.gpu == "cpu" else 0.0
-    found = _machine(config, options, model.sizes)
-    mfu = options.mfu or mfus[found.is_cpu]
-    hosts = options.nodes or (1 if found.is_cpu else -(-options.gpus // gpus_a_host))
+    data = size_of_data(config, prepare, options.pairs, options.tokens_a_pair, options.sharing)
+    runtime_bytes = _resident_bytes() if options.gpu == "cpu" else 0.0  # before the measurement of a CPU allocates
+    machine = _machine(config, options, model.sizes)
+
+    if options.mfu:
+        mfu, mfu_from = options.mfu, "--mfu"
+    elif machine.is_cpu:
+        mfu, mfu_from = CPU_MFU, "of the measured rate"
+    else:
+        mfu, mfu_from = GPU_MFU, f"assumed; {MFU_SOURCE}"
+    hosts = options.nodes or (1 if machine.is_cpu else -(-options.gpus // GPUS_PER_HOST))
     if options.gpus % hosts:
-        raise UserError(f"--gpus {options.gpus} do not divide into {hosts} hosts of {gpus_a_host}: give --nodes")
-    setting = Setting(found, options.gpus, hosts, mfu)
-    best, every = cheapest(config, model, data, setting)
+        raise UserError(f"--gpus {options.gpus} do not divide into {hosts} hosts of {GPUS_PER_HOST}: give --nodes")
+    setting = Setting(machine, options.gpus, hosts, mfu)
+    best, strategies = cheapest(config, model, data, setting)
     strategy = config.parallel.strategy
-    asked = next((one for one in every if one.strategy == strategy), None)
-    counts = (options.gpus,) if found.is_cpu else gpus
-    settings = [Setting(found, count, max(1, count // gpus_a_host), mfu) for count in counts]
-    return RunPlan(
+    configured = next((one for one in strategies if one.strategy == strategy), None)
+    counts = (options.gpus,) if machine.is_cpu else GPU_COUNTS
+    settings = [Setting(machine, count, max(1, count // GPUS_PER_HOST), mfu) for count in counts]
+    return RunEstimate(
         config=config,
         sizes=model.sizes,
         shape_from=shape_from,
         data=data,
         setting=setting,
-        mfu_from="--mfu" if options.mfu else "of the rate measured" if found.is_cpu else f"assumed; {MFU_SOURCE}",
+        mfu_from=mfu_from,
         flops_a_pair=flops_of_pair(model, data),
-        steps=steps_of(config, data),
-        disk=float(BYTES_A_PARAMETER * model.sizes.total),
-        kept=config.run.keep + config.run.keep_best + 1,
-        runtime=runtime,
-        copied=config.run.background_save and (config.run.save_every or config.run.save_minutes) is not None,
-        asked=asked or estimate(config, model, data, setting, strategy),
-        best=best,
-        every=every,
-        table=[cheapest(config, model, data, one)[0] for one in settings],
+        steps=steps_of_run(config, data),
+        checkpoint_bytes=float(BYTES_A_PARAMETER * model.sizes.total),
+        checkpoints=config.run.keep + config.run.keep_best + 1,
+        runtime_bytes=runtime_bytes,
+        saves_from_copy=config.run.background_save and (config.run.save_every or config.run.save_minutes) is not None,
+        configured=configured or estimate(config, model, data, setting, strategy),
+        cheapest=best,
+        strategies=strategies,
+        by_gpus=[cheapest(config, model, data, one)[0] for one in settings],
     )
 
 
 def _machine(config: Config, options: argparse.Namespace, sizes: Sizes) -> Machine:
-    """The machine of --gpu, with --rate; a CPU's rates are measured now, on a product of the model's size."""
+    """The machine of --gpu and --rate. The rates of a CPU are measured now, on a product of the model's size."""
     rate = None if options.rate is None else 1e12 * options.rate
     if options.gpu != "cpu":
-        return machine(options.gpu, rate)
-    inner = round(sizes.products / max(1, sizes.layers - 1) / 3 / sizes.width)  # of three about equal products a layer
-    rate = rate or matrix_rate(config.parallel.precision, (PRODUCT_ROWS, sizes.width, inner))
-    return machine("cpu", rate, copy_rate())
+        return gpu(options.gpu, rate)
+    # A layer has about three equal products of width x inner elements.
+    inner = round(sizes.products / max(1, sizes.layers - 1) / 3 / sizes.width)
+    rate = rate or matrix_rate(config.parallel.precision, (CPU_PRODUCT_TOKENS, sizes.width, inner))
+    return cpu(rate, copy_rate())
 
 
-def _runtime() -> float:
-    """Bytes of a process that has imported what a run imports and read its data, without a model: a rank on a CPU takes
-    them.
+def _resident_bytes() -> float:
+    """Resident memory of this process. It has imported what a run imports and read its data, and holds no model: a rank
+    on a CPU takes as much.
     """
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024.0 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # not Linux: the most so far stands for it
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # outside Linux only the peak is known
     return float(peak if sys.platform == "darwin" else 1024 * peak)

@@ -1,38 +1,50 @@
-"""The shape of the model that a config names: its own config where it can be had, else the table below.
+"""Finds the shape of the model that a config uses: from its own config where that is available, else from SHAPES.
 
-Enters: `model.*` of the config, perhaps a file that stands in. Leaves: the Hugging Face config and where it is from.
-Example: EleutherAI/pythia-1b-deduped without a network -> 16 layers, D 2048, from `SHAPES`. No weights are read.
-
-`SHAPES` copies the published config.json files of models that rmcore's configs and users name often; a hub that answers
-is asked first.
+Input: the section `model` of the config; optionally a file that replaces the model's own config.
+Output: the Hugging Face config, and where it was read. No weights are read.
+Example: EleutherAI/pythia-1b-deduped without a network -> 16 layers, D 2048, from SHAPES.
 """
-
-from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
 
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from rmcore.host.hub_access import offline_if_unreachable
+from rmcore.model.backbone import load_model_config
 
 
 def _pythia(width: int, layers: int, heads: int, inner: int, vocabulary: int = 50304) -> dict[str, Any]:
-    return {"model_type": "gpt_neox", "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "intermediate_size": inner, "max_position_embeddings": 2048}  # fmt: skip
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": 2048,
+    }
 
 
 def _llama(
     kind: str, width: int, layers: int, heads: int, groups: int, inner: int, vocabulary: int, positions: int
 ) -> dict[str, Any]:
-    return {"model_type": kind, "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": inner,
-            "max_position_embeddings": positions}  # fmt: skip
+    return {
+        "model_type": kind,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": inner,
+        "max_position_embeddings": positions,
+    }
 
 
+# From the published config.json files of models that rmcore's configs and users often train.
 SHAPES: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-14m": _pythia(128, 6, 4, 512),
     "EleutherAI/pythia-70m": _pythia(512, 6, 8, 2048),
@@ -51,13 +63,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape_of(model: ModelConfig, file: str | None = None) -> tuple[PretrainedConfig, str]:
-    """The config and a word on its origin. `file`: a config.json that is read in place of the model's own.
+    """The model's config, and the place where it was read, as a phrase.
 
-    Raises UserError when the shape is nowhere to be had; the message says what to give.
+    file: a config.json, or a directory with one, that is read in place of the model's own.
+    Raises UserError when no config can be found; the message says what to give.
     """
-    from rmcore.host.hub_access import offline_if_unreachable
-    from rmcore.model.backbone import load_model_config
-
     if file is not None:
         return _from_values(_read(file), file), f"shape from {file}"
     if model.name == "synthetic" or Path(model.name).expanduser().is_dir():
@@ -67,8 +77,8 @@ def shape_of(model: ModelConfig, file: str | None = None) -> tuple[PretrainedCon
             return load_model_config(model), "shape from its config on the hub"
     except UserError as error:
         if known := SHAPES.get(model.name) or SHAPES.get(model.name.removesuffix("-deduped")):
-            return _from_values(known, model.name), "shape from rmcore's table; the hub gives none"
-        raise UserError(f"{error}; --model-config FILE takes its config.json from a file") from None
+            return _from_values(known, model.name), "shape from rmcore's table, because the hub does not provide it"
+        raise UserError(f"{error}; give its config.json with --model-config FILE") from None
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -78,13 +88,11 @@ def _read(file: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"--model-config {file} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict) or "model_type" not in values:
-        raise UserError(f"--model-config {file} is no model's config.json: it has no model_type")
+        raise UserError(f"--model-config {file} is not a model's config.json: model_type is missing")
     return values
 
 
 def _from_values(values: dict[str, Any], name: str) -> PretrainedConfig:
-    from transformers import AutoConfig
-
     values = dict(values)
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -13,8 +13,8 @@ from typing import Any
 
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.cost.dry_run import HOW
-from rmcore.cost.memory import Fit
+from rmcore.cost.dry_run import RECOMPUTES
+from rmcore.cost.memory import Budget
 from rmcore.data.prepare import PreparedData
 from rmcore.parallel.world import World, all_gather_json
 
@@ -23,16 +23,16 @@ DECISIVE = ("data.shuffle", "batch", "optim", "loss", "parallel", "run", "log.ev
 OF_A_HOST = ("run.dir", "run.resume")  # paths
 
 
-def agree(world: World, own: Fit) -> Fit:
+def agree(world: World, own: Budget) -> Budget:
     """The least token budget and the most frugal recompute over all ranks; a collective.
 
     It fits on every rank whose own choice fits: fewer tokens and more recompute never need more memory.
     """
-    found = all_gather_json(world, [own.tokens, HOW.index(own.recompute)])
-    return Fit(min(tokens for tokens, _ in found), HOW[max(recompute for _, recompute in found)])
+    found = all_gather_json(world, [own.tokens, RECOMPUTES.index(own.recompute)])
+    return Budget(min(tokens for tokens, _ in found), RECOMPUTES[max(recompute for _, recompute in found)])
 
 
-def plan_facts(config: Config, data: PreparedData, budget: Fit, path: str) -> dict[str, Any]:
+def plan_facts(config: Config, data: PreparedData, budget: Budget, path: str) -> dict[str, Any]:
     """Everything that decides the plan and the collectives of a run, by name. `path`: the self-test's choice."""
     facts: dict[str, Any] = {
         "the fingerprint of data.train": data.train.fingerprint,

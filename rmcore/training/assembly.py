@@ -20,10 +20,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from rmcore import ops
 from rmcore.checkpoint.resume import Start, restore
 from rmcore.config.schema import Config
-from rmcore.cost.data_size import measured
+from rmcore.cost.data_size import measured_size
 from rmcore.cost.dry_run import DryRun
-from rmcore.cost.flops import device_peak_flops, flops_of_pair
-from rmcore.cost.memory import Fit, fit
+from rmcore.cost.flops import flops_of_pair
+from rmcore.cost.machines import device_peak_flops
+from rmcore.cost.memory import Budget, choose_budget
 from rmcore.data.batches.counting import size_N
 from rmcore.data.batches.step_plan import Plan
 from rmcore.data.inspection.first_example import show_first_example
@@ -120,7 +121,7 @@ def flops_per_token(
     """
     if device_peak_flops(device) is None or config.model.lora.rank is not None:
         return None
-    size = measured(data.train, data.eval, share=share, counts=config.loss.traits.counts)
+    size = measured_size(data.train, data.eval, share=share, counts=config.loss.traits.counts)
     return flops_of_pair(DryRun(hf_config, trust_remote_code=config.model.trust_remote_code), size) / size.tokens
 
 
@@ -140,7 +141,7 @@ def _data(config: Config, start: Start) -> tuple[PreTrainedTokenizerFast, Prepar
 
 def _own_budget(
     config: Config, hf_config: PretrainedConfig, data: PreparedData, tokens_N: np.ndarray, share: bool, world: World
-) -> Fit:
+) -> Budget:
     """The token budget and the recompute that suit this rank's memory.
 
     After a run that ended out of memory, batch.shrink limits the budget to 3/4 of the tokens that did not fit.
@@ -149,11 +150,11 @@ def _own_budget(
     units = size_N(data.train, config.loss.traits.counts)
     tokens_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
     ranks = world.local_size if config.parallel.traits.by_host else world.size  # that share one state
-    own = fit(config, hf_config, longest, world.device, ranks, tokens_of_step)
+    own = choose_budget(config, hf_config, longest, world.device, ranks, tokens_of_step)
     path = Path(config.run.dir) / OUT_OF_MEMORY_FILE
     if not config.batch.shrink or not path.exists():
         return own
-    return Fit(min(own.tokens, json.loads(path.read_text(encoding="utf-8"))["tokens"] * 3 // 4), own.recompute)
+    return Budget(min(own.tokens, json.loads(path.read_text(encoding="utf-8"))["tokens"] * 3 // 4), own.recompute)
 
 
 def _remote_code(config: Config) -> list[str]:

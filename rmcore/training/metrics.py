@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rmcore.cost.flops import device_peak_flops
+from rmcore.cost.machines import device_peak_flops
 from rmcore.parallel.world import World, all_reduce_sum
 
 # The sums on the device, in this order; for the reduction the counts of the host follow in the same vector.

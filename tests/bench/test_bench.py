@@ -1,9 +1,10 @@
-"""The benchmarks run, and what they report is consistent with itself; their figures on a busy test machine mean
-nothing.
+"""The benchmarks run, and their results are consistent. The rates of a busy test machine mean nothing, so no test reads
+a clock.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,8 +12,8 @@ from argparse import Namespace
 import pytest
 
 from rmcore.bench import scaling
-from rmcore.bench.__main__ import main
-from rmcore.bench.measure import add_up, undisturbed
+from rmcore.bench.__main__ import COMMANDS, main
+from rmcore.bench.measure import RESULTS, add_up, undisturbed
 from rmcore.bench.profile import kind_of
 from rmcore.bench.train import ratios
 from tests.harness.paths import ROOT, SHARED, needs_shared
@@ -30,7 +31,7 @@ def test_the_gpu_script_runs_every_section_without_a_gpu(tmp_path):
         if name.startswith("tiny"):
             assert "error" not in run, run
             assert run["pairs_per_s"] > 0
-    # The same pairs: what a padded trainer computes holds the logical tokens and padding, rmcore's fewer than logical.
+    # The same pairs: a padded trainer computes the logical tokens and padding, rmcore fewer than the logical tokens.
     assert (
         sections["train"]["tiny hh rmcore"]["logical_over_computed"]
         > 1
@@ -39,7 +40,7 @@ def test_the_gpu_script_runs_every_section_without_a_gpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("RMCORE_TRL" not in os.environ, reason="RMCORE_TRL names no environment that has TRL")
+@pytest.mark.skipif("RMCORE_TRL" not in os.environ, reason="RMCORE_TRL is not set to an environment with TRL")
 def test_the_gpu_script_runs_trl_on_the_same_shapes_and_rows(tmp_path):
     out = tmp_path / "gpu.json"
     assert main(["gpu", "--tiny", "--peers", os.environ["RMCORE_TRL"], "--sections", "train", "--out", str(out)]) == 0
@@ -50,7 +51,7 @@ def test_the_gpu_script_runs_trl_on_the_same_shapes_and_rows(tmp_path):
 
 
 def test_the_gpu_script_needs_no_datasets_package():
-    """A GPU machine without network holds torch and transformers; this one must do with that."""
+    """On a GPU machine without network there are torch and transformers; the script needs no more."""
     code = "import sys; sys.modules['datasets'] = None; sys.modules['tensorboard'] = None; import rmcore.bench.gpu"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -64,7 +65,7 @@ def test_train_measures_the_real_loop_and_the_tables_show_it(tmp_path, capsys):
     assert run["steps"] == 6 and run["warm"] == 4
     assert run["pairs_per_s"] == 8 * 2 / run["wall_s"]
     assert run["logical_tokens_per_s"] >= run["computed_tokens_per_s"] > 0
-    assert 0 < run["share_of_matrix_rate"] < 1.2  # of a rate measured a moment before, on a machine that others use
+    assert run["share_of_matrix_rate"] > 0
     capsys.readouterr()
     assert main(["tables", "--results", str(tmp_path)]) == 0
     assert f"| synthetic | synthetic | rmcore | fp32 | {run['pairs_per_s']:.2f} " in capsys.readouterr().out
@@ -85,11 +86,11 @@ def test_data_prepares_the_same_rows_each_way_and_the_table_shows_it(tmp_path, c
     assert str(tmp_path) not in text and str(SHARED) not in text and "rmcore-bench-" not in text
     capsys.readouterr()
     assert main(["tables", "--results", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert f"| datasets.map | {rates[1]:,.0f} " in told and "planning 3,000 pairs, 12 steps, every step cut" in told
+    table = capsys.readouterr().out
+    assert f"| datasets.map | {rates[1]:,.0f} " in table and "planning 3,000 pairs, 12 steps, every step cut" in table
 
 
-def test_bf16_is_held_against_the_better_precision_of_the_peer():
+def test_bf16_is_compared_with_the_better_precision_of_the_peer():
     def run(arm, precision, rate, epoch, others=0.0):
         return {
             "arm": arm,
@@ -100,24 +101,37 @@ def test_bf16_is_held_against_the_better_precision_of_the_peer():
         }
 
     runs = [
-        run("rmcore", "fp32", 40.0, 30.0), run("rmcore", "fp32", 10.0, 10.0, others=0.5),
+        run("rmcore", "fp32", 40.0, 30.0),
+        run("rmcore", "fp32", 10.0, 10.0, others=0.5),
         run("rmcore", "bf16", 60.0, 50.0),
-        run("trl best", "fp32", 10.0, 10.0), run("trl best", "bf16", 8.0, 8.0), run("trl grouped", "fp32", 20.0, 15.0),
-    ]  # fmt: skip
+        run("trl best", "fp32", 10.0, 10.0),
+        run("trl best", "bf16", 8.0, 8.0),
+        run("trl grouped", "fp32", 20.0, 15.0),
+    ]
     lines = ratios(runs)
-    assert "fp32 rmcore 40.00 / trl best 10.00 = 4.00" in lines  # the disturbed run is left out
+    assert "fp32 rmcore 40.00 / trl best 10.00 = 4.00" in lines  # without the disturbed run
     assert "bf16 rmcore 60.00 / trl best 10.00 = 6.00" in lines
     assert "fp32 rmcore 30.00 / trl grouped 15.00 = 2.00" in lines
 
 
-def test_scaling_is_held_against_the_ideal_and_the_machine_within_a_repetition():
+def test_scaling_is_compared_with_the_ideal_and_the_machine_within_a_repetition():
     rates = {"one": [10.0, 20.0, 5.0], "ranks": [19.0, 36.0, 10.0], "apart": [20.0, 40.0, 10.0]}
     runs = [
-        {"arm": arm, "repetition": n, "pairs_per_s": rate, "others_share": 0.5 if n == 2 else 0.0,
-         "all_reduce_s": 0.1, "wall_s": 6.0, "steps": 4, "warm": 1, "busiest": 1.0}
-        for arm, given in rates.items() for n, rate in enumerate(given)
-    ]  # fmt: skip
-    found = scaling.figures(runs, Namespace(ranks=2, repeat=3))
+        {
+            "arm": arm,
+            "repetition": n,
+            "pairs_per_s": rate,
+            "others_share": 0.5 if n == 2 else 0.0,
+            "all_reduce_s": 0.1,
+            "wall_s": 6.0,
+            "steps": 4,
+            "warm": 1,
+            "busiest": 1.0,
+        }
+        for arm, given in rates.items()
+        for n, rate in enumerate(given)
+    ]
+    found = scaling.summary(runs, Namespace(ranks=2, repeat=3))
     assert found["efficiency"] == {"median": 0.925, "least": 0.9, "most": 0.95, "runs": 2}  # without the disturbed one
     assert found["of_ceiling"]["least"] == 0.9 and found["ceiling"]["median"] == 1.0
     assert found["step_s"] == 2.0
@@ -146,3 +160,21 @@ def test_sums_and_kinds():
 def test_an_unknown_command_is_refused(capsys):
     assert main(["trian"]) == 2
     assert "unknown command `trian`" in capsys.readouterr().err
+
+
+def test_the_readme_has_every_command_and_only_results_that_exist():
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert [command for command in COMMANDS if f"| `{command}` |" not in readme] == []
+    names = set(re.findall(r"`([\w*-]+\.(?:json|png))`", readme)) - {"lengths.json"}
+    assert len(names) > 10 and [name for name in sorted(names) if not [*RESULTS.glob(name)]] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_explains_the_benchmark(command, capsys):
+    """What goes in and what comes out, and what a ratio means where there is one."""
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "Input: " in text and "Output: " in text
+    if command in ("train", "score", "scaling", "serve", "kernels", "data", "checkpoint", "profile"):
+        assert "Ratio: " in text

@@ -1,4 +1,4 @@
-"""A billion pairs: the order that is computed and not held, and that the figures of `rmcore.bench scale` are right."""
+"""A billion pairs: the order that is computed and not held in memory; the results of `rmcore.bench scale`."""
 
 import numpy as np
 import pytest
@@ -16,10 +16,11 @@ def test_the_keyed_order_visits_everything_once(count: int, seed: int, epoch: in
     assert sorted(KeyedOrder(count, seed, epoch)[:].tolist()) == list(range(count))
 
 
-def test_it_is_an_order_of_its_own_for_each_key_and_needs_no_whole() -> None:
+def test_each_key_has_its_own_order_and_a_part_needs_no_whole() -> None:
     whole = KeyedOrder(100_000, 5, 0)[:]
     assert (KeyedOrder(100_000, 5, 0)[700:800] == whole[700:800]).all()
-    # Two orders meet, and an order meets the natural one, in 1 place on average (Poisson: 10 and more once in 10^7).
+    # Two random orders agree in 1 place on average, and so do a random and the natural one (Poisson: 10 or more once in
+    # 10^7).
     for other in (KeyedOrder(100_000, 6, 0)[:], KeyedOrder(100_000, 5, 1)[:], np.arange(100_000)):
         assert (whole == other).sum() < 10
     # The correlation of a random order with its places has a standard deviation of 1 / sqrt(N) = 0.0032: 5 of them.
@@ -29,13 +30,14 @@ def test_it_is_an_order_of_its_own_for_each_key_and_needs_no_whole() -> None:
 
 
 def test_a_plan_of_very_many_pairs_holds_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every comparison once an epoch, other epochs otherwise, any step in any order, the same at any world size."""
+    """Every comparison once per epoch, another order in each epoch, steps in any order, the same at any world size."""
     monkeypatch.setattr(planning, "HELD_AT_MOST", 100)
     one = np.ones(1003, dtype=np.int64)
 
     def plan(ranks: int) -> planning.Plan:
-        return planning.Plan(10 * one, 1.0 * one, one, 1.0 * one, pairs_per_step=64, token_budget=100,
-                             world_size=ranks, seed=3, epochs=2)  # fmt: skip
+        return planning.Plan(
+            10 * one, 1.0 * one, one, 1.0 * one, pairs_per_step=64, token_budget=100, world_size=ranks, seed=3, epochs=2
+        )
 
     def chosen(step: planning.Step) -> list[int]:
         return sorted(int(number) for rank in step.ranks for numbers in rank for number in numbers)
@@ -52,10 +54,10 @@ def test_a_plan_of_very_many_pairs_holds_no_order(monkeypatch: pytest.MonkeyPatc
     assert (steps[16].episode, steps[-1].episode, steps[-1].epoch) == (1003 + 64, 2006, 2.0)
 
 
-def test_balance_is_told_as_it_is() -> None:
+def test_the_idle_share_is_that_of_the_lengths() -> None:
     alike = balance(np.full(10, 100), 8, 4)
     assert (alike["idle"], alike["micro_batches"]) == (pytest.approx(0.0), 1)
-    # one pair a rank: the rank with the longest is waited for; lengths of 100 and 300 in equal parts, some 300 in 64
+    # one pair per rank, lengths of 100 and 300 in equal parts: all ranks wait for one with 300
     two = balance(np.array([100, 300]), 64, 1)
     assert two["idle"] == pytest.approx(1 / 3, abs=0.06)  # mean 200 of 300; 12 steps of 64: sd 0.5 / sqrt(768) = 0.02
 

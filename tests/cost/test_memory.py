@@ -1,14 +1,14 @@
-"""The memory model against the bytes that torch really holds: activations, gradients, optimizer, whole steps."""
+"""The memory model compared with the bytes that torch allocates: activations, gradients, optimizer, whole steps."""
 
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, DryRun, LiveBytes, TokenBytes
-from rmcore.cost.memory import fit_in, memory
+from rmcore.cost.memory import gpu_budget, memory_of_step
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import recompute_activations
@@ -25,14 +25,20 @@ class Rows:
     def comparison(self, number: int) -> TokenizedComparison:
         prefix, *tails = (torch.randint(2, 500, (n,)).numpy().astype("int32") for n in (480, 200, 120))
         one = torch.ones(1).numpy()
-        return TokenizedComparison(prefix, tails, torch.tensor([[0, 1]]).numpy(), 0 * one, one,
-                                   torch.zeros(0, 2).long().numpy(), one[:0], torch.zeros(2).numpy())  # fmt: skip
+        return TokenizedComparison(
+            prefix=prefix,
+            tails=tails,
+            pairs=torch.tensor([[0, 1]]).numpy(),
+            margin=0 * one,
+            weight=one,
+            ties=torch.zeros(0, 2).long().numpy(),
+            tie_weight=one[:0],
+            score=torch.zeros(2).numpy(),
+        )
 
 
 def live_bytes(config: PretrainedConfig, arithmetic: str, recompute: str, comparisons: int) -> tuple[int, int]:
-    """(kept after the forward, at most) of a real forward and backward on the CPU."""
-    from transformers import AutoModelForSequenceClassification
-
+    """(kept after the forward, peak) of a real forward and backward on the CPU."""
     dtype = torch.bfloat16 if arithmetic == CAST else torch.float32
     hf_model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1)
@@ -62,19 +68,19 @@ def live_bytes(config: PretrainedConfig, arithmetic: str, recompute: str, compar
 def test_a_dry_run_counts_what_a_real_run_keeps(config: PretrainedConfig, arithmetic: str, recompute: str) -> None:
     """Five layers predicted from two and three; other lengths, another sharing ratio; real tensors, real kernels.
 
-    Within 4 %: the last layer meets A answers with T keys (A T H numbers, some 2 % at these widths), which the dry
-    run's long comparisons do not show. Memory that a kernel takes and frees within itself is in neither.
+    Within 4 %: in the last layer A answers attend to T keys (A T H numbers, about 2 % at these widths), which the dry
+    run's long comparisons do not show. Memory that a kernel allocates and frees internally is in neither count.
     """
     predicted = DryRun(config).token_bytes(arithmetic, recompute, cuda=False)
     assert predicted.counted
     short, long = (live_bytes(config, arithmetic, recompute, n) for n in (2, 4))
     tokens = 2 * 800
-    kept, most = ((b - a) / tokens for a, b in zip(short, long, strict=True))
+    kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
     assert predicted.kept == pytest.approx(kept, rel=0.04)
-    assert predicted.total == pytest.approx(most, rel=0.1)
+    assert predicted.total == pytest.approx(peak, rel=0.1)
 
 
-def test_an_unknown_model_gets_the_rule_of_thumb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_on_fake_tensors_gets_the_rule_of_thumb(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no fake kernel")
 
@@ -90,8 +96,6 @@ def config_of(**parallel: str) -> Config:
 
 def test_sizes_and_the_state_are_exact() -> None:
     """Weights, gradients and averages of a real AdamW, to the byte; every parameter is in a layer or in the root."""
-    from transformers import AutoModelForSequenceClassification
-
     model = AutoModelForSequenceClassification.from_config(LLAMA, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
@@ -101,21 +105,21 @@ def test_sizes_and_the_state_are_exact() -> None:
     layers = model.base_model.layers
     assert dry.sizes.total == sum(p.numel() for p in model.parameters())
     assert dry.sizes.layer * 5 + dry.sizes.root == dry.sizes.total
-    # of the last layer every token meets keys and values alone: 2 x 192 x 64
+    # in the last layer all tokens need keys and values only: 2 x 192 x 64
     assert (dry.sizes.last, dry.sizes.embedding) == (2 * 192 * 64, 512 * 192)
     assert dry.sizes.products == 4 * sum(p.numel() for p in layers[0].parameters() if p.ndim > 1)
     none = TokenBytes(0.0, 0.0, counted=True)
-    found = memory(config_of(precision="fp32").parallel, dry.sizes, none, tokens=0, ranks=4, deferred=False)
+    found = memory_of_step(config_of(precision="fp32").parallel, dry.sizes, none, tokens=0, ranks=4, deferred=False)
     averages = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert (found.gradients, found.optimizer) == (found.weights, averages)
 
 
-def test_strategies_split_what_they_say() -> None:
+def test_strategies_shard_what_they_promise() -> None:
     sizes, none = DryRun(NEOX).sizes, TokenBytes(100.0, 20.0, counted=True)
     n = sizes.total
     of = {
-        name: memory(config_of(strategy=name).parallel, sizes, none, tokens=1000, ranks=4, deferred=False)
+        name: memory_of_step(config_of(strategy=name).parallel, sizes, none, tokens=1000, ranks=4, deferred=False)
         for name in ("ddp", "zero1", "zero2", "zero3", "hsdp")
     }
     assert [of[name].optimizer / n for name in of] == [8, 2, 2, 2, 2]
@@ -123,19 +127,22 @@ def test_strategies_split_what_they_say() -> None:
     assert [of[name].weights / n for name in of] == [4, 4, 1, 1, 1]
     assert of["zero2"].copies == 2 * n > of["zero3"].copies
     assert all(part.activations == 120_000 for part in of.values())
-    later = memory(config_of(strategy="zero2").parallel, sizes, none, tokens=1000, ranks=4, deferred=True)
+    later = memory_of_step(config_of(strategy="zero2").parallel, sizes, none, tokens=1000, ranks=4, deferred=True)
     assert later.copies == 2 * n and later.buffers - of["zero2"].buffers == 4 * n
-    assert memory(config_of(strategy="zero3").parallel, sizes, none, tokens=1000, ranks=4, deferred=True) == of["zero3"]
+    assert (
+        memory_of_step(config_of(strategy="zero3").parallel, sizes, none, tokens=1000, ranks=4, deferred=True)
+        == of["zero3"]
+    )
 
 
-def test_the_budget_grows_with_the_memory_and_recompute_comes_when_it_must() -> None:
-    dry, room = DryRun(NEOX), 0.6e9
-    small, large = (fit_in(config_of(), dry, 512, size, 1) for size in (room, 4 * room))
+def test_the_budget_grows_with_the_memory_and_recompute_is_used_when_needed() -> None:
+    dry, device_memory = DryRun(NEOX), 0.6e9
+    small, large = (gpu_budget(config_of(), dry, 512, size, 1) for size in (device_memory, 4 * device_memory))
     assert (small.recompute, large.recompute) != ("none", "selective")
     assert 512 <= small.tokens < large.tokens or small.recompute != large.recompute
-    tight = fit_in(config_of(), dry, 30_000, 0.2e9, 1)
+    tight = gpu_budget(config_of(), dry, 30_000, 0.2e9, 1)
     assert tight.recompute == "full"
-    # a step that is one micro batch leaves nothing to be added up unsharded
-    one = fit_in(config_of(strategy="zero2", recompute="none"), dry, 512, 0.06e9, 8, step_tokens=600)
-    many = fit_in(config_of(strategy="zero2", recompute="none"), dry, 512, 0.06e9, 8)
+    # a step that is one micro batch needs no room for gradients that are accumulated unsharded
+    one = gpu_budget(config_of(strategy="zero2", recompute="none"), dry, 512, 0.06e9, 8, step_tokens=600)
+    many = gpu_budget(config_of(strategy="zero2", recompute="none"), dry, 512, 0.06e9, 8)
     assert one.tokens > many.tokens

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rmcore.config import UserError, load_config
-from rmcore.cost.memory import Fit
+from rmcore.cost.memory import Budget
 from rmcore.parallel.world import running_world
 from rmcore.tracking.tracker import Tracker
 from rmcore.train import train
@@ -36,7 +36,7 @@ def train_with_own_memory(rendezvous: str, fits: list[tuple[int, str]]) -> dict[
     torch.set_num_threads(1)
     trained: list[list[int]] = []
     with running_world(60, 1, init_method=rendezvous) as world:
-        assembly.fit = lambda *_: Fit(*fits[world.rank])  # type: ignore[assignment]
+        assembly.choose_budget = lambda *_: Budget(*fits[world.rank])  # type: ignore[assignment]
         run = assembly.assemble(load_config(None, RUN), world)
         run.strategy.model.register_forward_pre_hook(lambda _, given: trained.append(given[0].comparisons_C.tolist()))
         train(run, Tracker())

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rmcore.cost.flops import device_peak_flops, model_flops_per_token
+from rmcore.cost.flops import model_flops_per_token
+from rmcore.cost.machines import device_peak_flops
 from rmcore.evaluation.metrics import TRAINING
 from rmcore.parallel.world import World, running_world
 from rmcore.training.metrics import Metrics

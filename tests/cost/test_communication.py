@@ -1,0 +1,31 @@
+"""Bytes that each strategy sends, compared with the formulas of ring collectives."""
+
+import pytest
+from transformers import GPTNeoXConfig
+
+from rmcore.cost.communication import collectives
+from rmcore.cost.dry_run import DryRun
+from rmcore.cost.machines import gpu
+
+
+def test_a_ring_sends_what_rings_send() -> None:
+    sizes = DryRun(
+        GPTNeoXConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2, vocab_size=128)
+    ).sizes
+    n = sizes.total
+
+    def sent(strategy: str, ranks: int, hosts: int, micro_batches: int = 1) -> tuple[float, float]:
+        """Bytes per parameter: (within a host, between hosts)."""
+        every = collectives(strategy, "bf16", sizes, ranks, hosts, micro_batches)
+        return sum(t.within * t.times for t in every) / n, sum(t.between * t.times for t in every) / n
+
+    assert sent("ddp", 1, 1) == (0, 0)
+    assert sent("ddp", 4, 1) == (pytest.approx(2 * 4 * 3 / 4), 0)
+    assert sent("zero2", 4, 1, 5) == (pytest.approx((2 + 4) * 3 / 4), 0)
+    assert sent("zero3", 4, 1, 5) == (pytest.approx(5 * (2 + 2 + 4) * 3 / 4), 0)
+    within, between = sent("ddp", 16, 2)
+    assert (within + between, between) == (pytest.approx(8 * 15 / 16), pytest.approx(8 * 15 / 16 / 8))
+    # hsdp: rings within a host of 8, and an eighth of the gradients all-reduced between 2 hosts
+    assert sent("hsdp", 16, 2) == (pytest.approx((2 + 2 + 4) * 7 / 8), pytest.approx(2 * 4 / 8 / 2))
+    slow = collectives("ddp", "bf16", sizes, 16, 2, 1)[0]
+    assert slow.seconds(gpu("h100")) == pytest.approx(8 * n * 15 / 16 / 8 / 50e9 / 0.8)
