@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[bytes, list[str], list[str]]] = {
     "25 unknown template": (with_line(1, LINES[0]), ["data.template=zefyr"], ["data.template", "did you mean zephyr"]),
     "25 turns for none": (json.dumps({s: [{"role": "user", "content": "q"}, {"role": "assistant", "content": s}]
                                       for s in ("chosen", "rejected")}).encode(), [],
-                          ["data.template=none takes texts"]),
+                          ["data.template=none needs texts"]),
     "27 hub, not cached": (with_line(1, LINES[0]), ["data.train.path=nobody/nothing"],
                            ["not in the cache: nobody/nothing"]),
     "27 model, not cached": (with_line(1, LINES[0]), ["model.name=nobody/nothing"],

@@ -337,7 +337,7 @@ def test_splits_of_directories(tmp_path: Path, load) -> None:
     with pytest.raises(UserError, match=r"split 'test' not in .*split, which has train"):
         datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS[:3])}).save_to_disk(tmp_path / "split")
         load(tmp_path / "split", split="test")
-    with pytest.raises(UserError, match=r"split 'test' not in .*whole, which is saved without splits"):
+    with pytest.raises(UserError, match=r"split 'test' not in .*whole, which was saved without splits"):
         datasets.Dataset.from_list(ROWS[:3]).save_to_disk(tmp_path / "whole")
         load(tmp_path / "whole", split="test")
 
