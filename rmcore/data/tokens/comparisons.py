@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from rmcore.data.labels import LABEL_FIELDS, OFFSETS, LabelField, label_arrays
+from rmcore.data.labels import LABEL_FIELDS, OFFSETS, label_arrays
 from rmcore.data.tokens.ragged_arrays import common_prefix_lengths, ranges, sums_between, sums_from
 
 # Name and dtype of every array, in the order in which the cache's fingerprint hashes them.
@@ -229,16 +229,10 @@ def lay_out(rows: Sequence[EncodedRow]) -> dict[str, np.ndarray]:
 
     # The labels end to end; a pair of answers becomes two arrays.
     for label in LABEL_FIELDS:
-        values = [value for row in rows for value in _values(row, label)]
+        values = [value for row in rows for value in label.values(row, label.name, len(row.answers))]
         columns = np.array(values, dtype=label.dtype).reshape(-1, len(label.arrays)).T
         chunk |= dict(zip(label.arrays, columns, strict=True))
     return {name: np.asarray(chunk[name], dtype=dtype) for name, dtype in ARRAYS.items()}
-
-
-def _values(row: EncodedRow, label: LabelField) -> Sequence[Any]:
-    """A label's values in one row; where the row has no labels of its answers, each answer gets `missing`."""
-    values: Sequence[Any] = getattr(row, label.name)
-    return values if values or label.of != "answers" else [label.missing] * len(row.answers)
 
 
 def computed_tokens(data: TokenizedComparisons, share: bool) -> np.ndarray:
