@@ -62,9 +62,11 @@ class LabelField(NamedTuple):
 
     def values(self, holder: Any, field: str, answers: int) -> Sequence[Any]:
         """The values in `holder.field`; if it is empty, `missing` for each pair, tie or answer of `holder`."""
-        values = getattr(holder, field)
-        count = {"pairs": len(holder.pairs), "ties": len(holder.ties), "answers": answers}[self.of]
-        return values if len(values) or not count else [self.missing] * count
+        values: Sequence[Any] = getattr(holder, field)
+        if len(values):
+            return values
+        count = answers if self.of == "answers" else len(getattr(holder, self.of))
+        return [self.missing] * count if count else values
 
 
 # The arrays of one `of` lie in the token cache in this order, which its fingerprint depends on: new ones go to the end.
