@@ -144,11 +144,11 @@ class TokenizedComparisons:
         lengths = self.tail_length[self.answer_offset[number] : self.answer_offset[number + 1]]
         cuts = np.cumsum(np.concatenate([self.prefix_length[number : number + 1], lengths], dtype=np.int64))
         prefix, *tails = np.split(self.tokens[start:end], cuts[:-1])
+        places = {of: slice(*getattr(self, offset)[number : number + 2].tolist()) for of, offset in OFFSETS.items()}
         labels = {}
         for label in LABEL_FIELDS:
-            offset = getattr(self, OFFSETS[label.of])
-            columns = [getattr(self, array)[offset[number] : offset[number + 1]] for array in label.arrays]
-            labels[label.view] = np.stack(columns, axis=1).astype(np.int64) if label.is_pair else columns[0]
+            columns = [getattr(self, array)[places[label.of]] for array in label.arrays]
+            labels[label.view] = np.array(columns, dtype=np.int64).T if label.is_pair else columns[0]
         return TokenizedComparison(prefix, tails, **labels)
 
     @property
