@@ -14,8 +14,9 @@ Example: three answers with the scores 5, 3, 3. The second and third tie, so the
 A label has one value for each pair, for each tie or for each answer. To add a kind of label, see rmcore/data/README.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class LabelField(NamedTuple):
     of: Literal["pairs", "ties", "answers"]  # the label has one value for each of them
     arrays: tuple[str, ...]  # the arrays of the token cache; two of them: the label is a pair of answers
     dtype: type[np.generic]  # of these arrays
-    missing: float = np.nan  # the value of answers of which the row says nothing (for labels of answers only)
+    missing: float = np.nan  # the value of every pair, tie or answer of a row that does not have the label
 
     @property
     def is_pair(self) -> bool:
@@ -58,6 +59,14 @@ class LabelField(NamedTuple):
     def tensors(self) -> tuple[str, ...]:
         """The fields of a batch, one for each array."""
         return tuple(f"{array}_{LETTERS[self.of]}" for array in self.arrays)
+
+    def values(self, holder: Any, field: str, answers: int) -> Sequence[Any]:
+        """The values in `holder.field`; if it is empty, `missing` for each pair, tie or answer of `holder`."""
+        values: Sequence[Any] = getattr(holder, field)
+        if len(values):
+            return values
+        count = answers if self.of == "answers" else len(getattr(holder, self.of))
+        return [self.missing] * count if count else values
 
 
 # The arrays of one `of` lie in the token cache in this order, which its fingerprint depends on: new ones go to the end.

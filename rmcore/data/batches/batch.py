@@ -187,15 +187,12 @@ def _label_columns(items: Sequence[TokenizedComparison], answers_C: np.ndarray) 
     first_C = np.cumsum(answers_C) - answers_C
     columns = []
     for label in LABEL_FIELDS:
-        values = [getattr(item, label.view) for item in items]
+        values = [label.values(item, label.view, len(item.tails)) for item in items]
         if label.is_pair:
             values = [pairs + first for pairs, first in zip(values, first_C, strict=True)]
-        elif label.of == "answers":
-            values = [
-                some if len(some) else np.full(n, label.missing) for some, n in zip(values, answers_C, strict=True)
-            ]
-        none = np.zeros((0, len(label.arrays)), dtype=label.dtype)
-        columns.append([*np.concatenate([none, *(some.reshape(-1, len(label.arrays)) for some in values)]).T])
+            columns.append([*np.concatenate([np.zeros((0, 2), dtype=np.int64), *values]).T])
+        else:
+            columns.append([np.concatenate([np.zeros(0, dtype=label.dtype), *values])])
     return columns
 
 

@@ -27,7 +27,6 @@ from rmcore.data.labels import Judgement
 
 TIES = ("tie", "ties", "both", "bothbad", "neither", "none", "draw", "equal")
 
-
 NOTHING, TIE = Judgement(), Judgement(ties=((0, 1),), tie_weight=(1.0,))
 
 

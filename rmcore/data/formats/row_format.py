@@ -86,7 +86,10 @@ class RowFormat:
     @property
     def has_scores(self) -> bool:
         """True if every answer of these rows has a score: a number that means more than a rank."""
-        return self.judged_by == "scores" if self.layout == "many" else {*SCORES[self.layout]} <= self.names.keys()
+        if self.layout == "many":
+            return self.judged_by == "scores"
+        scores = SCORES.get(self.layout, ())
+        return bool(scores) and {*scores} <= self.names.keys()
 
     def __str__(self) -> str:
         conversational = "conversational" if self.answers == "turns" else "text"
@@ -291,8 +294,8 @@ def _judge(
 
 
 def _margin_kind(names: Mapping[str, str], layout: Layout, origin: str, key: str) -> Literal["margin", "scores"]:
-    scores = SCORES[layout]
-    if "margin" in names or {*scores} <= names.keys():
+    scores = SCORES.get(layout, ())
+    if "margin" in names or (scores and {*scores} <= names.keys()):
         return "margin" if "margin" in names else "scores"
     raise UserError(
         f"{origin}: loss.margin=data needs a margin column, or {' and '.join(sorted(scores))}; "

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from rmcore.data.labels import LABEL_FIELDS, OFFSETS, LabelField, label_arrays
+from rmcore.data.labels import LABEL_FIELDS, OFFSETS, label_arrays
 from rmcore.data.tokens.ragged_arrays import common_prefix_lengths, ranges, sums_between, sums_from
 
 # Name and dtype of every array, in the order in which the cache's fingerprint hashes them.
@@ -144,11 +144,11 @@ class TokenizedComparisons:
         lengths = self.tail_length[self.answer_offset[number] : self.answer_offset[number + 1]]
         cuts = np.cumsum(np.concatenate([self.prefix_length[number : number + 1], lengths], dtype=np.int64))
         prefix, *tails = np.split(self.tokens[start:end], cuts[:-1])
+        places = {of: slice(*getattr(self, offset)[number : number + 2].tolist()) for of, offset in OFFSETS.items()}
         labels = {}
         for label in LABEL_FIELDS:
-            offset = getattr(self, OFFSETS[label.of])
-            columns = [getattr(self, array)[offset[number] : offset[number + 1]] for array in label.arrays]
-            labels[label.view] = np.stack(columns, axis=1).astype(np.int64) if label.is_pair else columns[0]
+            columns = [getattr(self, array)[places[label.of]] for array in label.arrays]
+            labels[label.view] = np.array(columns, dtype=np.int64).T if label.is_pair else columns[0]
         return TokenizedComparison(prefix, tails, **labels)
 
     @property
@@ -229,16 +229,10 @@ def lay_out(rows: Sequence[EncodedRow]) -> dict[str, np.ndarray]:
 
     # The labels end to end; a pair of answers becomes two arrays.
     for label in LABEL_FIELDS:
-        values = [value for row in rows for value in _values(row, label)]
+        values = [value for row in rows for value in label.values(row, label.name, len(row.answers))]
         columns = np.array(values, dtype=label.dtype).reshape(-1, len(label.arrays)).T
         chunk |= dict(zip(label.arrays, columns, strict=True))
     return {name: np.asarray(chunk[name], dtype=dtype) for name, dtype in ARRAYS.items()}
-
-
-def _values(row: EncodedRow, label: LabelField) -> Sequence[Any]:
-    """A label's values in one row; where the row has no labels of its answers, each answer gets `missing`."""
-    values: Sequence[Any] = getattr(row, label.name)
-    return values if values or label.of != "answers" else [label.missing] * len(row.answers)
 
 
 def computed_tokens(data: TokenizedComparisons, share: bool) -> np.ndarray:

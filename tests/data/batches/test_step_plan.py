@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rmcore.config import UserError, load_config
 from rmcore.data.batches.step_plan import Plan, cut
+from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, computed_tokens
 
 
 def make(tokens, pairs=None, **settings):
@@ -164,6 +166,20 @@ def test_fewer_comparisons_than_ranks_leaves_empty_micro_batches():
 def test_a_comparison_longer_than_the_budget_is_refused():
     with pytest.raises(ValueError, match="301 tokens"):
         make([5, 301])
+
+
+def test_the_plan_of_a_config_counts_what_its_objective_counts():
+    """A comparison with a pair of weight 1/2 and a tie of weight 1/4 adds 2 to the size of a global batch and 0.75 to its weight."""
+    texts = [np.array([7, tail], dtype=np.int32) for tail in (1, 2, 3)]
+    row = EncodedRow(texts[0][:1], texts, [(0, 1)], [0.0], [0.5], ties=[(1, 2)], tie_weight=[0.25])
+    data = TokenizedComparisons.of([row] * 6)
+    config = load_config(None, ["model.name=x", "data.train.path=y", "batch.pairs=4", "run.epochs=2", "run.seed=3"])
+    plan = Plan.of(config, data, computed_tokens(data, share=True), token_budget=8, world_size=2)
+    assert plan.steps == 6 and pairs_of(plan.steps_from(0)) == [4] * 6
+    step = plan.step(0)
+    assert step.global_weight == 2 * 0.75 and len(step.ranks) == 2
+    with pytest.raises(UserError, match=r"batch\.tokens=3 is less than the longest comparison \(4 tokens\)"):
+        Plan.of(config, data, computed_tokens(data, share=True), token_budget=3, world_size=2)
 
 
 def test_ranks_are_balanced_on_cost():
