@@ -15,7 +15,7 @@ from rmcore.bench.measure import report
 from rmcore.bench.memory import settings_of
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config import load_config
-from rmcore.parallel.world import barrier, gather_json, running_world
+from rmcore.parallel.world import all_gather_json, barrier, running_world
 from rmcore.tracking.tracker import Tracker
 from rmcore.train import train
 from rmcore.training.assembly import assemble
@@ -58,8 +58,8 @@ def main(settings: dict[str, Any]) -> None:
         marks["export"] = peak()
         mine: dict[str, Any] = {"rank": world.rank, **{phase: mark["peak"] for phase, mark in marks.items()}}
         mine |= {f"{phase}_end": mark["now"] for phase, mark in marks.items()}
-        ranks = gather_json(world, mine)
-        if ranks is not None:
+        ranks = all_gather_json(world, mine)
+        if world.is_main:
             parameters = sum(p.numel() for p in state.strategy.named_parameters().values())
             batch = {"token_budget": state.token_budget, "lines": list(state.lines)}
             report({"ranks": ranks, "parameters": parameters, "losses": tracker.losses, **batch})

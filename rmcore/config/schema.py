@@ -14,6 +14,7 @@ from pydantic.config import JsonDict
 from rmcore.config.layers import TAG, plain_kind
 from rmcore.config.lora import LoraConfig
 from rmcore.config.loss import LossConfig
+from rmcore.config.parallel import ParallelConfig
 from rmcore.config.section import Section, conflict
 
 Text = Annotated[str, Field(min_length=1)]
@@ -156,36 +157,6 @@ class OptimConfig(Section):
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
-
-
-class ParallelConfig(Section):
-    """how ranks share the work"""
-
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "hsdp"] = Field(
-        "ddp",
-        description="what is split over ranks: nothing, optimizer, also gradients, also weights; hsdp: within hosts",
-    )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of the model's arithmetic; weights and loss are fp32"
-    )
-    recompute: Literal["auto", "none", "selective", "full"] = Field(
-        "auto", description="activation checkpointing: less memory, more time"
-    )
-    compile: bool = Field(False, description="torch.compile the model")
-    offload: bool = Field(
-        False,
-        description="keep weights, gradients and optimizer in host memory (zero2, zero3, hsdp); slow, a last resort",
-    )
-    fp8: bool = Field(False, description="FP8 products in the linear layers, on GPUs that have them (extra: fp8)")
-    timeout_seconds: int = Field(600, ge=1, description="a collective that waits longer ends the run")
-
-    @model_validator(mode="after")
-    def _check(self) -> "ParallelConfig":
-        if self.offload and self.strategy in ("ddp", "zero1"):
-            raise conflict("parallel.offload", f"needs parallel.strategy zero2, zero3 or hsdp, not {self.strategy}")
-        if self.fp8 and self.precision != "bf16":
-            raise conflict("parallel.fp8", "needs parallel.precision=bf16: what is not in FP8 runs in bf16")
-        return self
 
 
 class RunConfig(Section):

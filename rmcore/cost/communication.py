@@ -12,6 +12,7 @@ rings run side by side, and each leaves the host through another port: of what a
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rmcore.config.parallel import TRAITS
 from rmcore.cost.dry_run import Sizes
 from rmcore.cost.machines import LINK_SHARE, Machine
 
@@ -46,19 +47,19 @@ def _transfers(
     strategy: str, precision: str, model: Sizes, ranks: int, hosts: int, micro_batches: int
 ) -> Iterator[Transfer]:
     gradients, weights = 4.0 * model.total, (2.0 if precision == "bf16" else 4.0) * model.total
-    local = ranks // hosts
-    if strategy in ("ddp", "zero1"):
+    local, traits = ranks // hosts, TRAITS[strategy]
+    if not traits.shards_weights:
         yield _ring("all-reduce gradients", 2 * gradients, ranks, local, BACKWARD)
-        if strategy == "zero1":
+        if traits.shards_optimizer:
             yield _ring("broadcast weights", gradients, ranks, local, NOTHING)
         return
-    group = local if strategy == "hsdp" else ranks  # ranks that share one state
-    times = 1 if strategy == "zero2" else micro_batches
+    group = local if traits.by_host else ranks  # ranks that share one state
+    times = micro_batches if traits.gathers_each_micro_batch else 1
     yield _ring("gather weights", weights, group, local, FORWARD, times)
-    if strategy != "zero2":  # freed after the forward
+    if traits.gathers_each_micro_batch:  # freed after the forward
         yield _ring("gather weights again", weights, group, local, BACKWARD, times)
     yield _ring("scatter gradients", gradients, group, local, BACKWARD, times)
-    if strategy == "hsdp":
+    if traits.by_host:
         yield _ring("all-reduce gradients between hosts", 2 * gradients / local, hosts, 1, BACKWARD)
 
 

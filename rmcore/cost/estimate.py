@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmcore.config import Config
+from rmcore.config.parallel import TRAITS
 from rmcore.cost.communication import BACKWARD, FORWARD, Transfer, transfers
 from rmcore.cost.data_size import DataFigures
 from rmcore.cost.dry_run import DryRun
@@ -35,7 +36,6 @@ from rmcore.cost.memory import (
     most_tokens,
 )
 
-STRATEGIES = ("ddp", "zero1", "zero2", "hsdp", "zero3")  # the simplest first
 SAMPLED_STEPS = 8
 # Bytes of memory a parameter in the step's end: AdamW reads and writes weight and averages and reads the gradient (28);
 # the norm reads it too (4), clipping reads and writes it (8).
@@ -91,7 +91,7 @@ def estimate(config: Config, model: DryRun, data: DataFigures, setting: Setting,
     """The run of `config` under `strategy`, with the recompute and the token budget that it would choose itself."""
     parallel = config.parallel.model_copy(update={"strategy": strategy})
     config = config.model_copy(update={"parallel": parallel})
-    ranks = setting.gpus // setting.hosts if strategy == "hsdp" else setting.gpus
+    ranks = setting.gpus // setting.hosts if parallel.traits.by_host else setting.gpus
     share = data.tokens * config.batch.pairs / setting.gpus
     arithmetic, machine = arithmetic_of(parallel), setting.machine
     if machine.is_cpu:
@@ -111,7 +111,7 @@ def estimate(config: Config, model: DryRun, data: DataFigures, setting: Setting,
     if machine.is_cpu and machine.memory_rate:
         compute += ACTIVATION_TRAFFIC * per_token.kept * share / machine.memory_rate / (1 - idle)
     sent = transfers(strategy, parallel.precision, model.sizes, setting.gpus, setting.hosts, micro_batches)
-    own = model.sizes.total / (1 if strategy == "ddp" else ranks)
+    own = model.sizes.total / (ranks if parallel.traits.shards_optimizer else 1)
     return Estimate(
         strategy, recompute, setting.gpus, setting.hosts, tokens, most, micro_batches, parts, machine.memory,
         parts.total <= RESERVE * machine.memory if machine.memory else None,
@@ -160,9 +160,9 @@ def cheapest(config: Config, model: DryRun, data: DataFigures, setting: Setting)
 
     Where nothing fits it is the one that needs least memory; `fits` says so.
     """
-    names = [name for name in STRATEGIES if name != "hsdp" or setting.hosts > 1]
+    names = [name for name, traits in TRAITS.items() if setting.hosts > 1 or not traits.by_host]
     if setting.gpus == 1:
-        names = ["ddp"]
+        names = names[:1]  # there is nothing to share
     found = [estimate(config, model, data, setting, name) for name in names]
     fitting = [one for one in found if one.fits is not False]
     if not fitting:

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PretrainedConfig
 
-from rmcore.config.schema import Config, ParallelConfig
+from rmcore.config.parallel import ParallelConfig
+from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, HOW, DryRun, Sizes, TokenBytes
 
 BYTES_A_PARAMETER = 12  # fp32 weight and AdamW's two averages
@@ -34,7 +35,6 @@ MOST_TOKENS = 32768  # more adds no speed
 ENOUGH_TOKENS = 8192  # with fewer than this, recomputing for a larger micro batch is worth more than it costs
 RESERVE = 0.85  # share of the GPU's memory that is planned with; the rest is fragments, kernels' work space, NCCL
 UNEVEN = 1.25  # the rank with most tokens in a step has at most so many times the average
-SHARDED = ("zero2", "zero3", "hsdp")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def arithmetic_of(parallel: ParallelConfig) -> str:
     """How weights come to their precision: see rmcore.cost.dry_run."""
     if parallel.precision == "fp32":
         return FP32
-    return CAST if parallel.strategy in SHARDED else AUTOCAST
+    return CAST if parallel.traits.shards_weights else AUTOCAST
 
 
 def memory(
@@ -84,18 +84,20 @@ def memory(
     gloo: bool = False,
 ) -> Memory:
     """Bytes by part. `ranks`: that share one state (hsdp: of a host); `deferred`: a step is several micro batches."""
-    strategy, width = parallel.strategy, 2.0 if parallel.precision == "bf16" else 4.0
+    traits, width = parallel.traits, 2.0 if parallel.precision == "bf16" else 4.0
     everything, layer, root = float(model.total), float(model.layer), float(model.root)
     activations = tokens * per_token.total
-    if strategy not in SHARDED:
+    if not traits.shards_weights:
         largest = max(everything / ranks, float(model.embedding))  # zero1 deals out whole parameters
-        averages = largest if strategy == "zero1" else everything
+        averages = largest if traits.shards_optimizer else everything
+        gradients = everything / ranks if traits.shards_gradients else everything
         copies = 2.0 * (everything - model.embedding) if parallel.precision == "bf16" else 0.0
         first, last = activations, 4.0 * model.embedding
         buffers = max(0.0, last - first)
-        return Memory(4 * everything, 4 * everything, 8 * averages, copies, buffers, activations)
-    gathered = everything if strategy == "zero2" else min(everything, root + 2 * layer)
-    waiting = 4.0 * everything if strategy == "zero2" and deferred else 0.0
+        return Memory(4 * everything, 4 * gradients, 8 * averages, copies, buffers, activations)
+    each = traits.gathers_each_micro_batch
+    gathered = min(everything, root + 2 * layer) if each else everything
+    waiting = 4.0 * everything if deferred and not each else 0.0
     copied = 4.0 if gloo and ranks > 1 else 0.0
     first, last = activations + (2 * width + 8.0 + copied) * layer, (width + 4.0 + copied) * root
     buffers = waiting + max(first, last) - activations

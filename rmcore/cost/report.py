@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rmcore.config import Config
+from rmcore.config.parallel import TRAITS
 from rmcore.cost.data_size import DataFigures
 from rmcore.cost.dry_run import Sizes
 from rmcore.cost.estimate import Estimate, Setting
@@ -74,7 +75,7 @@ def lines(plan: RunPlan) -> Iterator[str]:
     yield from _memory(plan, asked)
     if not asked.counted:
         yield "           note: activations by rule of thumb: the model does not run on fake tensors"
-    each = asked.strategy in ("zero3", "hsdp")
+    each = TRAITS[asked.strategy].gathers_each_micro_batch
     deferred = f", gradients reduced with {'each' if each else 'the last'}" if asked.micro_batches > 1 else ""
     most = "" if asked.most_tokens is None else f" (at most {max(0, asked.most_tokens):,} would fit)"
     yield (

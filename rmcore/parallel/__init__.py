@@ -1,1 +1,1 @@
-"""Parallelism, put on from outside: the process group, and one file a strategy."""
+"""Parallelism, added from outside the model: the process group, the strategies (one file each) and the optimizer."""

@@ -1,13 +1,18 @@
 """DDP, and ZeRO-1 on top of it.
 
-The story of its communication: every rank holds all weights. During the backward of a step's last micro batch, DDP
-all-reduces the gradients (fp32, mean over ranks) in buckets while earlier layers still compute; the micro batches
-before it only add to the local gradients. Then every rank clips by the same norm and takes the same AdamW step. With
-ZeRO-1 (ZeroRedundancyOptimizer) each rank keeps AdamW's state of its own share of the parameters, updates those, and
-broadcasts them to the others: one more pass over the weights, 8 bytes a parameter less memory times (1 - 1/ranks).
+Input: a whole reward model on every rank.
+Output: the strategy `ddp` or `zero1`.
+Example: 2.8b parameters on 8 ranks. Under ddp each rank sends about 20 GB of gradients per step. Under zero1 each rank
+keeps 2.8 GB of AdamW's averages instead of 22 GB.
 
-DDP averages over ranks, so the loop multiplies the summed loss by world size / global weight: the sum over ranks of
-local sums, divided once. One rank needs no wrapping at all.
+Communication: every rank holds all weights. During the backward of the last micro batch of a step, DDP all-reduces the
+gradients (fp32, mean over ranks) in buckets, while earlier layers still compute. The micro batches before it only add
+to the local gradients. Then every rank clips by the same norm and makes the same AdamW update. With ZeRO-1
+(ZeroRedundancyOptimizer) each rank keeps AdamW's state of its own share of the parameters, updates these, and
+broadcasts them. This costs one more pass over the weights and saves 8 * (1 - 1/ranks) bytes per parameter.
+
+DDP averages over ranks, so the loop multiplies the summed loss by world size / global weight: the local sums are added
+over ranks and divided once. One rank needs no wrapping.
 """
 
 import inspect
@@ -25,18 +30,19 @@ from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import compile_layers
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
-from rmcore.parallel.strategy import gradient_norms
+from rmcore.parallel.strategy import Shards, gradient_norms
 from rmcore.parallel.world import World
 
 
 class DataParallel:
-    """Strategy `ddp`, or `zero1` with `shard_optimizer`; see `rmcore.parallel.strategy.Strategy`."""
+    """The strategies `ddp` and `zero1`; see `rmcore.parallel.strategy.Strategy`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
 
-    def __init__(self, config: Config, model: RewardModel, world: World, *, shard_optimizer: bool) -> None:
+    def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
+        assert shards is None, "every rank needs the whole model"
         self._inner, self._world = model.to(world.device), world
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -46,7 +52,7 @@ class DataParallel:
         self.model = self._inner if world.size == 1 else self._replicate()
         groups = parameter_groups(self._inner.parameters(), config.optim)
         arguments = adamw_arguments(config.optim)
-        self.adamw_is_split = shard_optimizer and world.size > 1
+        self.adamw_is_split = config.parallel.traits.shards_optimizer and world.size > 1
         if self.adamw_is_split:
             optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **arguments)
             self.optimizer, self.adamw = optimizer, optimizer.optim
@@ -70,8 +76,8 @@ class DataParallel:
         return torch.autocast(self._world.device.type, dtype=torch.bfloat16, enabled=self._half)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        self.grad_norms_P = gradient_norms(self._parameters)
-        norm = torch.linalg.vector_norm(self.grad_norms_P)
+        self.grad_norms_W = gradient_norms(self._parameters)
+        norm = torch.linalg.vector_norm(self.grad_norms_W)
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
         return norm

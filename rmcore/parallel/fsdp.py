@@ -1,21 +1,27 @@
 """FSDP2 (`fully_shard`): ZeRO-2, ZeRO-3 and HSDP.
 
-The story of its communication: every rank keeps 1/ranks of each weight, its gradient and its AdamW state, all fp32. In
-the forward a layer's weights are all-gathered (in bf16 when that is the precision), one layer ahead of the compute.
-ZeRO-3 frees them again after each layer and gathers them once more in the backward, where each layer's gradients are
-reduce-scattered in fp32 (mean over ranks) while earlier layers compute; so a rank never holds more than some layers,
-and pays for it with each micro batch. ZeRO-2 keeps the weights until the backward of the step's last micro batch
-(`reshard_after_forward=False`) and scatters gradients there alone: less is sent, for 2 bytes a parameter, and, when
-a step is several micro batches, 4 more for gradients that add up unsharded. The optimizer then works on the local
-shards alone. HSDP is ZeRO-3 within each host, where links are fast; over the hosts every shard is replicated and its
-gradient all-reduced once, with the last micro batch.
+Input: a reward model, whole on every rank, or on the meta device with this rank's rows of every weight.
+Output: the strategy `zero2`, `zero3` or `hsdp`.
+Example: `q_proj.weight` [5, 4] under zero3 on 2 ranks: rank 0 keeps rows 0 to 2, rank 1 keeps rows 3 and 4.
 
-Layers are sharded one by one; what is left (embedding, final norm, score head) is the root's, gathered with its
-forward, so the fused op meets a whole score weight.
+Communication: every rank keeps 1/ranks of each weight, of its gradient and of its AdamW state, all fp32. In the forward
+the weights of a layer are all-gathered (in bf16 if that is the precision), one layer ahead of the compute.
+- ZeRO-3 frees them after each layer and gathers them again in the backward. There it reduce-scatters the gradients of
+  each layer in fp32 (mean over ranks) while earlier layers compute. A rank never holds more than a few whole layers,
+  but every micro batch pays for the communication.
+- ZeRO-2 keeps the gathered weights until the backward of the last micro batch (`reshard_after_forward=False`) and
+  reduce-scatters gradients only there. It sends less. It needs 2 more bytes per parameter, and 4 more for unsharded
+  gradients if a step has several micro batches.
+- HSDP is ZeRO-3 within each host, where links are fast. Every host holds a replica of each shard, and the gradients of
+  the replicas are all-reduced once per step, with the last micro batch.
+The optimizer works on the local shards only.
+
+Each decoder layer is sharded by itself. The rest (embedding, final norm, score head) belongs to the root module and is
+gathered with its forward, so the fused op receives the whole score weight.
 
 No rank ever holds the whole model: it is built on the meta device, and each rank reads its own rows of every weight
-(`materialise`). The start-up self-test runs on a copy that is sharded too, in fp32; its rows are then the strategy's.
-With `parallel.offload` weights, gradients and AdamW live in host memory; layers visit the GPU one by one.
+(`materialise`). The self-test at the start runs on a sharded copy in fp32, whose rows the strategy then takes over.
+With `parallel.offload`, weights, gradients and AdamW's state stay in host memory; the layers visit the GPU one by one.
 """
 
 from collections.abc import Iterator
@@ -43,17 +49,15 @@ from rmcore.model.lazy_model import Outline
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
-from rmcore.parallel.strategy import gradient_norms
-from rmcore.parallel.world import World
-
-Weights = dict[str, nn.Parameter]  # this rank's rows of each, as DTensors
+from rmcore.parallel.strategy import Shards, Weights, gradient_norms
+from rmcore.parallel.world import World, device_mesh
 
 
 def shard(
     model: nn.Module, mesh: DeviceMesh, *, half: bool = False, reshard_after_forward: bool = True, offload: bool = False
 ) -> FSDPModule:
     """Split every weight over the mesh by its first dimension: each decoder layer by itself, the rest with the root."""
-    # Weights in half precision make the activations so; margins and pair weights in the batch must stay fp32.
+    # Half-precision weights give half-precision activations. Margins and pair weights in the batch must stay fp32.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else None
     arguments: dict[str, Any] = {
         "mesh": mesh,
@@ -68,15 +72,17 @@ def shard(
 
 @torch.no_grad()
 def materialise(model: nn.Module, outline: Outline, device: torch.device, prefix: str = "") -> Weights:
-    """Give a sharded model on meta the rows that this rank holds, and return them.
+    """Read this rank's rows into a sharded model on meta, and return them.
 
     Args:
-        device: of the rows: the CPU when they are offloaded.
-        prefix: what transformers calls the engine's `backbone`; none for a model with transformers' own names.
+        device: where the rows go: the CPU if they are offloaded.
+        prefix: transformers' name for the engine's `backbone`; empty for a model with transformers' own names.
     Raises:
         UserError: a file cannot be read.
     """
-    weights: Weights = {name: _empty_rows(p, device) for name, p in model.named_parameters()}
+    weights: Weights = {
+        name: nn.Parameter(torch.empty_like(parameter, device=device)) for name, parameter in model.named_parameters()
+    }
     take_over(model, weights)
     wanted = {}
     for name, weight in weights.items():
@@ -87,60 +93,46 @@ def materialise(model: nn.Module, outline: Outline, device: torch.device, prefix
     return weights
 
 
-def _empty_rows(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(parameter, device=device))
-
-
 def take_over(model: nn.Module, weights: Weights) -> None:
-    """Make the rows those of a model that is sharded over the same mesh."""
+    """Put rows into a model that is sharded over the same mesh."""
     model.load_state_dict(weights, strict=False, assign=True)
 
 
 def sharded_for_test(
-    model: RewardModel, outline: Outline, mesh: DeviceMesh, world: World, *, offload: bool = False
+    model: RewardModel, outline: Outline, mesh: DeviceMesh, world: World, *, offload: bool
 ) -> Weights:
-    """Shard a model for the self-test: fp32 arithmetic, its single texts through FSDP's hooks. Returns its rows."""
+    """Shard a model on meta for the self-test, which computes in fp32, read this rank's rows and return them."""
     shard(model, mesh, offload=offload)
-    register_fsdp_forward_method(model, "reward_alone")
+    register_fsdp_forward_method(model, "reward_alone")  # FSDP's hooks run around this method too
     device = torch.device("cpu") if offload else world.device
     return materialise(model, outline, device, model.backbone.base_model_prefix)
 
 
 class FullySharded:
-    """Strategy `zero2`; `zero3` with `reshard_after_forward`; `hsdp` with `by_host` too; see `Strategy`.
-
-    `weights`: the rows of `model`, which then lies on meta; without them it holds its weights whole.
-    """
+    """The strategies `zero2`, `zero3` and `hsdp`; see `rmcore.parallel.strategy.Strategy`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
     adamw_is_split = False
 
-    def __init__(
-        self,
-        config: Config,
-        model: RewardModel,
-        world: World,
-        *,
-        mesh: DeviceMesh,
-        weights: Weights | None = None,
-    ) -> None:
-        self.mesh, self._world, self._offload = mesh, world, config.parallel.offload
-        self._frees = config.parallel.strategy != "zero2"  # neither weights nor gradients are ever whole on a rank
-        if weights is None:
+    def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
+        self._world, self._offload = world, config.parallel.offload
+        self._each_micro_batch = config.parallel.traits.gathers_each_micro_batch
+        self.mesh = shards.mesh if shards else device_mesh(world, by_host=config.parallel.traits.by_host)
+        if shards is None:
             model = model.to(world.device)
         if config.parallel.compile:
             compile_layers(model.backbone)
         self._sharded = shard(
             model,
-            mesh,
+            self.mesh,
             half=config.parallel.precision == "bf16",
-            reshard_after_forward=self._frees,
+            reshard_after_forward=self._each_micro_batch,
             offload=self._offload,
         )
-        if weights is not None:
-            take_over(model, weights)
+        if shards:
+            take_over(model, shards.weights)
         self.model = model
         groups = parameter_groups(self.model.parameters(), config.optim)
         self.optimizer = self.adamw = torch.optim.AdamW(groups, **adamw_arguments(config.optim))
@@ -148,11 +140,11 @@ class FullySharded:
 
     @contextmanager
     def gradient_sync(self, enabled: bool) -> Iterator[None]:
-        if self._frees:
+        if self._each_micro_batch:
             self._sharded.set_requires_all_reduce(enabled)
         else:
             self._sharded.set_requires_gradient_sync(enabled)
-            # Between the micro batches of a step the gathered weights may stay: they do not change.
+            # The weights do not change between the micro batches of a step, so the gathered copies may stay.
             self._sharded.set_reshard_after_backward(enabled)
         yield
 
@@ -160,17 +152,17 @@ class FullySharded:
         return nullcontext()  # the MixedPrecisionPolicy casts
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        self.grad_norms_P = gradient_norms(self._parameters).to(self._world.device)
-        square = self.grad_norms_P.square().sum()
-        dist.all_reduce(square, group=self.mesh.get_group("shard"))  # with hsdp every host has the same gradients
+        self.grad_norms_W = gradient_norms(self._parameters).to(self._world.device)
+        square = self.grad_norms_W.square().sum()
+        dist.all_reduce(square, group=self.mesh.get_group("shard"))  # under hsdp every host has the same gradients
         norm = square.sqrt()
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        # After an evaluation ZeRO-2 still has the gathered weights registered, in bf16: copies that the optimizer does
-        # not know. The shards are the weights.
+        # After an evaluation, ZeRO-2 leaves the gathered bf16 copies registered as parameters. The optimizer does not
+        # know them: the shards are the weights.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -185,10 +177,10 @@ class FullySharded:
             yield name, whole.cpu() if self._world.is_main else whole.new_empty(0)
 
     def _gathered(self, tensor: Tensor) -> Tensor:
-        """A collective."""
+        """The whole tensor; a collective."""
         if not isinstance(tensor, DTensor):
             return tensor
-        if self._offload and self._world.device.type != "cpu":  # gathered where the mesh's group works
+        if self._offload and self._world.device.type != "cpu":  # the mesh's group gathers on the GPU
             local, shape = tensor.to_local().to(self._world.device), tensor.shape
             tensor = DTensor.from_local(local, self.mesh, tensor.placements, shape=shape, stride=tensor.stride())
         return tensor.full_tensor()

@@ -1,31 +1,24 @@
-"""The strategy that `parallel.strategy` names."""
+"""Builds the strategy that `parallel.strategy` selects.
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+Input: the config, a model, and this process's `World`.
+Output: a `Strategy`, of the class that the strategy's record in rmcore/config/parallel.py points to.
+Example: `parallel.strategy=zero3` -> `rmcore.parallel.fsdp:FullySharded`. Only this module is imported.
+"""
+
+import importlib
 
 from rmcore.config import Config
 from rmcore.model.reward_model import RewardModel
-from rmcore.parallel.strategy import Strategy, is_sharded
-from rmcore.parallel.world import World, device_mesh
+from rmcore.parallel.strategy import Shards, Strategy
+from rmcore.parallel.world import World
 
 
-def make_strategy(
-    config: Config,
-    model: RewardModel,
-    world: World,
-    mesh: DeviceMesh | None = None,
-    weights: dict[str, nn.Parameter] | None = None,
-) -> Strategy:
-    """The strategy that `parallel.strategy` names, with the model on `world.device` and an optimizer.
+def make_strategy(config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> Strategy:
+    """The configured strategy, with the model on `world.device` and an optimizer; a collective.
 
     Args:
-        mesh: of `weights`; None: made here.
-        weights: this rank's rows of a `model` that lies on meta; None: `model` has its weights.
+        shards: this rank's rows of a `model` on meta; None if `model` holds its weights.
     """
-    from rmcore.parallel.ddp import DataParallel
-    from rmcore.parallel.fsdp import FullySharded
-
-    name = config.parallel.strategy
-    if not is_sharded(config):
-        return DataParallel(config, model, world, shard_optimizer=name == "zero1")
-    return FullySharded(config, model, world, mesh=mesh or device_mesh(world, by_host=name == "hsdp"), weights=weights)
+    module, _, name = config.parallel.traits.implementation.partition(":")
+    strategy: Strategy = getattr(importlib.import_module(module), name)(config, model, world, shards)
+    return strategy

@@ -1,5 +1,7 @@
-"""Parameters and a schedule: AdamW's groups, and the learning rate as a pure function of the step.
+"""AdamW's parameter groups, and the learning rate as a pure function of the step.
 
+Input: the section `optim`, parameters, a step.
+Output: groups and arguments for AdamW; a learning rate.
 Example: lr 1e-4, linear, 2 warm-up steps of 10 -> 0, 5e-5, 1e-4, 8.75e-5, ..., 1.25e-5 at steps 0, 1, 2, 3, ..., 9.
 """
 
@@ -34,7 +36,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not, as the field does; without decay it is one group."""
+    """Weight decay for matrices, none for vectors (norms, biases), as is usual. Without weight decay: one group."""
     trained = [p for p in parameters if p.requires_grad]
     if config.weight_decay == 0:
         return [{"params": trained, "weight_decay": 0.0}]
@@ -44,5 +46,5 @@ def parameter_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) ->
 
 
 def adamw_arguments(config: OptimConfig) -> dict[str, Any]:
-    """Loshchilov and Hutter, arXiv 1711.05101; the fused kernel is one pass over each tensor."""
+    """Arguments of AdamW (Loshchilov and Hutter, arXiv 1711.05101). The fused kernel reads each tensor once."""
     return {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}

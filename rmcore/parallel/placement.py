@@ -1,6 +1,7 @@
-"""Which rows of a sharded weight this rank holds.
+"""Finds which rows of a sharded weight this rank holds.
 
-Enters: a DTensor sharded by its first dimension, as FSDP2 leaves it. Leaves: `Held(row, rows, replica, replicas)`.
+Input: a DTensor that FSDP2 sharded by its first dimension.
+Output: `Held(row, rows, replica, replicas)`.
 Example: [5, 4] on a mesh of 2 hosts by 2 ranks: the second rank of the second host holds rows 3 and 4, as replica 1 of
 2.
 """
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class Held(NamedTuple):
-    """`rows` rows from number `row`; `replicas` ranks hold the same ones, of which this rank is number `replica`."""
+    """`rows` rows, the first of which is number `row`. `replicas` ranks hold the same rows; this one is number `replica`."""
 
     row: int
     rows: int
@@ -20,7 +21,7 @@ class Held(NamedTuple):
 
 
 def held(tensor: DTensor) -> Held:
-    """What this rank holds of it. Raises RuntimeError for other placements than FSDP2's."""
+    """This rank's rows of a DTensor. Raises RuntimeError for placements that FSDP2 does not make."""
     rows = tensor.to_local().shape[0]
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "every rank is in the mesh"

@@ -1,13 +1,14 @@
-"""A store that this start of the job has to itself, although torchrun keeps its store through restarts.
+"""Gives each attempt at a job a store of its own, although torchrun keeps one store through all restarts.
 
-Enters: torchrun's environment, this rank. Leaves: a store in which nothing is left of an earlier attempt.
-torch.distributed takes a new store a restart for granted (torch/distributed/rendezvous.py, `_create_c10d_store`), but
-the agent's lives on: gloo then reads the addresses of dead ranks ("connection refused"), in more than half of all
-restarts on one host. Restart counts do not tell attempts apart either: they differ between hosts.
+Input: torchrun's environment, and this rank.
+Output: a store without any key of an earlier attempt.
+Example: rank 0 draws the name 7f3a. Ranks 1 and 2 draw 11 and 5c and put them into the store. Rank 0 offers "7f3a to 11
+and 5c". A rank accepts an offer that contains its own draw, and confirms it under 7f3a. When all have confirmed, every
+rank uses the keys below 7f3a. Nobody answers an offer or a draw of a dead rank.
 
-Example: rank 0 draws the name 7f3a, the others draw 11 and 5c and leave them in the store. Rank 0 offers "7f3a, to 11
-and 5c"; a rank takes the offer that names its own draw, and says so under 7f3a. When all have, everyone uses the keys
-below 7f3a. An offer or a draw that was left by a dead rank is never answered.
+Why: torch.distributed expects a new store after a restart (torch/distributed/rendezvous.py, `_create_c10d_store`), but
+the store of the torchrun agent survives. Gloo then reads the addresses of dead ranks ("connection refused"), in more
+than half of all restarts on one host. Restart counts cannot separate the attempts, because they differ between hosts.
 """
 
 import json
@@ -23,7 +24,7 @@ POLL_SECONDS = 0.02
 
 
 def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """The part of torchrun's store that this attempt uses. Raises UserError when not all ranks come in time."""
+    """The part of torchrun's store that this attempt uses. Raises UserError if not all ranks start in time."""
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
     end = time.monotonic() + timeout.total_seconds()
     mine = secrets.token_hex(8)
@@ -32,11 +33,11 @@ def fresh_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
 
 
 def _lead(store: dist.Store, size: int, name: str, end: float) -> str:
-    """On rank 0: offer until all have answered."""
+    """On rank 0: offer the name until all ranks have confirmed it."""
     draws: dict[str, str] = {}
     while not all(store.check([f"rmcore/{name}/taken/{rank}"]) for rank in range(1, size)):
-        there = [rank for rank in range(1, size) if store.check([f"rmcore/draw/{rank}"])]
-        seen = {str(rank): store.get(f"rmcore/draw/{rank}").decode() for rank in there}
+        ready = [rank for rank in range(1, size) if store.check([f"rmcore/draw/{rank}"])]
+        seen = {str(rank): store.get(f"rmcore/draw/{rank}").decode() for rank in ready}
         if seen != draws:
             draws = seen
             store.set("rmcore/offer", json.dumps({"name": name, "to": draws}))
@@ -45,7 +46,7 @@ def _lead(store: dist.Store, size: int, name: str, end: float) -> str:
 
 
 def _follow(store: dist.Store, rank: int, draw: str, end: float) -> str:
-    """On the others: wait for an offer to this very process."""
+    """On the other ranks: wait for an offer to this process."""
     store.set(f"rmcore/draw/{rank}", draw)
     while True:
         if store.check(["rmcore/offer"]):
@@ -58,5 +59,5 @@ def _follow(store: dist.Store, rank: int, draw: str, end: float) -> str:
 
 def _wait(end: float) -> None:
     if time.monotonic() > end:
-        raise UserError("not all ranks have started within parallel.timeout_seconds: see what the missing ones print")
+        raise UserError("not all ranks started within parallel.timeout_seconds: see what the missing ones printed")
     time.sleep(POLL_SECONDS)

@@ -1,38 +1,58 @@
-"""What every strategy offers to the loop, and which one the config asks for.
+"""The interface between the training loop and the way in which ranks share the work.
 
-A strategy wraps the model and makes its optimizer; the loop and the model do not know of ranks. Precision belongs to
-the strategy: DDP and ZeRO-1 run under autocast, FSDP2 casts by its own policy; never both.
+Input: a reward model and a config (see `rmcore.parallel.make`).
+Output: a `Strategy`: the wrapped model, its optimizer, and the methods that the loop calls.
+Example: in a step of two micro batches the loop enters `gradient_sync(False)`, then `gradient_sync(True)`. DDP reduces
+the gradients only in the second one.
+
+The loop and the model do not know about ranks. Precision belongs to the strategy: DDP and ZeRO-1 use autocast, FSDP2
+casts by its own policy; never both.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from rmcore.config import Config
+Weights = dict[str, nn.Parameter]  # this rank's rows of each weight, as DTensors
+
+
+class Shards(NamedTuple):
+    """The rows of every weight that this rank read for a model on meta, and the mesh over which they are split."""
+
+    mesh: DeviceMesh
+    weights: Weights
 
 
 class Strategy(Protocol):
-    """How ranks share the work. `model` is called as the reward model is; `optimizer` steps its parameters.
+    """How ranks share the work. Every implementation is built as `Class(config, model, world, shards)`.
 
-    `adamw`: the AdamW inside `optimizer` that holds this rank's state; `adamw_is_split`: of whole parameters that no
-    other rank has state of (ZeRO-1), and not of every parameter, or of this rank's part of every parameter.
+    Attributes:
+        model: called as the reward model is.
+        optimizer: updates the parameters of `model`.
+        adamw: the AdamW inside `optimizer`, with this rank's state.
+        adamw_is_split: True if `adamw` holds whole parameters of which no other rank has the state (ZeRO-1), and not
+            every parameter, or this rank's part of every parameter.
+        grad_norms_W: L2 norm of each gradient, as far as this rank holds it; set by `clip_grad_norm`.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
     adamw_is_split: bool
-    grad_norms_P: Tensor
+    grad_norms_W: Tensor
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager:
-        """Around forward and backward of a micro batch: reduce gradients over ranks now (the last one) or later."""
+        """Goes around the forward and backward of a micro batch. `enabled`: reduce gradients over ranks now (the last
+        micro batch of the step); otherwise later.
+        """
 
     def autocast(self) -> AbstractContextManager:
-        """Around the forward: the arithmetic that the config asks for."""
+        """Goes around the forward and sets the configured precision."""
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Global L2 norm of the gradients over all ranks, before they are scaled down to `max_norm` (0: not scaled)."""
@@ -41,21 +61,17 @@ class Strategy(Protocol):
         """This rank's parameters (DTensors where they are sharded) under the reward model's names."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight under the reward model's names."""
+        """The shape of every whole weight under the reward model's names."""
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """One weight after the other, whole, on the CPU of rank 0; empty on other ranks. A collective: every rank goes
-        through all of them, and no rank holds more than one.
+        """Yields one whole weight after the other, on the CPU of rank 0; other ranks get empty tensors.
+
+        A collective: every rank must iterate to the end. No rank holds more than one whole weight at a time.
         """
 
 
-def is_sharded(config: Config) -> bool:
-    """Whether the strategy splits the weights, so that they need not be whole anywhere."""
-    return config.parallel.strategy in ("zero2", "zero3", "hsdp")
-
-
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """L2 norm of each gradient as far as this rank holds it, fp32 [P]; 0 where there is none."""
+    """L2 norm of each gradient as far as this rank holds it, fp32 [W]; 0 where there is none."""
     local = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
     norms = iter(torch._foreach_norm([grad for grad in local if grad is not None]))  # as nn.utils.get_total_norm does
     zero = torch.zeros((), device=parameters[0].device)

@@ -1,14 +1,13 @@
-"""The process group: who this process is, on which device, and the few collectives that the rest of rmcore needs.
+"""Starts and stops the process group, and provides the few collectives that the rest of rmcore needs.
 
-In: torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; none of them: one process).
-Out: a `World`, a running `torch.distributed` group (also for one process, so every strategy works alike), seeded
-random generators, and helpers that send tensors and JSON, never pickles.
-
-Communication: NCCL carries CUDA tensors, gloo carries CPU tensors, in one group. JSON travels as uint8 tensors on the
-CPU: the lengths first, then the bytes padded to the longest.
-
+Input: torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE). Without it: one process.
+Output: a `World`, a running `torch.distributed` group (also for one process, so that every strategy works the same),
+seeded random generators, and functions that send tensors and JSON, never pickles.
 Example: `torchrun --nproc_per_node 2` on a machine without GPUs gives rank 1 `World(rank=1, size=2, local_rank=1,
 local_size=2, device=cpu)`; with seed 7 its generators start from 7 + 1 = 8.
+
+Communication: one group, in which NCCL carries CUDA tensors and gloo carries CPU tensors. JSON travels as uint8 tensors
+on the CPU: first the lengths, then the bytes, padded to the longest.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from rmcore.config import UserError
 from rmcore.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
-LEAVING, SAVING = "rmcore-leave", "rmcore-saver"  # names of threads that may wait for ranks out of reach
-LEAVE_SECONDS = 5.0  # longest wait for a failed group to close; longer only delays the end of the job
+LEAVING, SAVING = "rmcore-leave", "rmcore-saver"  # names of threads that may wait for unreachable ranks
+LEAVE_SECONDS = 5.0  # longest wait for a failed group to close; a longer one would only delay the end of the job
 
 
 @dataclass(frozen=True)
 class World:
-    """One process's place: `rank` of `size` processes, `local_rank` of `local_size` on this host, and its device."""
+    """This process: `rank` of `size` processes, `local_rank` of `local_size` on this host, and its device."""
 
     rank: int
     size: int
@@ -50,30 +49,35 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process prints and writes for all."""
         return self.rank == 0
+
+    @property
+    def reads_wait(self) -> bool:
+        """Whether reading a value from the device makes the host wait until the device has computed it (a GPU)."""
+        return self.device.type != "cpu"
 
 
 class RankError(RuntimeError):
-    """A failure on some rank, raised on every rank alike so that all stop together."""
+    """A failure on some rank, raised on every rank so that all stop together."""
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, those of every CUDA device included."""
+    """Seed the generators of Python, NumPy and PyTorch, including those of every CUDA device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def start_world(timeout_seconds: float = 600.0, seed: int | None = None, *, init_method: str | None = None) -> World:
-    """Join the process group that torchrun's environment describes, or make a group of one without it.
+    """Join the process group that torchrun's environment describes; without it, make a group of one.
 
     Args:
         timeout_seconds: how long a collective may wait for the other ranks before it fails.
         seed: the run's seed; this process's generators get `seed + rank`.
-        init_method: rendezvous in place of torchrun's (`file:///path` in tests); ranks still come from the environment.
+        init_method: a rendezvous instead of torchrun's (`file:///path` in tests); ranks come from the environment.
     Raises:
-        UserError: more processes on this host than GPUs, or an environment that is not a number or out of range.
+        UserError: more processes on this host than GPUs; or a variable that is not a number, or out of range.
     """
     rank, size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
@@ -107,8 +111,8 @@ def start_world(timeout_seconds: float = 600.0, seed: int | None = None, *, init
 def stop_world(world: World, *, failed: bool = False) -> None:
     """Leave the process group; call it on every path, before the interpreter exits.
 
-    After success the ranks meet first, so that none closes its connections while another still reads from them. After a
-    failure (`failed=True`) there is nobody to meet: what is in flight is given up and this rank leaves alone.
+    After success all ranks wait for each other first, so that none closes its connections while another one still reads
+    from them. After a failure (`failed=True`) this rank abandons what is in flight and leaves without waiting.
     """
     if not dist.is_initialized():
         return
@@ -125,7 +129,7 @@ def stop_world(world: World, *, failed: bool = False) -> None:
 def running_world(
     timeout_seconds: float = 600.0, seed: int | None = None, *, init_method: str | None = None
 ) -> Iterator[World]:
-    """`start_world`, and `stop_world` on every way out."""
+    """`start_world` on entry, `stop_world` on every exit."""
     world = start_world(timeout_seconds, seed, init_method=init_method)
     try:
         yield world
@@ -136,11 +140,9 @@ def running_world(
 
 
 def device_mesh(world: World, *, by_host: bool = False) -> DeviceMesh:
-    """All ranks as a mesh: one dimension `shard`, or with `by_host` two, `replicate` (hosts) and `shard` (within one).
-    A collective.
+    """All ranks as a mesh with the dimension `shard`; with `by_host`: `replicate` (hosts) and `shard` (ranks of a host).
 
-    Raises:
-        UserError: `by_host` where the hosts do not run equal numbers of processes.
+    A collective. Raises UserError if `by_host` and the hosts do not run equal numbers of processes.
     """
     kind = world.device.type
     if not by_host:
@@ -152,39 +154,40 @@ def device_mesh(world: World, *, by_host: bool = False) -> DeviceMesh:
             "start the same number on every host"
         )
     ranks = torch.arange(world.size).view(-1, world.local_size)
-    # Groups that the mesh makes itself wait half an hour for a rank that is gone, whatever the first group's timeout.
+    # Groups that the mesh makes itself would wait half an hour for a dead rank, whatever the timeout of the main group.
     timeout = timedelta(seconds=world.timeout_seconds)
     groups = [dist.new_subgroups_by_enumeration(dim.tolist(), timeout=timeout)[0] for dim in (ranks.T, ranks)]
     return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def barrier(world: World) -> None:
-    """Wait until every rank is here (a gloo reduction of one number; it does not wait for the GPUs)."""
+    """Wait until every rank calls this (a gloo reduction of one number; it does not wait for the GPUs)."""
     all_reduce_sum(world, torch.zeros(1))
 
 
 def all_reduce_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks, in place, and return it; on the CPU or on `world.device`, same shape everywhere."""
+    """Sum `tensor` over all ranks, in place, and return it. It is on the CPU or on `world.device`, of one shape."""
     if world.size > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
 def second_group(timeout_seconds: float) -> dist.ProcessGroup:
-    """A gloo group of all ranks for the collectives of another thread, which must not cross those of the first."""
+    """A gloo group of all ranks for another thread, whose collectives must not mix with those of the main thread."""
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
 def any_rank_max(world: World, values: list[int]) -> list[int]:
-    """The largest of each value over all ranks: a gloo reduction of a few numbers on the host, no wait for the GPUs."""
+    """The maximum of each value over all ranks: a gloo reduction of a few host numbers, without a wait for the GPUs."""
+    if world.size == 1:
+        return values
     largest = torch.tensor(values, dtype=torch.int64)
-    if world.size > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 
 
 def broadcast_json(world: World, value: Any, src: int = 0) -> Any:
-    """What rank `src` calls `value` (anything JSON can hold), on every rank; the others' `value` is ignored."""
+    """Rank `src`'s `value` (anything that JSON can hold) on every rank. The `value` of other ranks is ignored."""
     data = _encode(value) if world.rank == src else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([data.numel()])
     dist.broadcast(length, src)
@@ -195,7 +198,7 @@ def broadcast_json(world: World, value: Any, src: int = 0) -> Any:
 
 
 def all_gather_json(world: World, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's `value` (anything JSON can hold), by rank, on every rank."""
+    """The `value` of every rank (anything that JSON can hold), ordered by rank, on every rank."""
     data = _encode(value)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
     dist.all_gather(lengths, torch.tensor([data.numel()]), group=group)
@@ -207,21 +210,15 @@ def all_gather_json(world: World, value: Any, group: dist.ProcessGroup | None = 
     return [_decode(part[: int(length)]) for part, length in zip(gathered, lengths, strict=True)]
 
 
-def gather_json(world: World, value: Any) -> list[Any] | None:
-    """Every rank's `value` by rank on rank 0, None on the others."""
-    values = all_gather_json(world, value)
-    return values if world.is_main else None
-
-
 def first_error(world: World, what: str, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `action` on every rank; if it fails on any, raise on all of them alike.
+    """Run `action` on every rank. If it fails on any rank, raise the same error on all ranks.
 
     Args:
-        what: names the action in the message, e.g. "reading the data".
-        group: of all ranks, in place of the default one.
+        what: the action, for the message, e.g. "reading the data".
+        group: a group of all ranks, if not the default one.
     Raises:
-        UserError: the first failing rank failed with one; the same message on every rank.
-        RankError: it failed with one, whose message says all; or with anything else: holds its number and traceback.
+        UserError: the first failing rank raised UserError.
+        RankError: it raised RankError, whose message is kept; or anything else: the message has its rank and traceback.
     """
     result: list[T] = []
     failure = None
@@ -232,7 +229,7 @@ def first_error(world: World, what: str, action: Callable[[], T], group: dist.Pr
         cause = error
         failure = {
             "refused": isinstance(error, UserError),
-            "told": isinstance(error, RankError),
+            "complete": isinstance(error, RankError),
             "message": str(error),
             "traceback": traceback.format_exc(),
         }
@@ -243,7 +240,7 @@ def first_error(world: World, what: str, action: Callable[[], T], group: dist.Pr
     if first["refused"]:
         everywhere = len(failures) == world.size and all(f["message"] == first["message"] for f in failures.values())
         raise UserError(first["message"] if everywhere else f"rank {rank}: {first['message']}") from cause
-    if first["told"]:
+    if first["complete"]:
         raise RankError(first["message"]) from cause
     others = [str(other) for other in failures if other != rank]
     also = f" (also on {', '.join(others)})" if others else ""
@@ -281,11 +278,11 @@ def _decode(data: torch.Tensor) -> Any:
 
 
 def _leave_alone() -> None:
-    """Destroy the group without the others, for at most LEAVE_SECONDS.
+    """Destroy the group without the other ranks, in at most LEAVE_SECONDS.
 
-    NCCL is told to abort, gloo cannot be: it waits for what is in flight, which lasts until a peer closes its end or
-    the collective times out. The wait is held in a daemon thread so that this process can end before that, whereupon
-    its peers see the connection close.
+    NCCL can be aborted. Gloo cannot: it waits for what is in flight, until a peer closes its end or the collective
+    times out. A daemon thread does this waiting, so that this process can end earlier. Its peers then see the
+    connection close.
     """
     group = dist.group.WORLD
     if group is not None and "nccl" in dist.get_backend_config(group):

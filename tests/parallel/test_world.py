@@ -17,7 +17,6 @@ from rmcore.parallel.world import (
     broadcast_json,
     device_mesh,
     first_error,
-    gather_json,
     running_world,
     start_world,
     stop_world,
@@ -45,7 +44,6 @@ def use_everything(rendezvous: str) -> dict[str, Any]:
         return {
             "place": [world.rank, world.size, world.local_rank, world.local_size, str(world.device), world.is_main],
             "gathered": all_gather_json(world, mine),
-            "on_main": gather_json(world, mine),
             "from_one": broadcast_json(world, mine, src=1),
             "sum": all_reduce_sum(world, torch.tensor([1.0, 10.0], dtype=torch.float64) * (world.rank + 1)).tolist(),
             "seed": torch.initial_seed(),
@@ -66,7 +64,6 @@ def test_the_helpers_on_three_ranks(tmp_path: Path) -> None:
         assert value["place"] == [rank, 3, rank, 3, "cpu", rank == 0]
         assert [one["rank"] for one in value["gathered"]] == [0, 1, 2]
         assert value["gathered"][2]["text"] == "\u00e9\u4e2d\u00e9\u4e2d"  # longer than the others': nothing is cut
-        assert value["on_main"] == (value["gathered"] if rank == 0 else None)
         assert value["from_one"] == value["gathered"][1]
         assert value["sum"] == [6.0, 60.0]
         assert value["seed"] == 7 + rank
