@@ -1,75 +1,77 @@
-"""python -m rmcore.train CONFIG [key=value ...]: preference pairs in, a reward model out. The first file to read.
+"""python -m rmcore.train CONFIG [key=value ...]: trains a reward model on preference pairs. The first file to read.
 
-Enters: a config (see `--help`). Leaves: a run directory with the resolved config, metrics, checkpoints,
-run_status.json and `model/`, a directory that `AutoModelForSequenceClassification` loads. Run by torchrun on any
-number of ranks, or plainly on one. Started again after whatever ended it, it goes on from the newest good checkpoint.
+Input: a config (see `--help`).
+Output: a run directory with the resolved config, metrics, checkpoints, run_status.json, and `model/`, a directory that
+`AutoModelForSequenceClassification` loads.
+Example: 64 pairs per step on 8 ranks in 2 micro batches: 16 forward and backward passes over about 4 pairs each, one
+reduction, one AdamW step.
 
-What happens to a batch: the plan says which comparisons this rank computes in this micro batch; the loader packs them
-into one row without padding, every prompt once; the model turns the row into the summed loss of its pairs; that is
-divided by the weight of the whole step (all ranks, all micro batches), so that the gradients, once reduced, are those
-of the mean over the global batch, however it was cut. Example: 64 pairs a step on 8 ranks in 2 micro batches: 16
-forward and backward passes over about 4 pairs each, one reduction, one AdamW step.
+Torchrun starts it on any number of ranks; without torchrun it is one rank. To resume, run the same command again. It
+continues from the newest checkpoint whose hashes match.
+
+What happens to a batch: the plan decides which comparisons this rank computes in this micro batch. The loader packs
+them into one row without padding, each prompt once. The model turns the row into the summed loss of its pairs. The loop
+divides it by the weight of the whole step (all ranks, all micro batches). So the reduced gradients are those of the
+mean over the global batch, however it was divided.
 """
 
 import sys
 
 from rmcore.config import UserError, config_from_argv
 
-if __name__ == "__main__":  # --help and mistakes in the config are answered before the heavy imports below
+if __name__ == "__main__":  # `--help`, and mistakes in the config, are answered before the heavy imports below
     CONFIG = config_from_argv(sys.argv[1:], "python -m rmcore.train", "Train a reward model on preference pairs.")
 
 import os
 from pathlib import Path
 
 from rmcore.checkpoint.resume import choose_start
-from rmcore.config.loss import LossConfig
 from rmcore.config.schema import Config
 from rmcore.data.batches.loader import Loader
-from rmcore.data.batches.step_plan import Step
-from rmcore.evaluation.evaluate import Evaluation, evaluate
-from rmcore.evaluation.samples import sample_rows
+from rmcore.evaluation.evaluate import Evaluation
 from rmcore.host.files import write_text_atomically
-from rmcore.model.objectives import Objective
 from rmcore.parallel.optim import learning_rate, set_learning_rate
 from rmcore.parallel.world import RankError, World, running_world
-from rmcore.tracking.moment import Moment
 from rmcore.tracking.status import write_status
 from rmcore.tracking.tracker import Tracker, start_tracker
 from rmcore.training.assembly import assemble, introduce
 from rmcore.training.bad_steps import BadSteps
-from rmcore.training.heartbeat import Pulse
+from rmcore.training.heartbeat import Heartbeat
+from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluation
 from rmcore.training.metrics import Metrics
 from rmcore.training.outcome import DONE, FAILED, REFUSED, STOPPED, Ending, leave_process, recorded
 from rmcore.training.publish import publish
-from rmcore.training.run import Run
+from rmcore.training.run import Run, moment_after
 from rmcore.training.run_directory import check_disk, own_directory
 from rmcore.training.run_report import report_run
 from rmcore.training.saver import Saver
-from rmcore.training.signals import GivenUp, Signals, Stopped, give_up_if_stopped
+from rmcore.training.signals import Signals, Stopped
 
 
-def train(run: Run, tracker: Tracker, pulse: Pulse | None = None, signals: Signals | None = None) -> Evaluation | None:
-    """The loop: every step of the plan that is left, from tokens to gradient sync. Returns the last evaluation."""
+def train(
+    run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signals: Signals | None = None
+) -> Evaluation | None:
+    """The loop over the remaining steps of the plan. Returns the evaluation of the last step, if there is one."""
     config, world, strategy, plan = run.config, run.world, run.strategy, run.plan
-    pulse, signals = pulse or Pulse(world), signals or Signals()
+    heartbeat, signals = heartbeat or Heartbeat(world), signals or Signals()
     optimizer, bad_steps = strategy.optimizer, BadSteps(run, tracker)
-    metrics = Metrics(world, earlier=run.start.interval)
+    metrics = Metrics(world, run.flops_per_token, earlier=run.start.interval)
     evaluate_after = evaluation_steps(plan.steps, config.run.evals)
     evaluation = resumed_evaluation(run, tracker, evaluate_after)
     loader = Loader(run.data.train, plan.steps_from(run.position.step), world.rank, world.device, share=run.share)
-    with signals.deferred(), Saver(run, metrics, pulse, signals) as saver, loader:
+    with signals.deferred(), Saver(run, metrics, bad_steps, heartbeat, signals) as saver, loader:
         for step, micro_batches in loader:
             lr = learning_rate(config.optim, step.index, plan.steps)
             set_learning_rate(optimizer, lr)
-            for batch, is_last in pulse.through(step.index + 1, micro_batches):
+            for batch, is_last in heartbeat.through(step.index + 1, micro_batches):
                 with strategy.gradient_sync(is_last):
                     with strategy.autocast():
                         out = strategy.model(batch)  # tokens -> last-token scores -> summed loss
-                    pulse.at("backward")
+                    heartbeat.at("backward")
                     (out.loss_sum * (world.size / step.global_weight)).backward()
                 metrics.add(out, batch)  # stays on the device
             grad_norm = strategy.clip_grad_norm(config.optim.max_grad_norm)
-            bad_steps.watch(grad_norm)  # NaN or Inf anywhere: AdamW leaves this update out, on every rank
+            bad_steps.watch(grad_norm)  # NaN or Inf in any gradient: AdamW skips this update, on every rank
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics.add_step(grad_norm)
@@ -78,73 +80,26 @@ def train(run: Run, tracker: Tracker, pulse: Pulse | None = None, signals: Signa
             tracker.step_done(done)
             bad_steps.report(done)
             if done % config.log.every == 0 or done == plan.steps:
-                figures = metrics.reduce()
-                tracker.log(moment(step), {**figures, "train/rm/lr": lr})
-                bad_steps.note_spike(figures)
-                pulse.name_slow_rank(tracker)
+                interval = metrics.reduce()
+                tracker.log(moment_after(step), {**interval, "train/rm/lr": lr})
+                bad_steps.note_spike(interval)
+                heartbeat.report_slow_rank(tracker)
             evaluation = None
             if done in evaluate_after:
-                pulse.at("evaluate")
+                heartbeat.at("evaluate")
                 with metrics.clock_paused():
                     evaluation = evaluate_run(run, tracker, step, signals)
-            saver.step_done(step, evaluation, healthy=bad_steps.in_row == 0)  # saves when due, leaves when asked to
+            saver.step_done(step, evaluation)  # saves if due; raises Stopped after a signal
     return evaluation
 
 
-def moment(step: Step) -> Moment:
-    """Where the run is once `step` is done."""
-    return Moment(step.index + 1, step.episode, step.epoch)
-
-
-def evaluation_steps(steps: int, evals: int) -> set[int]:
-    """The numbers of done steps after which to evaluate: spread evenly, the last at the end."""
-    return {round(steps * (place + 1) / evals) for place in range(evals)} - {0}
-
-
-def resumed_evaluation(run: Run, tracker: Tracker, evaluate_after: set[int]) -> Evaluation | None:
-    """What a run that was stopped before the evaluation of its last step, or before the export, has to do again."""
-    position = run.position.step
-    figures = run.start.manifest.figures if run.start.manifest else None
-    if position not in evaluate_after or (figures and position < run.plan.steps):
-        return None
-    return evaluate_run(run, Tracker() if figures else tracker, run.plan.step(position - 1), Signals())
-
-
-def evaluate_run(run: Run, tracker: Tracker, step: Step, signals: Signals) -> Evaluation | None:
-    """Every held-out comparison once over all ranks: figures and samples to the tracker.
-
-    None without held-out data; or when a rank got a signal, for the figures can be made again after the resume.
-    """
-    if run.data.eval is None:
-        return None
-    strategy = run.strategy
-    try:
-        evaluation = evaluate(
-            strategy.model,
-            run.data.eval,
-            run.world,
-            token_budget=run.token_budget,
-            share=run.share,
-            objective=None if run.config.loss == LossConfig() else Objective.of(run.config.loss),
-            autocast=strategy.autocast,
-            between=lambda: give_up_if_stopped(run.world, signals),
-        )
-    except GivenUp:
-        return None
-    tracker.log(moment(step), evaluation.logged())
-    tracker.log_samples(
-        moment(step), sample_rows(run.data.eval, evaluation.rewards_A, run.tokenizer, run.config.log.samples)
-    )
-    return evaluation
-
-
-def run(config: Config, world: World, pulse: Pulse, signals: Signals) -> None:
-    """A whole run: assemble, train, export. Raises UserError for what cannot be trained, on all ranks alike."""
+def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) -> None:
+    """A whole run: assemble, train, export. Raises UserError, on all ranks, for what cannot be trained."""
     directory = Path(config.run.dir)
     start = choose_start(config, world)
     if start.completed:
         if world.is_main:
-            print(f"the run in {directory} is completed already; run.resume=never starts it anew")
+            print(f"the run in {directory} is completed already; to start it anew, set run.resume=never")
         return
     write_status(world, directory, "running", step=start.step)
     state = assemble(config, world, start)
@@ -153,22 +108,22 @@ def run(config: Config, world: World, pulse: Pulse, signals: Signals) -> None:
         write_text_atomically(directory / "config.yaml", config.dump_yaml())
     introduce(state)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
-        evaluation = train(state, tracker, pulse, signals)
+        evaluation = train(state, tracker, heartbeat, signals)
         publish(state, evaluation, tracker)
         report_run(state, evaluation, tracker)
-    last = state.plan.step(state.plan.steps - 1)
-    figures = evaluation.figures if evaluation else None
-    write_status(world, directory, "completed", step=last.index + 1, episode=last.episode, evaluation=figures)
+    last = moment_after(state.plan.step(state.plan.steps - 1))
+    quality = evaluation.figures if evaluation else None
+    write_status(world, directory, "completed", step=last.step, episode=last.episode, evaluation=quality)
 
 
 def attempt(config: Config, world: World, signals: Signals) -> None:
-    """A run that holds its directory, beats, and records how it ended; raises Ending when it did not end well."""
-    with Pulse(world) as pulse, own_directory(config, world), recorded(config.run.dir, pulse, signals):
-        run(config, world, pulse, signals)
+    """One attempt at a run that owns its directory. Raises Ending, once the reason is recorded, if it fails."""
+    with Heartbeat(world) as heartbeat, own_directory(config, world), recorded(config.run.dir, heartbeat, signals):
+        run(config, world, heartbeat, signals)
 
 
 def main(config: Config) -> int:
-    """Exit codes: 0 done, 1 failed while running, 2 refused (config, data, files), 3 stopped by a signal, saved."""
+    """Exit codes: 0 done, 1 failed while running, 2 refused (config, data, files), 3 stopped by a signal and saved."""
     signals = Signals()
     try:
         with signals.watched(), running_world(config.parallel.timeout_seconds, config.run.seed) as world:
@@ -177,7 +132,7 @@ def main(config: Config) -> int:
         return STOPPED
     except Ending as end:
         return end.code
-    except (UserError, RankError) as error:  # before the directory was ours
+    except (UserError, RankError) as error:  # raised before this run owned its directory
         if os.environ.get("RANK", "0") == "0":
             print(f"rmcore.train: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, UserError) else FAILED

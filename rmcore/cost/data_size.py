@@ -80,12 +80,12 @@ def figures_of(
             flag for flag, value in (("--pairs N", pairs), ("--tokens-a-pair T", tokens)) if value is None
         )
         return _assumed(config, pairs, tokens, sharing, (f"the data cannot be read; give {lacking}. {reason}",))
-    return _counted(
+    return measured(
         data.train, data.eval, share=config.model.attention in ("auto", "shared"), counts=config.loss.traits.counts
     )
 
 
-def _counted(
+def measured(
     train: TokenizedComparisons, evaluation: TokenizedComparisons | None, *, share: bool, counts: str
 ) -> DataFigures:
     """`share`: prompts are computed once, as the self-test decides at the start for attention=auto. `counts`: what the

@@ -98,9 +98,7 @@ def take_over(model: nn.Module, weights: Weights) -> None:
     model.load_state_dict(weights, strict=False, assign=True)
 
 
-def sharded_for_test(
-    model: RewardModel, outline: Outline, mesh: DeviceMesh, world: World, *, offload: bool
-) -> Weights:
+def sharded_for_test(model: RewardModel, outline: Outline, mesh: DeviceMesh, world: World, *, offload: bool) -> Weights:
     """Shard a model on meta for the self-test, which computes in fp32, read this rank's rows and return them."""
     shard(model, mesh, offload=offload)
     register_fsdp_forward_method(model, "reward_alone")  # FSDP's hooks run around this method too

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class Held(NamedTuple):
-    """`rows` rows, the first of which is number `row`. `replicas` ranks hold the same rows; this one is number `replica`."""
+    """`rows` rows from number `row` on. `replicas` ranks hold the same rows; this rank is number `replica` of them."""
 
     row: int
     rows: int

@@ -140,7 +140,7 @@ def running_world(
 
 
 def device_mesh(world: World, *, by_host: bool = False) -> DeviceMesh:
-    """All ranks as a mesh with the dimension `shard`; with `by_host`: `replicate` (hosts) and `shard` (ranks of a host).
+    """All ranks as a mesh of the dimension `shard`; `by_host`: of `replicate` (hosts) and `shard` (ranks of a host).
 
     A collective. Raises UserError if `by_host` and the hosts do not run equal numbers of processes.
     """

@@ -1,1 +1,1 @@
-"""Everything of one run around the loop in rmcore/train.py."""
+"""Everything of one run around the loop: assembly, saving, signals, heartbeats, metrics, evaluation, export, report."""

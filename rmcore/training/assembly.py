@@ -1,11 +1,11 @@
-"""A config in, everything a run needs out: data, plan, model, strategy, tracker.
+"""Builds everything that a run needs: data, model, plan, strategy.
 
-Enters: a `Config` and this process's `World`. Leaves: a `Run`. The order is the cheapest first, so that a mistake is
-told before it costs: tokenizer, data, model, self-test, strategy. Whatever fails on one rank fails on all of them
-alike.
-
+Input: a `Config` and this process's `World`.
+Output: a `Run`.
 Example: hh.yaml on 8 GPUs -> 43,000 comparisons as token arrays from the cache, a plan of 168 steps of 256 pairs,
 Pythia 2.8b sharded by ZeRO-2, "attention shared: rewards equal the plain forward's to 3.1e-03" (bf16).
+
+The cheapest parts come first, so that a mistake is found early. A failure on one rank is raised on all ranks.
 """
 
 import json
@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from rmcore import ops
 from rmcore.checkpoint.resume import Start, restore
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.cost.memory import fit
+from rmcore.cost.data_size import measured
+from rmcore.cost.dry_run import DryRun
+from rmcore.cost.flops import device_peak_flops, flops_of_pair
+from rmcore.cost.memory import Fit, fit
 from rmcore.data.batches.counting import counted_N, size_N
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.inspection.first_example import show_first_example
@@ -31,74 +34,76 @@ from rmcore.model.backbone import recompute_activations
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
-from rmcore.parallel.world import World, broadcast_json, first_error
-from rmcore.training.loading import load, parallelise, to_train
-from rmcore.training.outcome import TOO_MUCH
+from rmcore.parallel.make import make_strategy
+from rmcore.parallel.world import World, first_error
+from rmcore.training.agreement import agree, check_same_plan, plan_facts
+from rmcore.training.loading import load
+from rmcore.training.outcome import OUT_OF_MEMORY_FILE
 from rmcore.training.run import Run
 from rmcore.training.run_data import prepared
 
 
 def assemble(config: Config, world: World, start: Start | None = None) -> Run:
-    """Raises UserError, on all ranks alike, for anything in config, data or model files that cannot be trained."""
+    """Raises UserError, on all ranks, for anything in config, data or model files that cannot be trained."""
     start = start or Start()
     if config.parallel.fp8:
         first_error(world, "looking for FP8", lambda: check_fp8(world.device))
     tokenizer, data = first_error(world, "preparing the data", lambda: _data(config, start))
+
+    # The model is loaded, or built in parts. The self-test finds the fastest path that is exact for it.
     loaded = load(config, world, tokenizer, start)
-    tested = loaded.model
-    path, line = first_error(world, "the self-test", partial(self_test, config, tested, data.train))
-    if path != broadcast_json(world, path):
-        raise UserError(f"rank {world.rank} computes by {path}, rank 0 does not: set model.attention={path} for all")
+    parameters = sum(p.numel() for p in loaded.tested.parameters())
+    trained = sum(p.numel() for p in loaded.tested.parameters() if p.requires_grad)
+    path, self_test_line = first_error(world, "the self-test", partial(self_test, config, loaded.tested, data.train))
     share = path == SHARED
 
-    parameters = sum(p.numel() for p in tested.parameters())
-    trained = sum(p.numel() for p in tested.parameters() if p.requires_grad)
+    # All ranks train by one plan.
     tokens_N = computed_tokens(data.train, share)
-    longest = max(int(tokens_N.max()), int(computed_tokens(data.eval, share).max()) if data.eval else 0)
-    ranks = world.local_size if config.parallel.strategy == "hsdp" else world.size
-    units = size_N(data.train, config.loss.traits.counts)
-    share_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
-    memory = fit(config, loaded.hf_config, longest, world.device, ranks, share_of_step)
-    budget = token_budget(config, memory.tokens)
-    plan = first_error(world, "planning", lambda: make_plan(config, data.train, tokens_N, budget, world))
-    loaded = to_train(loaded, config)
-    del tested  # its wrapping holds memory
-    recompute_activations(loaded.model.backbone, memory.recompute)
-    converted = use_fp8(loaded.model.backbone) if config.parallel.fp8 else 0
-    strategy = parallelise(loaded, config, world)
+    budget = agree(world, _own_budget(config, loaded.hf_config, data, tokens_N, share, world))
+    check_same_plan(world, plan_facts(config, data, budget, path))
+    plan = first_error(world, "planning", lambda: make_plan(config, data.train, tokens_N, budget.tokens, world))
+
+    # The strategy wraps the model, and a checkpoint fills it.
+    model = loaded.to_train()
+    recompute_activations(model.backbone, budget.recompute)
+    converted = use_fp8(model.backbone) if config.parallel.fp8 else 0
+    strategy = make_strategy(config, model, world, loaded.shards)
     restore(start, strategy, world)
+
     lines = (
         describe(data, config),
-        f"{loaded.model_class.__name__}, {parameters:,} parameters, {trained:,} of them trained; {line}",
-        *([loaded.line] if loaded.line else []),
+        f"{loaded.model_class.__name__}, {parameters:,} parameters, {trained:,} of them trained; {self_test_line}",
+        *([loaded.note] if loaded.note else []),
         ops.describe(),
         *_remote_code(config),
         f"{plan.steps} steps of {config.batch.pairs} {config.loss.traits.unit} on {world.size} x {world.device.type}, "
-        f"{config.parallel.strategy}, {config.parallel.precision}, micro batches of at most {budget:,} tokens, "
-        f"recompute {memory.recompute}" + (f", {converted} linear layers in FP8" if converted else ""),
+        f"{config.parallel.strategy}, {config.parallel.precision}, micro batches of at most {budget.tokens:,} tokens, "
+        f"recompute {budget.recompute}" + (f", {converted} linear layers in FP8" if converted else ""),
     )
     return Run(
-        config, world, tokenizer, data, plan, strategy, loaded.model_class, loaded.hf_config, budget, share,
-        start, lines, loaded.adapted, loaded.base,
-    )  # fmt: skip
-
-
-def _remote_code(config: Config) -> list[str]:
-    """A loud word where the model's own code runs here."""
-    if not config.model.trust_remote_code:
-        return []
-    pinned = f"at revision {config.model.revision}" if config.model.revision else "NOT pinned: set model.revision"
-    return [f"warning: model.trust_remote_code is on: code that comes with {config.model.name} runs here ({pinned})"]
-
-
-def _data(config: Config, start: Start) -> tuple[PreTrainedTokenizerFast, PreparedData]:
-    tokenizer, data = prepared(config)
-    start.check_data(config, data.train.fingerprint)
-    return tokenizer, data
+        config=config,
+        world=world,
+        tokenizer=tokenizer,
+        data=data,
+        plan=plan,
+        strategy=strategy,
+        model_class=loaded.model_class,
+        hf_config=loaded.hf_config,
+        token_budget=budget.tokens,
+        share=share,
+        flops_per_token=flops_per_token(config, loaded.hf_config, data, share, world.device),
+        start=start,
+        lines=lines,
+        adapted=loaded.adapted,
+        base=loaded.base,
+    )
 
 
 def self_test(config: Config, model: RewardModel, data: TokenizedComparisons) -> tuple[str, str]:
-    """The exact path of this model on these data; half precision is tried only where kernels exist for it alone."""
+    """The fastest exact path of this model on these data, and a line about it.
+
+    On a GPU half precision is tried too, because some kernels exist only for it.
+    """
     device = next(model.parameters()).device
     half = None
     if device.type == "cuda" and config.parallel.precision == "bf16":
@@ -109,7 +114,7 @@ def self_test(config: Config, model: RewardModel, data: TokenizedComparisons) ->
 def make_plan(
     config: Config, data: TokenizedComparisons, tokens_N: np.ndarray, token_budget: int, world: World
 ) -> Plan:
-    """The steps of the run. Raises UserError when a comparison exceeds the token budget that the config sets."""
+    """The steps of the run. Raises UserError if a comparison exceeds the token budget that the config sets."""
     if (longest := int(tokens_N.max())) > token_budget:
         raise UserError(
             f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never cut: "
@@ -130,17 +135,54 @@ def make_plan(
     )
 
 
+def flops_per_token(
+    config: Config, hf_config: PretrainedConfig, data: PreparedData, share: bool, device: torch.device
+) -> float | None:
+    """Training FLOPs per computed token, for the model FLOPs utilisation (`mfu`), or None where it is not logged.
+
+    It is logged on devices whose peak is known, and not with LoRA, which computes no gradients of frozen weights.
+    """
+    if device_peak_flops(device) is None or config.model.lora.rank is not None:
+        return None
+    size = measured(data.train, data.eval, share=share, counts=config.loss.traits.counts)
+    return flops_of_pair(DryRun(hf_config, trust_remote_code=config.model.trust_remote_code), size) / size.tokens
+
+
 def introduce(run: Run) -> None:
-    """Before the first step, on rank 0: what was found in data and model, and the first comparison, token by token."""
+    """Before the first step, on rank 0: print the facts about the run, and the first comparison token by token."""
     console = Console(quiet=not run.world.is_main, highlight=False)
     for line in (*run.start.lines, *run.lines):
         console.print(line, markup=False, soft_wrap=True)
     show_first_example(run.data.train.comparison(run.plan.first()), run.tokenizer, console)
 
 
-def token_budget(config: Config, tokens: int) -> int:
-    """`tokens`, or with batch.shrink at most 3/4 of what an earlier attempt at this run had no memory for."""
-    path = Path(config.run.dir) / TOO_MUCH
+def _data(config: Config, start: Start) -> tuple[PreTrainedTokenizerFast, PreparedData]:
+    tokenizer, data = prepared(config)
+    start.check_data(config, data.train.fingerprint)
+    return tokenizer, data
+
+
+def _own_budget(
+    config: Config, hf_config: PretrainedConfig, data: PreparedData, tokens_N: np.ndarray, share: bool, world: World
+) -> Fit:
+    """The token budget and the recompute that suit this rank's memory.
+
+    After a run that ended out of memory, batch.shrink limits the budget to 3/4 of the tokens that did not fit.
+    """
+    longest = max(int(tokens_N.max()), int(computed_tokens(data.eval, share).max()) if data.eval else 0)
+    units = size_N(data.train, config.loss.traits.counts)
+    tokens_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
+    ranks = world.local_size if config.parallel.traits.by_host else world.size  # that share one state
+    own = fit(config, hf_config, longest, world.device, ranks, tokens_of_step)
+    path = Path(config.run.dir) / OUT_OF_MEMORY_FILE
     if not config.batch.shrink or not path.exists():
-        return tokens
-    return min(tokens, json.loads(path.read_text(encoding="utf-8"))["tokens"] * 3 // 4)
+        return own
+    return Fit(min(own.tokens, json.loads(path.read_text(encoding="utf-8"))["tokens"] * 3 // 4), own.recompute)
+
+
+def _remote_code(config: Config) -> list[str]:
+    """A warning if the model's own code runs here."""
+    if not config.model.trust_remote_code:
+        return []
+    pinned = f"at revision {config.model.revision}" if config.model.revision else "NOT pinned: set model.revision"
+    return [f"warning: model.trust_remote_code is on: code that comes with {config.model.name} runs here ({pinned})"]

@@ -1,12 +1,13 @@
-"""NaN and Inf: a step whose gradient is not finite is left out, on all ranks together, before it reaches a weight.
+"""Skips steps whose gradient holds NaN or Inf, on all ranks, before they change a weight.
 
-Enters: the global gradient norm of each step (the same on every rank; it is not finite exactly if some gradient is
-not). Leaves: the optimizer told to skip, a line that names the tensors, and an end to the run when it happens too
-often in a row. Example: a pair whose loss overflows at step 8 makes 3 of 31 gradients NaN -> AdamW changes nothing at
-step 8, not its own averages either; step 9 goes on from the weights of step 7.
+Input: the global gradient norm of each step (the same on every rank; it is not finite if any gradient is not).
+Output: an optimizer that skips the update, a warning that lists the tensors, and the end of the run after
+run.max_bad_steps such steps in a row.
+Example: a pair whose loss overflows at step 8 makes 3 of 31 gradients NaN. AdamW then changes neither weights nor its
+averages, and step 9 continues from the weights of step 7.
 
-AdamW's fused kernel looks at `found_inf` on the device (torch/optim/adam.py), so nothing waits for the GPU; the host
-looks at every log interval there, at every step on a CPU.
+AdamW's fused kernel reads `found_inf` on the device (torch/optim/adam.py), so the host does not wait. The host looks at
+the counts in every step on a CPU, and once per log interval on a GPU.
 """
 
 import math
@@ -21,12 +22,14 @@ from rmcore.parallel.world import RankError, all_gather_json
 from rmcore.tracking.tracker import Tracker
 from rmcore.training.run import Run
 
-NAMED = 5  # tensors in a message
-ENOUGH, SPREADS, FAR = 8, 6.0, 1.5  # a spike: after 8 intervals, 6 standard deviations and half as much again
+LISTED = 5  # tensors in a message
+# The loss of an interval is a spike if at least ENOUGH intervals precede it, and it is SPREADS standard deviations and
+# FAR times above their mean.
+ENOUGH, SPREADS, FAR = 8, 6.0, 1.5
 
 
 class BadSteps:
-    """Watches the steps of one run."""
+    """Counts the non-finite steps of one run."""
 
     def __init__(self, run: Run, tracker: Tracker) -> None:
         self._run, self._tracker = run, tracker
@@ -35,20 +38,20 @@ class BadSteps:
         device = run.world.device
         self._names = list(run.strategy.named_parameters())
         self._in_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._since_told = torch.zeros((), dtype=torch.int64, device=device)
-        self._bad_P = torch.zeros(len(self._names), dtype=torch.bool, device=device)
+        self._since_report = torch.zeros((), dtype=torch.int64, device=device)
+        self._bad_W = torch.zeros(len(self._names), dtype=torch.bool, device=device)
 
     def watch(self, grad_norm: Tensor) -> None:
-        """Before the optimizer's step: let it skip the update when the norm is NaN or infinite. Never waits."""
+        """Call it before the optimizer's step: the update is skipped if the norm is NaN or infinite. Never waits."""
         bad = ~torch.isfinite(grad_norm)
         self._run.strategy.adamw.found_inf = bad.float()  # type: ignore[attr-defined]
         self._in_row = (self._in_row + 1) * bad
-        self._since_told += bad
-        self._bad_P |= ~torch.isfinite(self._run.strategy.grad_norms_P) & bad
+        self._since_report += bad
+        self._bad_W |= ~torch.isfinite(self._run.strategy.grad_norms_W) & bad
 
-    def note_spike(self, figures: Mapping[str, float]) -> None:
-        """Say when the loss of a log interval is far above those of the last twenty."""
-        loss = figures.get("train/rm/loss", math.nan)
+    def note_spike(self, metrics: Mapping[str, float]) -> None:
+        """Print a note if the loss of a log interval is far above those of the last twenty."""
+        loss = metrics.get("train/rm/loss", math.nan)
         if len(self._losses) >= ENOUGH:
             mean, spread = statistics.mean(self._losses), statistics.stdev(self._losses)
             if loss > mean + SPREADS * spread and loss > FAR * mean:
@@ -58,29 +61,29 @@ class BadSteps:
 
     @property
     def in_row(self) -> int:
-        """Non-finite steps up to now without a finite one between; waits for the device."""
+        """The number of non-finite steps since the last finite one; waits for the device."""
         return int(self._in_row)
 
     def report(self, done: int) -> None:
-        """Say what was skipped; a collective when something was. Raises RankError after run.max_bad_steps in a row."""
-        if self._run.world.device.type != "cpu" and done % self._run.config.log.every:
-            return  # a look would wait for the device
-        count = int(self._since_told)
+        """Print what was skipped; a collective if something was. Raises RankError after run.max_bad_steps in a row."""
+        if self._run.world.reads_wait and done % self._run.config.log.every:
+            return
+        count = int(self._since_report)
         if not count:
             return
-        mine = [self._names[place] for place in torch.nonzero(self._bad_P).flatten().tolist()]
-        everyones = [name for rank in all_gather_json(self._run.world, mine) for name in rank]
-        names = list(dict.fromkeys(everyones))
-        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        steps = f"{count} of the steps up to {done}" if count > 1 else f"step {done}" if self.in_row else "a step"
+        mine = [self._names[place] for place in torch.nonzero(self._bad_W).flatten().tolist()]
+        names = list(dict.fromkeys(name for rank in all_gather_json(self._run.world, mine) for name in rank))
+        shown = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+        in_row = self.in_row
+        steps = f"{count} of the steps up to {done}" if count > 1 else f"step {done}" if in_row else "a step"
         self._tracker.say(
-            f"warning: {steps} skipped on all ranks: NaN or Inf in the gradient of {shown or 'the whole'}"
+            f"warning: {steps} skipped on all ranks: NaN or Inf in the gradient of {shown or 'the whole model'}"
         )
-        self._since_told.zero_()
-        self._bad_P.zero_()
-        if self.in_row >= self._limit:
+        self._since_report.zero_()
+        self._bad_W.zero_()
+        if in_row >= self._limit:
             raise RankError(
-                f"{self.in_row} steps in a row up to step {done} had NaN or Inf in the gradient (of {shown}); all were "
+                f"{in_row} steps in a row up to step {done} had NaN or Inf in the gradient (of {shown}); all were "
                 "skipped, so the weights are those before them. Look at the data of these steps, lower optim.lr, or "
                 "train in parallel.precision=fp32; run.max_bad_steps sets how many may follow each other"
             )

@@ -1,13 +1,14 @@
-"""Where every rank is: told to the others once a second, so that a rank that hangs, dies or fails is named.
+"""Publishes where each rank is, so that an error message can name the rank that hung or died.
 
-Enters: the phase this rank is in. Leaves: one message when something goes wrong, on one rank, and an end for all of
-them. Through the process group's store, by a thread of its own: it works while a collective waits.
-Example: rank 1 waits for a file that never comes; after parallel.timeout_seconds rank 0's collective fails: "lost touch
-with other ranks at step 7, phase backward: rank 1 is at step 7, phase data, for 61 s". The failure is in the store, so
-rank 1's thread ends its process too.
+Input: the phase that this rank enters.
+Output: if something goes wrong, one message from one rank, and the end of all ranks.
+Example: rank 1 waits for a file that never comes. After parallel.timeout_seconds rank 0's collective fails, and rank 0
+prints "lost touch with other ranks at step 7, phase backward: rank 1 last seen at step 7, phase data, for 61 s". The
+failure is in the store, so rank 1's thread ends its process too.
 
-Phases of a step: data (waiting for a micro batch), compute (forward), backward (its gradient sync included), update,
-then boundary, and evaluation and save where they are due.
+A thread on every rank writes the rank's place into the process group's store twice per second. It works while a
+collective waits. Phases of a step: data (waiting for a micro batch), compute (forward), backward (with its gradient
+sync), update, boundary; evaluate and save where they are due.
 """
 
 import json
@@ -32,17 +33,15 @@ from rmcore.parallel.world import RankError, World, all_gather_json
 from rmcore.tracking.status import record_status
 from rmcore.tracking.tracker import Tracker
 
-BEAT_SECONDS = 0.5
-LISTEN_SECONDS = 3.0  # in which a rank that lives has beaten, and a rank that failed has said so
-GRACE_SECONDS = 15.0  # in which a rank leaves by itself once another has failed
-SLOW, SLOW_SECONDS = 1.5, 0.05  # times the median rank, and seconds a step more than it
+BEAT_SECONDS = 0.5  # between two beats
+LISTEN_SECONDS = 3.0  # within this time a live rank beats, and a failed rank publishes its message
+GRACE_SECONDS = 15.0  # for a rank to leave by itself after another one failed
+SLOW, SLOW_SECONDS = 1.5, 0.05  # a slow rank takes SLOW times as long as the median rank, and SLOW_SECONDS longer
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's own words: how often it has beaten, its step, its phase, for how many seconds it has been there, and its
-    host.
-    """
+    """What a rank published last: its number of beats, step, phase, seconds in this phase, and host."""
 
     beats: int
     step: int
@@ -54,29 +53,29 @@ class Place:
         return f"step {self.step}, phase {self.phase}"
 
 
-class Pulse:
-    """This rank's place and the others'; use it in a `with` around the run. On one rank it only keeps the place."""
+class Heartbeat:
+    """The places of this rank and of the others; use it in a `with` around the run. One rank publishes nothing."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self.step, self.phase, self._since = 0, "start", time.monotonic()
-        self.tokens = 0  # of the micro batch that is computed
+        self.tokens = 0  # of the micro batch under way
         self._own_seconds, self._steps = 0.0, 0
-        self.run_dir: str | None = None  # where run_status.json belongs, once the directory is ours
-        self._end, self._one_thread, self._told = threading.Event(), threading.Lock(), False
+        self.run_dir: str | None = None  # where to write run_status.json, once this run owns the directory
+        self._end, self._one_thread, self._printed = threading.Event(), threading.Lock(), False
         self._store = None
         if world.size > 1:
             store: Any = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore("rmcore/pulse", store.clone())  # a connection of its own
+            self._store = dist.PrefixStore("rmcore/heartbeat", store.clone())  # a connection of its own
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self._world.is_main
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         if self._store is not None:
-            threading.Thread(target=self._beat, name="rmcore-pulse", daemon=True).start()
+            threading.Thread(target=self._beat, name="rmcore-heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +84,7 @@ class Pulse:
     def at(self, phase: str, step: int | None = None) -> None:
         """This rank enters a phase; costs well under a microsecond."""
         now = time.monotonic()
-        if self.phase in ("data", "compute"):  # before the gradients are synchronised a rank's time is its own
+        if self.phase in ("data", "compute"):  # up to the gradient sync, a rank does not wait for other ranks
             self._own_seconds += now - self._since
         self.step, self.phase, self._since = self.step if step is None else step, phase, now
         fault(phase)
@@ -93,7 +92,7 @@ class Pulse:
     def through(
         self, step: int, micro_batches: Iterable[tuple[RaggedBatch, bool]]
     ) -> Iterator[tuple[RaggedBatch, bool]]:
-        """The micro batches of a step, with the phase around each: data while it is waited for, then compute."""
+        """Yields the micro batches of a step. The phase is data while waiting for one, compute after it is there."""
         self.at("data", step)
         self._steps += 1
         for batch, is_last in micro_batches:
@@ -103,77 +102,80 @@ class Pulse:
             self.at("data")
         self.at("update")
 
-    def name_slow_rank(self, tracker: Tracker) -> None:
-        """A collective, once a log interval: say which rank needs far longer than the others."""
+    def report_slow_rank(self, tracker: Tracker) -> None:
+        """Print which rank takes far longer than the others; a collective, once per log interval."""
         seconds = self._own_seconds / max(1, self._steps)
         self._own_seconds, self._steps = 0.0, 0
-        everyones = all_gather_json(self._world, seconds)
-        slowest, median = max(everyones), statistics.median_low(everyones)
+        seconds_by_rank = all_gather_json(self._world, seconds)
+        slowest, median = max(seconds_by_rank), statistics.median_low(seconds_by_rank)
         if slowest > SLOW * median and slowest - median > SLOW_SECONDS:
-            rank = everyones.index(slowest)
-            tracker.say(f"rank {rank} is slow: {slowest:.3f} s a step before its backward, the median {median:.3f} s")
+            rank = seconds_by_rank.index(slowest)
+            tracker.say(
+                f"rank {rank} is slow: it takes {slowest:.3f} s per step before the backward, the median rank "
+                f"{median:.3f} s"
+            )
 
     def failed(self, error: BaseException) -> None:
-        """The run ends with this error: one rank says why, on its console and in run_status.json.
+        """The run ends with this error: one rank prints the reason and writes it to run_status.json.
 
-        UserError and RankError were raised on all ranks alike, so rank 0 says them. For anything else the first rank
-        that fails publishes its message, and what follows from it on other ranks is not told.
+        All ranks raise UserError and RankError together, so rank 0 prints them. Of other errors, the first rank that
+        fails publishes its message, and the errors that follow on other ranks are not printed.
         """
         if isinstance(error, UserError | RankError):
             if self.is_main:
-                self._tell(str(error))
+                self._print(str(error))
             return
         if self._store is None:
-            self._tell(self._words(error))
+            self._print(self._explain(error))
             return
-        # Calls on the store may wait for ever when its host is out of reach, so they are made by a thread.
+        # A call of the store may wait for ever if its host cannot be reached, so a thread makes these calls.
         publishing = threading.Thread(target=self._publish, args=(error,), name="rmcore-failure", daemon=True)
         publishing.start()
         publishing.join(GRACE_SECONDS)
-        if publishing.is_alive() and not self._told:
-            self._tell_alone(error)
+        if publishing.is_alive() and not self._printed:
+            self._print_unreachable(error)
 
-    def _tell_alone(self, error: BaseException) -> None:
-        """The others cannot be told: say it here, and that the store is out of reach."""
-        what = self._words(error)
+    def _print_unreachable(self, error: BaseException) -> None:
+        """Print the error here, because the store, and with it the other ranks, cannot be reached."""
+        what = self._explain(error)
         if _is_collective(error):
             where = f"rank {self._world.rank} on {socket.gethostname()}"
             what = f"{where} lost touch with other ranks at step {self.step}, phase {self.phase}"
         store = os.environ.get("MASTER_ADDR", "rank 0's host")
-        self._tell(f"{what}; the job's store at {store} does not answer: that host or the network is down")
+        self._print(f"{what}; the job's store at {store} does not answer: that host or the network is down")
 
     def _publish(self, error: BaseException) -> None:
-        """Tell the others that this rank failed, and have it said once."""
+        """Publish that this rank failed, and see to it that one rank prints the message."""
         assert self._store is not None
         try:
-            message = self._words(error)
+            message = self._explain(error)
             if _is_collective(error):
                 before = self._places()
-                time.sleep(LISTEN_SECONDS)  # it may be the consequence of what another rank is about to say
-                message = f"{self._lost(before)}\n({str(error).splitlines()[0][:200]})"
+                time.sleep(LISTEN_SECONDS)  # another rank may be about to publish the cause
+                message = f"{self._missing_ranks(before)}\n({str(error).splitlines()[0][:200]})"
             self._store.compare_set("failure", "", message)
             end = time.monotonic() + 2 * LISTEN_SECONDS
-            while not self.is_main and not self._store.check(["told"]) and time.monotonic() < end:
-                time.sleep(0.05)  # rank 0's thread tells it; when rank 0 is gone, this one does
-            self._tell_failure()
-        except (RuntimeError, dist.DistError):  # the connection was given up, or the store's process has ended
-            self._tell_alone(error)
+            while not self.is_main and not self._store.check(["printed"]) and time.monotonic() < end:
+                time.sleep(0.05)  # rank 0's thread prints it; if rank 0 is dead, this rank does
+            self._print_failure()
+        except (RuntimeError, dist.DistError):  # the connection was closed, or the store's process has ended
+            self._print_unreachable(error)
 
-    def _tell_failure(self) -> None:
-        """Say what was published, unless it has been said, here or elsewhere."""
+    def _print_failure(self) -> None:
+        """Print the published message, unless some rank already did."""
         assert self._store is not None
         with self._one_thread:
             me = f"{self._world.rank}"
-            if not self._told and self._store.compare_set("told", "", me).decode() == me:
-                self._tell(self._store.get("failure").decode())
+            if not self._printed and self._store.compare_set("printed", "", me).decode() == me:
+                self._print(self._store.get("failure").decode())
 
-    def _tell(self, message: str) -> None:
-        self._told = True
+    def _print(self, message: str) -> None:
+        self._printed = True
         print(f"rmcore.train: {message}", file=sys.stderr, flush=True)
         if self.run_dir is not None:
             record_status(self.run_dir, "failed", step=self.step, reason=message)
 
-    def _words(self, error: BaseException) -> str:
+    def _explain(self, error: BaseException) -> str:
         where = f"rank {self._world.rank} of {self._world.size} failed at step {self.step}, phase {self.phase}"
         if isinstance(error, torch.OutOfMemoryError):
             return (
@@ -182,17 +184,20 @@ class Pulse:
             )
         return f"{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"
 
-    def _lost(self, before: dict[int, Place]) -> str:
-        """Which ranks are silent or elsewhere, from two looks some seconds apart."""
+    def _missing_ranks(self, before: dict[int, Place]) -> str:
+        """Which ranks are silent or at another place, found by comparing their places now with those `before`."""
         after = self._places()
         others = {rank: place for rank, place in after.items() if rank != self._world.rank}
-        silent = [rank for rank, place in others.items() if rank in before and before[rank].beats == place.beats]
-        elsewhere = [rank for rank, p in others.items() if (p.step, p.phase) != (self.step, self.phase)]
         here = socket.gethostname()
-        at = {rank: f"rank {rank}" + (f" on {p.host}" if p.host != here else "") for rank, p in others.items()}
-        lines = [f"{at[rank]} is silent, last seen at {others[rank]}" for rank in silent]
-        there = [rank for rank in elsewhere if rank not in silent]
-        lines += [f"{at[rank]} last seen at {others[rank]}, for {others[rank].seconds:.0f} s" for rank in there]
+        names = {rank: f"rank {rank}" + (f" on {p.host}" if p.host != here else "") for rank, p in others.items()}
+        silent = [rank for rank, place in others.items() if rank in before and before[rank].beats == place.beats]
+        elsewhere = [
+            rank
+            for rank, place in others.items()
+            if (place.step, place.phase) != (self.step, self.phase) and rank not in silent
+        ]
+        lines = [f"{names[rank]} is silent, last seen at {others[rank]}" for rank in silent]
+        lines += [f"{names[rank]} last seen at {others[rank]}, for {others[rank].seconds:.0f} s" for rank in elsewhere]
         what = "; ".join(lines) or "every rank is at the same place"
         return f"rank {self._world.rank} lost touch with other ranks at step {self.step}, phase {self.phase}: {what}"
 
@@ -204,7 +209,7 @@ class Pulse:
         }
 
     def _beat(self) -> None:
-        """The thread: say where this rank is; when another failed and this one does not leave, end the process."""
+        """The thread: publish this rank's place. End the process if another rank failed and this one does not leave."""
         assert self._store is not None
         beats, heard = 0, 0.0
         try:
@@ -215,15 +220,15 @@ class Pulse:
                 if self._store.check(["failure"]):
                     heard = heard or time.monotonic()
                     if self.is_main:
-                        self._tell_failure()
+                        self._print_failure()
                     if time.monotonic() - heard > GRACE_SECONDS:
                         os._exit(1)
         except (RuntimeError, dist.DistError):
-            return  # the store is gone: the process that held it has ended, and the collectives fail by themselves
+            return  # the process that held the store has ended; the collectives will fail by themselves
 
 
 def _is_collective(error: BaseException) -> bool:
-    """Whether the error says that other ranks could not be reached, as gloo and NCCL put it."""
+    """Whether this is gloo's or NCCL's way to report that other ranks cannot be reached."""
     text = str(error).lower()
     words = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "collective", "broken pipe")
     return isinstance(error, dist.DistError) or (

@@ -1,17 +1,22 @@
-"""The model of a run: whole on every rank, or each rank its own rows of every weight.
+"""Loads the model of a run, in one of two ways: whole on every rank, or in parts, each rank its rows of every weight.
 
-Enters: a config, this rank's place, the tokenizer. Leaves: a `Loaded` model to test, and then the model to train, which
-is another one where weights are split: the self-test computes in fp32, and FSDP2 fixes its arithmetic when it wraps.
-Example: Pythia 1b under zero3 on 4 ranks: each reads 0.9 GB of fp32 rows, the self-test gathers a layer at a time, and
-the rows go over to a second model on meta without being copied.
+Input: a config, the tokenizer, this process's `World`.
+Output: a `WholeModel` or a `ShardedModel`. Both have the model for the self-test, `tested`, and then give the model to
+train, `to_train()`.
+Example: Pythia 1b under zero3 on 4 ranks: each rank reads 0.9 GB of fp32 rows. The self-test gathers one layer at a
+time. Then a second model, on the meta device, takes the rows over without a copy.
+
+    whole    load_model, LoRA               -> tested -> the same model        -> strategy
+    sharded  model on meta, rows, FSDP2     -> tested -> second model on meta  -> strategy, which takes the rows over
+
+The second model is needed because the self-test computes in fp32, and FSDP2 fixes its arithmetic when it wraps a model.
 """
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.checkpoint.resume import Start
@@ -22,98 +27,115 @@ from rmcore.model.lazy_model import Outline, Whole, outline
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
 from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import RewardModel
-from rmcore.parallel.make import make_strategy
-from rmcore.parallel.strategy import Strategy, is_sharded
+from rmcore.parallel.fsdp import sharded_for_test
+from rmcore.parallel.strategy import Shards
 from rmcore.parallel.world import World, broadcast_json, device_mesh, first_error
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """`model`: ready to compute. `parts` and `weights`: where it is split, what to build it again from.
+@dataclass
+class WholeModel:
+    """Every rank has all weights: the tested model is the trained one.
 
-    `line`: why a model that was to be split was read whole, or nothing.
+    `adapted`, `base`: see `rmcore.training.run.Run`. `note`: why a model was not sharded although the strategy shards.
     """
 
-    model: RewardModel
+    tested: RewardModel
     model_class: type[PreTrainedModel]
     hf_config: PretrainedConfig
-    line: str = ""
-    parts: Outline | None = None
-    mesh: DeviceMesh | None = None
-    weights: dict[str, nn.Parameter] | None = None
-    adapted: tuple[Adapted, ...] = ()  # the layers that LoRA trains in place of their weights
-    base: str = ""  # with LoRA, the fingerprint of the weights that are not trained
+    adapted: tuple[Adapted, ...]
+    base: str
+    note: str
+    shards: Shards | None = None
+
+    def to_train(self) -> RewardModel:
+        """The model to train, on the path that the self-test chose."""
+        return self.tested
 
 
-def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start) -> Loaded:
-    """A collective. Raises UserError, on all ranks alike, for model files that cannot be trained from."""
-    if is_sharded(config) and world.device.type == "cpu":
-        return_freed_memory()
-    arguments = {
-        "seed": config.run.seed, "vocabulary": len(tokenizer), "pad_token_id": cast(int, tokenizer.pad_token_id)
-    }  # fmt: skip
+@dataclass
+class ShardedModel:
+    """Every rank has some rows of each weight, in `shards`. `tested` is sharded for the self-test, in fp32."""
 
-    def opened() -> Outline | PreTrainedModel:
-        if is_sharded(config):
-            try:
-                if config.model.lora.rank is not None:
-                    raise Whole("LoRA puts layers of its own into the model")
-                return outline(config.model, **arguments)
-            except Whole as reason:
-                lines.append(f"the weights are read whole on every rank: {reason}")
-        return load_model(config.model, **arguments)
+    tested: RewardModel
+    model_class: type[PreTrainedModel]
+    hf_config: PretrainedConfig
+    parts: Outline
+    shards: Shards
+    adapted: tuple[Adapted, ...] = ()
+    base: str = ""
+    note: str = ""
 
-    lines: list[str] = []
-    found = first_error(world, "loading the model", opened)
-    if isinstance(found, PreTrainedModel):
-        adapted, base = _adapted(config, cast(PreTrainedModel, found.base_model), world, start)
-        model = reward_model(found, config, arguments["pad_token_id"]).to(world.device)
-        return Loaded(model, type(found), found.config, "".join(lines), adapted=tuple(adapted), base=base)
-    return _split(found, config, world, arguments["pad_token_id"])
+    def to_train(self) -> RewardModel:
+        """A second model on meta, on the path that the self-test chose. The tested model is given up."""
+        skeleton = self.parts.build()
+        model = _reward_model(skeleton, self.tested.objective, self.tested.pad_token_id)
+        model.use(self.tested.path, pruned=self.tested.pruned)
+        self.hf_config = skeleton.config
+        del self.tested
+        gc.collect()  # FSDP2's wrapping refers to itself, and holds memory
+        return model
 
 
-def _adapted(config: Config, backbone: PreTrainedModel, world: World, start: Start) -> tuple[list[Adapted], str]:
-    """The layers that LoRA adapts, and the fingerprint of the weights that it does not train; nothing without it."""
-    if config.model.lora.rank is None:
-        return [], ""
-    lora, seed = config.model.lora, config.run.seed
-    adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, lora, seed))
-    base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
-    start.check_base(base)
-    return adapted, base
+def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start) -> WholeModel | ShardedModel:
+    """Load the model; a collective. Raises UserError, on all ranks, for model files that cannot be trained from."""
+    note = ""
+    if config.parallel.traits.shards_weights:
+        if world.device.type == "cpu":
+            return_freed_memory()
+        found = first_error(world, "loading the model", lambda: _outlined(config, tokenizer))
+        if isinstance(found, Outline):
+            return _load_sharded(found, config, world)
+        note = f"the weights are read whole on every rank: {found}"
+    return _load_whole(config, world, tokenizer, start, note)
 
 
-def _split(parts: Outline, config: Config, world: World, pad_token_id: int) -> Loaded:
-    from rmcore.parallel.fsdp import sharded_for_test
+def _outlined(config: Config, tokenizer: PreTrainedTokenizerFast) -> Outline | str:
+    """What a model in parts is built from; or the reason why this model must be loaded whole."""
+    if config.model.lora.rank is not None:
+        return "LoRA puts layers of its own into the model"
+    try:
+        return outline(
+            config.model, seed=config.run.seed, vocabulary=len(tokenizer), pad_token_id=_pad_token_id(tokenizer)
+        )
+    except Whole as reason:
+        return str(reason)
 
-    mesh = device_mesh(world, by_host=config.parallel.strategy == "hsdp")
+
+def _load_sharded(parts: Outline, config: Config, world: World) -> ShardedModel:
+    mesh = device_mesh(world, by_host=config.parallel.traits.by_host)
     skeleton = parts.build()
-    model = reward_model(skeleton, config, pad_token_id)
+    model = _reward_model(skeleton, Objective.of(config.loss), parts.pad_token_id)
+    offload = config.parallel.offload
     weights = first_error(
-        world,
-        "reading the weights",
-        lambda: sharded_for_test(model, parts, mesh, world, offload=config.parallel.offload),
+        world, "reading the weights", lambda: sharded_for_test(model, parts, mesh, world, offload=offload)
     )
-    return Loaded(model, type(skeleton), skeleton.config, "", parts, mesh, weights)
+    return ShardedModel(model, type(skeleton), skeleton.config, parts, Shards(mesh, weights))
 
 
-def to_train(loaded: Loaded, config: Config) -> Loaded:
-    """The model on the path that the self-test chose, without the self-test's wrapping."""
-    if loaded.parts is None:
-        return loaded
-    skeleton = loaded.parts.build()
-    model = reward_model(skeleton, config, loaded.model.pad_token_id)
-    model.use(loaded.model.path, pruned=loaded.model.pruned)
-    return replace(loaded, model=model, hf_config=skeleton.config)
+def _load_whole(
+    config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start, note: str
+) -> WholeModel:
+    pad_token_id, seed = _pad_token_id(tokenizer), config.run.seed
+    hf_model = first_error(
+        world,
+        "loading the model",
+        lambda: load_model(config.model, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad_token_id),
+    )
+    adapted: list[Adapted] = []
+    base = ""
+    if config.model.lora.rank is not None:
+        backbone = cast(PreTrainedModel, hf_model.base_model)
+        adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, config.model.lora, seed))
+        base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
+        start.check_base(base)
+    model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id).to(world.device)
+    return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, note)
 
 
-def parallelise(loaded: Loaded, config: Config, world: World) -> Strategy:
-    """Put the strategy on it; a collective."""
-    gc.collect()  # FSDP2's wrapping of the tested model refers to itself
-    return make_strategy(config, loaded.model, world, loaded.mesh, loaded.weights)
-
-
-def reward_model(hf_model: PreTrainedModel, config: Config, pad_token_id: int) -> RewardModel:
-    """The engine's model around transformers' parts."""
+def _reward_model(hf_model: PreTrainedModel, objective: Objective, pad_token_id: int) -> RewardModel:
     backbone, score = cast(PreTrainedModel, hf_model.base_model), cast(nn.Linear, hf_model.score)
-    return RewardModel(backbone, score, pad_token_id=pad_token_id, objective=Objective.of(config.loss))
+    return RewardModel(backbone, score, pad_token_id=pad_token_id, objective=objective)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    return cast(int, tokenizer.pad_token_id)

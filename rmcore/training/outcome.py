@@ -1,6 +1,7 @@
-"""How a run ended: one message, run_status.json, and the exit code.
+"""Records how a run ended: one message, run_status.json, and the exit code.
 
-Enters: whatever ends the body of a `with`. Leaves: the status file, and an `Ending` with the exit code.
+Input: the exception that ends the body of a `with`.
+Output: the status file, and an `Ending` with the exit code.
 Example: rank 3 raises ValueError at step 7 -> {"status": "failed", "step": 7, "reason": "rank 3 of 8 failed at step 7,
 phase compute: ..."}, exit code 1 on every rank, one traceback on rank 0's console.
 """
@@ -20,17 +21,15 @@ from rmcore.config import UserError
 from rmcore.host.files import write_text_atomically
 from rmcore.parallel.world import LEAVING, SAVING
 from rmcore.tracking.status import record_status
-from rmcore.training.heartbeat import Pulse
+from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.signals import Signals, Stopped
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 3  # exit codes
-
-
-TOO_MUCH = "out_of_memory.json"  # in the run directory: the micro batch that did not fit
+OUT_OF_MEMORY_FILE = "out_of_memory.json"  # in the run directory: tokens of the micro batch that did not fit
 
 
 class Ending(Exception):
-    """The run is over, and what there is to say has been said."""
+    """The run is over, and its message is printed."""
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -38,29 +37,30 @@ class Ending(Exception):
 
 
 @contextmanager
-def recorded(run_dir: str, pulse: Pulse, signals: Signals) -> Iterator[None]:
-    """Around a run that holds its directory: say and write what became of it; raises Ending for what was raised."""
-    pulse.run_dir = run_dir
+def recorded(run_dir: str, heartbeat: Heartbeat, signals: Signals) -> Iterator[None]:
+    """Goes around a run that owns its directory. Prints and writes how it ended; raises Ending for any exception."""
+    heartbeat.run_dir = run_dir
     try:
         yield
     except Stopped as stop:
-        if pulse.is_main:
-            step = stop.step or pulse.step  # 0: outside the loop, where nothing that counts is unsaved
-            print(f"rmcore.train: {stop} at step {step}; the same command goes on from there", file=sys.stderr)
+        if heartbeat.is_main:
+            step = stop.step or heartbeat.step  # 0: the signal came outside the loop, where everything is saved
+            print(f"rmcore.train: {stop} at step {step}; run the same command again to resume", file=sys.stderr)
             record_status(run_dir, "preempted", step=step, episode=stop.episode, reason=str(stop))
         raise Ending(STOPPED) from None
     except Exception as error:
-        signals.ignore()  # torchrun ends the others with SIGTERM as soon as one rank has left
+        signals.ignore()  # torchrun sends SIGTERM to the other ranks as soon as one rank has left
         if isinstance(error, torch.OutOfMemoryError):
-            write_text_atomically(Path(run_dir) / TOO_MUCH, json.dumps({"tokens": pulse.tokens}) + "\n")
-        pulse.failed(error)
+            path = Path(run_dir) / OUT_OF_MEMORY_FILE
+            write_text_atomically(path, json.dumps({"tokens": heartbeat.tokens}) + "\n")
+        heartbeat.failed(error)
         raise Ending(REFUSED if isinstance(error, UserError) else FAILED) from error
 
 
 def leave_process(code: int) -> NoReturn:
-    """End this process with the exit code, also when threads of a failed group still wait for peers out of reach.
+    """End this process with the exit code, even if threads of a failed group still wait for unreachable ranks.
 
-    Closing the interpreter would join gloo's threads, which wait out their timeout: an hour for a save.
+    A normal exit of the interpreter would join gloo's threads, which wait for their timeout: an hour for a save.
     """
     waiting = [thread for thread in threading.enumerate() if thread.name in (LEAVING, SAVING) and thread.is_alive()]
     if waiting:

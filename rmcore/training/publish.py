@@ -1,8 +1,8 @@
-"""The end of a run: the trained weights become a Hugging Face directory, are checked, and go to the hub when asked.
+"""Exports the trained model as a Hugging Face directory, checks it, and pushes it to the hub if configured.
 
-Enters: a `Run` and its last evaluation. Leaves: `<run.dir>/model/`, whose rewards, reloaded by plain transformers,
-equal the engine's. Example: 6 texts of the longest and some other comparisons, largest difference 2.4e-07, allowed
-1.0e-05.
+Input: a `Run` and its last evaluation.
+Output: `<run.dir>/model/`. Its rewards, when plain transformers reloads it, equal the engine's.
+Example: 6 texts of the longest and some other comparisons, largest difference 2.4e-07, allowed 1.0e-05.
 """
 
 from pathlib import Path
@@ -21,21 +21,23 @@ from rmcore.hf_export.upload import push
 from rmcore.host.memory import available_memory
 from rmcore.model.lazy_model import exported
 from rmcore.model.lora import merged
-from rmcore.parallel.strategy import Strategy, is_sharded
+from rmcore.parallel.fsdp import materialise, shard
+from rmcore.parallel.strategy import Strategy
 from rmcore.parallel.world import RankError, World, broadcast_json, device_mesh, first_error
 from rmcore.tracking.tracker import Tracker
 from rmcore.training.run import Run
 
-RELOAD_SHARE = 0.25  # of the memory that is left, for a whole fp32 copy of the exported model
+RELOAD_SHARE = 0.25  # share of the available host memory that one whole fp32 copy of the model may take
 
 
 def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
-    """Export from all ranks' shards, a weight at a time; a collective. Raises RankError on every rank when the export
-    is not what was trained.
+    """Export the model, one whole weight at a time; a collective.
+
+    Raises RankError, on all ranks, if the export cannot be written or does not compute what was trained.
     """
     config, world, directory = run.config, run.world, Path(run.config.run.dir) / "model"
     probe = make_probe(run)
-    run.strategy.adamw.state.clear()  # the run is over, and checking may need the memory
+    run.strategy.adamw.state.clear()  # the training is over, and the check may need the memory
     package = Package(
         model_class=run.model_class,
         hf_config=run.hf_config,
@@ -61,12 +63,12 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             plain = merged(dict(tensors), run.adapted)
             return write_model({n: tuple(t.shape) for n, t in plain.items()}, plain.items(), package, directory)
         finally:
-            for _ in tensors:  # the other ranks are gathering too, whatever became of the disk
+            for _ in tensors:  # the other ranks gather all weights, so this rank must too, even if its disk failed
                 pass
 
     temporary = first_error(world, "the export", write)
     place = Path(broadcast_json(world, str(temporary)))
-    by_parts = broadcast_json(world, is_sharded(config) and _too_large(run.strategy))
+    by_parts = broadcast_json(world, config.parallel.traits.shards_weights and _too_large(run.strategy))
     try:
         parity = first_error(world, "the export", lambda: _checked(run, package, place, probe, by_parts))
     except RankError as error:
@@ -84,13 +86,13 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
 
 
 def _too_large(strategy: Strategy) -> bool:
-    """Whether a whole fp32 copy would take more than RELOAD_SHARE of the memory that this host has left."""
+    """Whether a whole fp32 copy would take more than RELOAD_SHARE of the available host memory."""
     need = 4 * sum(p.numel() for p in strategy.named_parameters().values())
     return need > RELOAD_SHARE * available_memory()
 
 
 def _checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: bool) -> Parity | None:
-    """On rank 0 with the whole model, or on all ranks with a part each: transformers' own code either way."""
+    """Run transformers' own code on the export: the whole model on rank 0, or a part of it on each rank."""
     if not (by_parts or run.world.is_main):
         return None
     model = exported_shards(place, run.config, run.world) if by_parts else reloaded(place)
@@ -100,7 +102,7 @@ def _checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: bo
 
 
 def make_probe(run: Run) -> Probe:
-    """A few held-out texts (the longest among them) and the engine's rewards for them; a collective under FSDP."""
+    """A few held-out texts, the longest among them, and the engine's rewards for them; a collective under FSDP."""
     precision = torch.bfloat16 if run.config.parallel.precision == "bf16" else torch.float32
     precision = torch.float8_e4m3fn if run.config.parallel.fp8 else precision
     with run.strategy.autocast():
@@ -108,17 +110,15 @@ def make_probe(run: Run) -> Probe:
 
 
 def exported_shards(directory: Path, config: Config, world: World) -> PreTrainedModel:
-    """An exported model as transformers runs it, each rank holding its rows; a collective.
+    """An exported model as transformers runs it, of which each rank holds its rows; a collective.
 
-    Raises ExportError: the files do not hold exactly the weights of the class that they name.
+    Raises ExportError if the files do not hold exactly the weights of the model's class.
     """
-    from rmcore.parallel.fsdp import materialise, shard
-
     try:
         parts = exported(directory)
     except UserError as error:
         raise ExportError(str(error)) from error
     model = parts.build()
-    shard(model, device_mesh(world, by_host=config.parallel.strategy == "hsdp"))
+    shard(model, device_mesh(world, by_host=config.parallel.traits.by_host))
     materialise(model, parts, world.device)
     return model

@@ -1,4 +1,9 @@
-"""A run: everything that the loop works with."""
+"""Holds everything that the loop works with.
+
+Input: what `rmcore.training.assembly` has built.
+Output: a frozen `Run`.
+Example: a run that resumes from step 8 has `position.step == 8`, and `plan.steps_from(8)` are the steps that remain.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from rmcore.checkpoint.resume import Start
 from rmcore.config.schema import Config
-from rmcore.data.batches.step_plan import Plan
+from rmcore.data.batches.step_plan import Plan, Step
 from rmcore.data.prepare import PreparedData
 from rmcore.model.lora import Adapted
 from rmcore.parallel.strategy import Strategy
@@ -16,7 +21,17 @@ from rmcore.tracking.moment import Moment
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with. `share`: whether batches hold each prompt once (the self-test's answer)."""
+    """One run on this rank. All ranks have the same values, except for `world` and the weights in `strategy`.
+
+    Attributes:
+        token_budget: most tokens in a micro batch.
+        share: whether batches hold each prompt once (the result of the self-test).
+        flops_per_token: training FLOPs per computed token; None where the model FLOPs utilisation is not logged.
+        start: where the run begins: at step 0, or at a checkpoint.
+        lines: facts about the run, for the user.
+        adapted: the layers that LoRA trains instead of their weights.
+        base: with LoRA, the fingerprint of the weights that are not trained.
+    """
 
     config: Config
     world: World
@@ -28,13 +43,19 @@ class Run:
     hf_config: PretrainedConfig
     token_budget: int
     share: bool
-    start: Start  # where the run begins: at zero, or from a checkpoint
-    lines: tuple[str, ...]  # what the user should know of the above
-    adapted: tuple[Adapted, ...] = ()  # the layers that LoRA trains in place of their weights
-    base: str = ""  # with LoRA, the fingerprint of the weights that are not trained
+    flops_per_token: float | None
+    start: Start
+    lines: tuple[str, ...]
+    adapted: tuple[Adapted, ...] = ()
+    base: str = ""
 
     @property
     def position(self) -> Moment:
-        """Steps done, pairs and passes seen before the first step of this start."""
+        """Steps, pairs and epochs that were done before this process started."""
         manifest = self.start.manifest
         return Moment(manifest.step, manifest.episode, manifest.epoch) if manifest else Moment(0, 0, 0.0)
+
+
+def moment_after(step: Step) -> Moment:
+    """The position of the run after `step`."""
+    return Moment(step.index + 1, step.episode, step.epoch)

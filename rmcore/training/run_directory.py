@@ -1,11 +1,15 @@
-"""Before a run touches its directory: it can be written, it is ours alone, and there is room for the checkpoints.
+"""Checks a run directory before the run uses it: it is writable, no other run uses it, and the checkpoints fit.
 
-Enters: run.dir. Leaves: a lock that is held until the end of the run, or a UserError. Example: "runs/hh is in use by
-pid 123 on host a since 2025-01-01 10:00:00".
+Input: run.dir.
+Output: a lock that is held until the end of the run, or a UserError.
+Example: "run.dir runs/hh is in use by pid 123 on host a since 2025-01-01 10:00:00".
 
-The lock is `flock` on <run.dir>/.lock, which the system lets go of when the process dies, however it dies; it tells
-processes of one host apart. The file names the holder, and a thread touches it every few seconds: a lock of another
-host (where flock may not reach) is in use if it changes while we watch, and left over if it does not.
+The lock is `flock` on <run.dir>/.lock. The system releases it when the process ends, in whatever way. It separates the
+processes of one host only, so the file also contains the holder, and a thread of the holder touches it every few
+seconds: a lock of another host is in use if the file is touched while we watch it, and left over if not.
+
+Why not the package filelock: without flock (ENOSYS) it falls back to a file that a killed process leaves behind, on
+other errors (ENOLCK, EOPNOTSUPP) it fails, and its older versions empty the file that contains the holder.
 """
 
 import errno
@@ -26,17 +30,17 @@ from rmcore.cost.memory import BYTES_A_PARAMETER
 from rmcore.parallel.world import World, first_error
 
 TOUCH_SECONDS = 5.0
-WATCH_SECONDS = 30.0  # longer than the touches of a live holder are apart, attribute caches of network disks included
+WATCH_SECONDS = 30.0  # longer than the time between two touches as a network disk shows them (attribute caches)
 
 
 @contextmanager
 def own_directory(config: Config, world: World) -> Iterator[None]:
-    """Hold run.dir for this run. Raises UserError, on all ranks alike: not writable, or in use."""
+    """Hold run.dir for this run. Raises UserError, on all ranks, if it is not writable or in use."""
     directory = Path(config.run.dir)
     lock = first_error(world, "preparing the run directory", lambda: _Lock(directory) if world.is_main else None)
     try:
         if world.size > world.local_size:
-            first_error(world, "looking for the run directory", lambda: _see(directory))
+            first_error(world, "looking for the run directory", lambda: _check_visible(directory))
         yield
     finally:
         if lock:
@@ -44,7 +48,7 @@ def own_directory(config: Config, world: World) -> Iterator[None]:
 
 
 def check_disk(config: Config, world: World, parameters: int) -> None:
-    """Raises UserError, on all ranks alike, when the disk cannot hold the checkpoints to be kept and one more."""
+    """Raises UserError, on all ranks, if the disk cannot hold the checkpoints to keep and one more."""
     first_error(world, "looking at the disk", lambda: _check_disk(config, parameters) if world.is_main else None)
 
 
@@ -54,7 +58,7 @@ def _check_disk(config: Config, parameters: int) -> None:
     root = Path(config.run.dir) / "checkpoints"
     one = BYTES_A_PARAMETER * parameters
     held = sum(file.stat().st_size for file in root.glob("step-*/*")) if root.is_dir() else 0
-    count = config.run.keep + config.run.keep_best + 1  # a new one is whole before an old one goes
+    count = config.run.keep + config.run.keep_best + 1  # a new one is complete before an old one is deleted
     free = shutil.disk_usage(config.run.dir).free
     if free + held < count * one:
         raise UserError(
@@ -68,8 +72,8 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def _see(directory: Path) -> None:
-    """Every host must see the directory that rank 0 writes to."""
+def _check_visible(directory: Path) -> None:
+    """Raises UserError if this host does not see the directory to which rank 0 writes."""
     end = time.monotonic() + WATCH_SECONDS
     while not (directory / ".lock").exists():
         if time.monotonic() > end:
@@ -101,7 +105,7 @@ class _Lock:
         threading.Thread(target=self._touch, name="rmcore-lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give the directory free. The file stays: removing it would let two later runs lock two files of its name."""
+        """Release the lock. The file stays: if it were removed, two later runs could lock two files of this name."""
         self._end.set()
         self._file.truncate(0)
         self._file.close()
@@ -119,7 +123,7 @@ class _Lock:
             raise UserError(_in_use(directory, holder))
 
     def _is_touched(self) -> bool:
-        """Whether a process on another host touches the file while this one watches."""
+        """Whether a process on another host touches the file while this process watches it."""
         first, end = self._path.stat().st_mtime_ns, time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             time.sleep(0.5)

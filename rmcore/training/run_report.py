@@ -1,11 +1,11 @@
-"""The report of a training run, written when everything else is done.
+"""Writes the report of a training run, after everything else is done.
 
-Enters: a `Run`, its last evaluation, its metrics.jsonl. Leaves: <run.dir>/report.html, with log.report=png also
-<run.dir>/plots/*.png. Nothing that goes wrong here may cost a finished training: it is one line of warning.
-Example: 4 evaluations of 1,000 held-out pairs -> a page of about 500 kB after some two seconds, on rank 0.
+Input: a `Run`, its last evaluation, its metrics.jsonl.
+Output: <run.dir>/report.html; with log.report=png also <run.dir>/plots/*.png.
+Example: 4 evaluations of 1,000 held-out pairs -> a page of about 500 kB after about two seconds, on rank 0.
+
+A failure here must not spoil a finished training, so it is only a warning.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,26 @@ from rmcore.training.run import Run
 
 
 def report_run(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
-    """Write the report on rank 0; the others return at once. Raises nothing but what ends a process."""
+    """Write the report on rank 0; other ranks return at once. Any Exception becomes a warning."""
     if not run.world.is_main or run.config.log.report == "none":
         return
     directory = Path(run.config.run.dir)
     pictures = directory / "plots" if run.config.log.report == "png" else None
     try:
-        write_report(gather(run, evaluation), directory / "report.html", pictures)
-    except Exception as error:  # whatever it is, the model is trained and exported
+        write_report(report_of(run, evaluation), directory / "report.html", pictures)
+    except Exception as error:  # the model is trained and exported already
         tracker.say(f"warning: no report: {type(error).__name__}: {error}")
         return
     tracker.say(f"report in {directory / 'report.html'}")
 
 
-def gather(run: Run, evaluation: Evaluation | None) -> Report:
-    """What the report tells of a run."""
+def report_of(run: Run, evaluation: Evaluation | None) -> Report:
+    """The content of the report."""
     config, held_out = run.config, run.data.eval
-    judged: dict[str, Any] = {"figures": {}, "pairs": None, "answers": None, "samples": ()}
+    quality: dict[str, Any] = {"figures": {}, "pairs": None, "answers": None, "samples": ()}
     if evaluation is not None and held_out is not None:
         rewards_A = evaluation.rewards_A
-        judged = {
+        quality = {
             "figures": evaluation.figures,
             "pairs": pair_arrays(held_out, rewards_A),
             "answers": answer_arrays(held_out, rewards_A),
@@ -58,5 +58,5 @@ def gather(run: Run, evaluation: Evaluation | None) -> Report:
         config_yaml=config.dump_yaml(),
         history=read_history(Path(config.run.dir) / "metrics.jsonl"),
         environment=environment(run.world.device.type, run.world.size),
-        **judged,
+        **quality,
     )

@@ -1,12 +1,14 @@
-"""Saving: when, and how, beside the training.
+"""Writes checkpoints while the training continues.
 
-Enters: the end of each step. Leaves: checkpoints. The loop is held up only while this rank's share of the state is
-copied to host memory; a thread on each rank then writes its file, rank 0's the manifest, and the directory gets its
-name. The threads agree through a process group of their own, so nothing they send crosses what the loop sends. The
-next save waits for this one; so do the end of the run and a stop by a signal.
+Input: the end of each step.
+Output: checkpoints in <run.dir>/checkpoints.
+Example: save_every 4, keep 2. At step 12 the saver makes .tmp-step-12. Step 13 computes while the files are written.
+When every file is synced, the directory becomes step-12; after that, step-4 is deleted.
 
-Example: save_every 4, keep 2: .tmp-step-12 appears at step 12, step 13 computes while it is written, step-12 appears
-when every file is synced, and only then step-4 goes.
+The loop waits only while each rank copies its share of the state to host memory. Then a thread on each rank writes this
+rank's file, and rank 0's thread writes the manifest and renames the directory. The threads use a process group of their
+own, so that their collectives do not mix with those of the loop. The next save, the end of the run and a stop by a
+signal wait for the save under way.
 """
 
 import shutil
@@ -26,26 +28,27 @@ from rmcore.data.batches.step_plan import Step
 from rmcore.evaluation.evaluate import Evaluation
 from rmcore.host.faults import fault
 from rmcore.parallel.world import SAVING, RankError, all_gather_json, any_rank_max, first_error, second_group
-from rmcore.training.heartbeat import Pulse
+from rmcore.training.bad_steps import BadSteps
+from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.metrics import Metrics
 from rmcore.training.run import Run
 from rmcore.training.signals import Signals, Stopped
 
 T = TypeVar("T")
-LONGEST_WRITE = 3600.0  # seconds that one rank may write longer than another before the save is given up
-LEAVE_SECONDS = 5.0
+LONGEST_WRITE = 3600.0  # seconds that a rank waits for the slowest rank to write its file, before the save fails
+LEAVE_SECONDS = 5.0  # wait for the writing thread when the run fails
 
 
 class Saver:
     """The checkpoints of one run; use it in a `with` around the loop, on every rank."""
 
-    def __init__(self, run: Run, metrics: Metrics, pulse: Pulse, signals: Signals) -> None:
+    def __init__(self, run: Run, metrics: Metrics, bad_steps: BadSteps, heartbeat: Heartbeat, signals: Signals) -> None:
         self._run, self._world, self._metrics = run, run.world, metrics
-        self._pulse, self._signals = pulse, signals
+        self._bad_steps, self._heartbeat, self._signals = bad_steps, heartbeat, signals
         self._config = run.config.run
         self._root = Path(self._config.dir) / "checkpoints"
         self._saved = run.start.step if run.start.checkpoint else -1  # the step of the newest checkpoint
-        self._last = time.monotonic()
+        self._saved_at = time.monotonic()
         self._host = HostCopy()
         self._group = second_group(LONGEST_WRITE) if self._world.size > 1 else None
         self._thread: threading.Thread | None = None
@@ -55,57 +58,51 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Stopped | RankError):  # the other ranks are here too
+        if kind is None or issubclass(kind, Stopped | RankError):  # every rank leaves here
             self.wait()
         elif self._thread:
             self._thread.join(LEAVE_SECONDS)
 
-    def step_done(self, step: Step, evaluation: Evaluation | None, *, healthy: bool) -> None:
-        """At the end of a step: save if it is due; raises Stopped, once saved, when any rank got a signal.
+    def step_done(self, step: Step, evaluation: Evaluation | None) -> None:
+        """Call it at the end of a step with the evaluation of that step, if there was one.
 
-        Args:
-            evaluation: that of this step, if there was one.
-            healthy: False while non-finite steps follow each other; what was saved before them is not replaced then.
+        Saves if a checkpoint is due or a rank received a signal. While non-finite steps follow each other it does not
+        save: the checkpoint before them stays the newest. Raises Stopped after a signal, once everything is saved.
         """
         done = step.index + 1
-        self._pulse.at("boundary", done)
-        told = [self._signals.received, self._minutes_are_over(), int(self._error is not None)]
-        signal, minutes, failed = any_rank_max(self._world, told)
+        self._heartbeat.at("boundary", done)
+        mine = [self._signals.received, self._minutes_are_over(), int(self._error is not None)]
+        signal, minutes, failed = any_rank_max(self._world, mine)
         if failed:
-            self.wait()  # raises, on the ranks too whose thread has not come to it yet
-        due = bool(self._config.save_every and done % self._config.save_every == 0) or bool(minutes)
-        due = due or bool(self._config.keep_best and evaluation)
-        due = due or (done == self._run.plan.steps and bool(self._config.save_every or self._config.save_minutes))
-        if (due or signal) and healthy and done != self._saved:
+            self.wait()  # raises on all ranks; on some of them the thread may not have failed yet
+        due = bool(minutes) or self._is_due(done, evaluation)
+        # Whether the last steps were finite is known on the device only. Waiting for it is left to steps that save.
+        if (due or signal) and done != self._saved and self._bad_steps.in_row == 0:
             self.save(step, evaluation)
         if signal:
             self.wait()
             raise Stopped(signal, done, step.episode)
 
     def save(self, step: Step, evaluation: Evaluation | None) -> None:
-        """Begin a checkpoint of the state as it is now; a collective. Raises RankError on all ranks alike."""
+        """Begin a checkpoint of the present state; a collective. Raises RankError on all ranks."""
         self.wait()
         with self._metrics.clock_paused():
             done, world = step.index + 1, self._world
-            self._pulse.at("save")
+            self._heartbeat.at("save")
             fault("save.begin")
-            first_error(
-                world,
-                f"checkpoint step {done}",
-                lambda: self._told(done, lambda: self._begin(done)) if world.is_main else None,
-            )
+            self._first_error(done, lambda: directory.begin(self._root, done) if world.is_main else None)
             manifest = self._manifest(step, evaluation)
             fault("save.copy")
             self._host.take(pieces(self._run.strategy, world))
-            self._saved, self._last = done, time.monotonic()
+            self._saved, self._saved_at = done, time.monotonic()
             if self._config.background_save:
-                self._thread = threading.Thread(target=self._guarded, args=(manifest,), name=SAVING, daemon=True)
+                self._thread = threading.Thread(target=self._write_guarded, args=(manifest,), name=SAVING, daemon=True)
                 self._thread.start()
             else:
                 self._write(manifest)
 
     def wait(self) -> None:
-        """Until the save that is under way is on the disk. Raises what it raised, on all ranks alike."""
+        """Wait until the save under way is on the disk. Raises its error, on all ranks."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -113,12 +110,17 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def _is_due(self, done: int, evaluation: Evaluation | None) -> bool:
+        config = self._config
+        if config.save_every and done % config.save_every == 0:
+            return True
+        if config.keep_best and evaluation:
+            return True
+        return done == self._run.plan.steps and bool(config.save_every or config.save_minutes)
+
     def _minutes_are_over(self) -> int:
         minutes = self._config.save_minutes
-        return int(self._world.is_main and minutes is not None and time.monotonic() - self._last >= 60 * minutes)
-
-    def _begin(self, step: int) -> None:
-        directory.begin(self._root, step)
+        return int(self._world.is_main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
     def _manifest(self, step: Step, evaluation: Evaluation | None) -> Manifest:
         run = self._run
@@ -137,71 +139,72 @@ class Saver:
             figures=evaluation.logged() if evaluation else None,
         )
 
-    def _guarded(self, manifest: Manifest) -> None:
+    def _write_guarded(self, manifest: Manifest) -> None:
         try:
             self._write(manifest)
         except BaseException as error:
             self._error = error
 
     def _write(self, manifest: Manifest) -> None:
-        """On every rank: the file, then, once all have theirs, the manifest and the name. Any failure fails all."""
-        world, group, step = self._world, self._group, manifest.step
-        what = f"checkpoint step {step}"
+        """Every rank writes its file. When all files are on the disk, rank 0 writes the manifest and renames."""
+        world, step = self._world, manifest.step
         name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
-        path = directory.temporary(self._root, step) / name
+        temporary = directory.temporary(self._root, step)
+
+        def write_file() -> FileRecord:
+            fault("save.open")
+            return write_shard(temporary / name, self._host.slices)
+
         try:
-            record = first_error(world, what, lambda: self._told(step, lambda: self._shard(path)), group)
-            keys = {key for key, _, _ in self._host.slices}
-            parts = all_gather_json(world, {"name": name, "record": asdict(record), "keys": sorted(keys)}, group)
+            record = self._first_error(step, write_file, in_thread=True)
+            keys = sorted({key for key, _, _ in self._host.slices})
+            parts = all_gather_json(world, {"name": name, "record": asdict(record), "keys": keys}, self._group)
             files = {part["name"]: FileRecord(**part["record"]) for part in parts}
-            everything = sorted({key for part in parts for key in part["keys"]})
-            whole = replace(manifest, files=files, keys=everything)
-            first_error(
-                world, what, lambda: self._told(step, lambda: self._finish(whole)) if world.is_main else None, group
-            )
+            complete = replace(manifest, files=files, keys=sorted({key for part in parts for key in part["keys"]}))
+            self._first_error(step, lambda: self._finish(complete) if world.is_main else None, in_thread=True)
         except RankError:
             if world.is_main:
-                shutil.rmtree(directory.temporary(self._root, step), ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _shard(self, path: Path) -> FileRecord:
-        fault("save.open")
-        return write_shard(path, self._host.slices)
-
     def _finish(self, manifest: Manifest) -> None:
-        """On rank 0: all files are whole and on the disk."""
+        """On rank 0, when all files are complete and on the disk."""
         fault("save.manifest")
         write_manifest(directory.temporary(self._root, manifest.step), manifest)
         directory.commit(self._root, manifest.step)
         directory.retire(self._root, self._kept())
 
     def _kept(self) -> set[int]:
-        """The newest run.keep, and the run.keep_best best by evaluation among all that there are."""
-        there = directory.steps(self._root)
+        """The newest run.keep checkpoints, and the run.keep_best best of all by their evaluation."""
+        steps = directory.steps(self._root)
         quality = {}
-        for step in there if self._config.keep_best else []:
+        for step in steps if self._config.keep_best else []:
             try:
                 found = read_manifest(self._root / f"step-{step}").quality
             except Damaged:
-                continue  # it is found out, and moved aside, when it is to be read
+                continue  # the next start finds the damage and moves the checkpoint aside
             if found:
                 quality[step] = found
         best = sorted(quality, key=lambda step: (quality[step], step), reverse=True)[: self._config.keep_best]
-        return {*there[: self._config.keep], *best}
+        return {*steps[: self._config.keep], *best}
 
-    def _told(self, step: int, action: Callable[[], T]) -> T:
-        """Run it; a failure of the disk becomes one sentence that says what is kept."""
-        try:
-            return action()
-        except OSError as error:
-            raise RankError(self._failure(step, error)) from error
+    def _first_error(self, step: int, action: Callable[[], T], *, in_thread: bool = False) -> T:
+        """`first_error`, where a failure of the disk becomes one sentence that says which checkpoint is kept."""
 
-    def _failure(self, step: int, error: OSError) -> str:
+        def explained() -> T:
+            try:
+                return action()
+            except OSError as error:
+                raise RankError(self._disk_failure(step, error)) from error
+
+        return first_error(self._world, f"checkpoint step {step}", explained, self._group if in_thread else None)
+
+    def _disk_failure(self, step: int, error: OSError) -> str:
         need = sum(tensor.nbytes for _, _, tensor in self._host.slices) * self._world.size
         free = shutil.disk_usage(self._root if self._root.is_dir() else ".").free
-        kept = directory.steps(self._root)
-        rest = f"step {kept[0]} is kept" if kept else "there is no earlier checkpoint"
+        steps = directory.steps(self._root)
+        kept = f"step {steps[0]} is kept" if steps else "there is no earlier checkpoint"
         return (
             f"checkpoint step {step} failed on rank {self._world.rank}: {error.strerror or error}; it needs "
-            f"{need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free in {self._root}; {rest}"
+            f"{need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free in {self._root}; {kept}"
         )

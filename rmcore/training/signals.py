@@ -1,8 +1,12 @@
-"""SIGTERM and SIGINT: stop after saving, and leave at once when asked twice.
+"""Handles SIGTERM and SIGINT: the run saves and stops; a second signal ends the process at once.
 
-Enters: signals. Leaves: `Stopped`, raised at once where there is nothing to lose, or at the next step boundary inside
-`deferred()`. Example: SIGTERM during step 7 -> the step ends, every rank hears of it, checkpoint step-8 is written,
-exit 3. Signals within TWICE seconds are one: a scheduler signals a process and torchrun passes the same signal on.
+Input: signals.
+Output: `Stopped`, raised at once if nothing would be lost, or by the saver at the next step boundary if signals are
+`deferred()`.
+Example: SIGTERM during step 7 -> step 7 ends, all ranks agree to stop, checkpoint step-7 is written, exit code 3.
+
+Signals within TWICE seconds count as one, because a scheduler signals every process and torchrun forwards the signal
+again.
 """
 
 import os
@@ -15,12 +19,12 @@ from types import FrameType
 
 from rmcore.parallel.world import World, any_rank_max
 
-TWICE = 2.0  # seconds
+TWICE = 2.0  # seconds after which a signal is a second one
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. `step`, `episode`: where it was; 0 before the first step."""
+    """The run received a signal to stop. `step`, `episode`: its position; 0 before the first step."""
 
     def __init__(self, number: int, step: int = 0, episode: int = 0) -> None:
         self.step, self.episode = step, episode
@@ -28,18 +32,18 @@ class Stopped(BaseException):
         super().__init__(f"stopped by {self.name}")
 
 
-class GivenUp(Exception):
-    """What ran between two steps was left unfinished for a signal; the next boundary saves and stops."""
+class EvaluationGivenUp(Exception):
+    """An evaluation was left unfinished because of a signal; the saver stops the run right after it."""
 
 
 def give_up_if_stopped(world: World, signals: "Signals") -> None:
-    """Raises GivenUp on all ranks when any of them got a signal; a collective."""
+    """Raises EvaluationGivenUp on all ranks if any of them received a signal; a collective."""
     if any_rank_max(world, [signals.received])[0]:
-        raise GivenUp
+        raise EvaluationGivenUp
 
 
 class Signals:
-    """`received`: the number of the signal that came while it was deferred, 0 for none."""
+    """The signals of this process. `received`: the number of a signal that came while deferred, 0 for none."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -48,7 +52,7 @@ class Signals:
 
     @contextmanager
     def watched(self) -> Iterator["Signals"]:
-        """Catch them; the former handlers come back afterwards. In the main thread of the process alone."""
+        """Catch signals inside; the former handlers are restored afterwards. Only for the main thread of a process."""
         former = {number: signal.signal(number, self._handle) for number in CAUGHT}
         try:
             yield self
@@ -58,7 +62,7 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal only sets `received`; the code inside looks at it and raises Stopped itself."""
+        """Inside, a signal only sets `received`; the code inside checks it and raises Stopped itself."""
         self._deferred = True
         try:
             yield
@@ -68,7 +72,7 @@ class Signals:
             raise Stopped(self.received)
 
     def ignore(self) -> None:
-        """From here on the process ends by itself, and soon."""
+        """Ignore signals from here on, because the process is about to end."""
         self._deferred = True
 
     def _handle(self, number: int, _: FrameType | None) -> None:

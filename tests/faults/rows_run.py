@@ -137,7 +137,9 @@ def row_05(folder: Path) -> str:
     """a slow rank"""
     slow = run(folder / "run", arguments(folder), 2, [Fault("data", "slow", 1, 1, every=True)])
     assert slow.codes == [0, 0], slow.text
-    line = re.search(r"rank 1 is slow: [\d.]+ s a step before its backward, the median [\d.]+ s", slow.text)
+    line = re.search(
+        r"rank 1 is slow: it takes [\d.]+ s per step before the backward, the median rank [\d.]+ s", slow.text
+    )
     assert line and "rank 0 is slow" not in slow.text, slow.text
     assert same(slow, reference(folder))
     return line.group()

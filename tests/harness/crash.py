@@ -176,10 +176,10 @@ def _rank(
 
     import rmcore.train
     from rmcore.config import config_from_argv
-    from rmcore.training import heartbeat as pulse
+    from rmcore.training import heartbeat
 
     torch.set_num_threads(1)
-    pulse.BEAT_SECONDS, pulse.LISTEN_SECONDS, pulse.GRACE_SECONDS = 0.2, 1.0, 4.0  # one machine: no need for patience
+    heartbeat.BEAT_SECONDS, heartbeat.LISTEN_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 1.0, 4.0  # one machine is fast
     rmcore.train.running_world = functools.partial(
         rmcore.train.running_world, init_method=f"file://{folder}/rendezvous"
     )
