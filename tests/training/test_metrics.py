@@ -2,18 +2,17 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rmcore.cost.flops import device_peak_flops, model_flops_per_token
 from rmcore.parallel.world import World, running_world
 from rmcore.training.metrics import Metrics
+from tests.harness.device_reads import DeviceReads
 from tests.harness.ranks import run_ranks
 
 ONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -116,29 +115,13 @@ def test_an_interval_without_pairs_has_no_means() -> None:
     assert all(np.isfinite(value) for value in figures.values())
 
 
-class HostReads(TorchDispatchMode):
-    """Counts operations whose result the host waits for: on a GPU each would stall the step."""
-
-    WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        copies = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == torch.device("cpu")
-        if func in self.WAITS or copies:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_adding_never_waits_for_the_device() -> None:
     metrics, (output, batch) = Metrics(ONE), micro_batch(0, 0, 5)
-    with HostReads() as reads:
+    with DeviceReads() as reads:
         metrics.add(output, batch)
         metrics.add_step(torch.tensor(1.0))
     assert reads.seen == []
-    with HostReads() as reads:  # the probe sees what it looks for
+    with DeviceReads() as reads:  # the probe sees what it looks for
         output.loss_sum.detach().item()
     assert reads.seen != []
 
