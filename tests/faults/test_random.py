@@ -1,24 +1,41 @@
-"""A few cases of the two campaigns at random (tests/faults/campaign.py); `python -m tests.faults` runs them whole."""
+"""A few cases of the two random campaigns in tests/faults/campaign.py; `python -m tests.faults` runs many."""
 
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import damages, kills
+from tests.faults.campaign import damages, draw_case, kills
+from tests.harness.seed import random_seed
 
 pytestmark = pytest.mark.distributed
 
 
 def test_killed_anywhere_and_resumed_on_1_2_and_4_ranks(tmp_path: Path) -> None:
-    assert kills(tmp_path, cases=2, seed=int(time.time())) >= 2
+    assert kills(tmp_path, cases=2, seed=random_seed()) >= 2
 
 
 @pytest.mark.slow
 def test_killed_anywhere_more_often(tmp_path: Path) -> None:
-    assert kills(tmp_path, cases=12, seed=int(time.time())) >= 12
+    assert kills(tmp_path, cases=12, seed=random_seed()) >= 12
 
 
 def test_damaged_files_never_resume_wrongly(tmp_path: Path) -> None:
-    seen = damages(tmp_path, cases=60, seed=int(time.time()))
+    seen = damages(tmp_path, cases=60, seed=random_seed())
     assert set(seen) == {"step 6", "step 4", "refused"}, "all three kinds of outcome were met"
+
+
+def test_the_seed_comes_from_the_environment_and_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RMCORE_TEST_SEED", "7")
+    assert random_seed() == 7
+    assert capsys.readouterr().out == "RMCORE_TEST_SEED=7\n"
+
+
+def test_the_cases_cover_all_settings() -> None:
+    """Every value of every setting, and every pair of strategy and precision, within 100 cases of a seed."""
+    cases = [draw_case(1, number) for number in range(100)]
+    assert cases == [draw_case(1, number) for number in range(100)], "the seed decides"
+    assert len({(case.strategy, case.precision) for case in cases}) == 10
+    assert len({(case.evals, case.recompute, case.background_save) for case in cases}) == 8
+    assert any(case.lora for case in cases) and all(case.strategy == "ddp" for case in cases if case.lora)

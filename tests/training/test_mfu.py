@@ -51,7 +51,7 @@ def test_a_run_logs_mfu(tmp_path: Path, known_peak: None) -> None:
 
 
 def test_the_flops_are_those_of_a_pruned_forward_and_backward(tmp_path: Path, known_peak: None) -> None:
-    """PyTorch counts the products of a whole step. It also counts the last layer's work on the scored tokens: 1 % here."""
+    """PyTorch counts the products of a whole step. It also counts the scored tokens' work in the last layer: 1 %."""
     with running_world(60, 1) as world:
         run = assemble(load_config(None, [*RUN, f"run.dir={tmp_path}"]), world)
         model, tokens = run.strategy.model, 0
