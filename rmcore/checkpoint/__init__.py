@@ -1,9 +1,11 @@
-"""Checkpoints: sharded, hashed, without pickle, written beside the training and taken up again at any world size.
+"""Checkpoints: sharded, hashed, without pickle; a run can resume from them on any number of ranks.
 
-state.py      which part of which tensor this rank holds, copied to the host, put back
-shards.py     one safetensors file a rank, hashed while it is written; reading the parts that are needed
-manifest.py   manifest.json: what the checkpoint is of, and the size and hash of each file
+state.py      which part of which tensor this rank holds; its copy in host memory
+shards.py     one safetensors file per rank, hashed while it is written; reads the needed parts of such files
+manifest.py   manifest.json: the position and settings of the run, and the size and hash of each file
 directory.py  names on disk: begin, commit, retire, quarantine, sweep
-saver.py      when to save, and the saving itself, in a thread
-resume.py     which checkpoint to continue from, and what may have changed since
+resume.py     which checkpoint to continue from
+changes.py    which settings may have changed since then
+
+rmcore/training/saver.py decides when to save, and writes checkpoints in a thread.
 """

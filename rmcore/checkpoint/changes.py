@@ -1,8 +1,9 @@
-"""What changed between the configuration of a checkpoint and today's: shown, and refused where it would be another run.
+"""Compares the configuration of a checkpoint with the present one, and refuses changes that make it another run.
 
-Enters: two configurations as plain values. Leaves: lines such as "optim.lr: 3e-06 -> 1e-05", or a UserError. Example:
-run.seed may only change when run.allow_changes names it, for the data order would be another from here on;
-parallel.strategy may change freely.
+Input: two configurations as plain values.
+Output: the changes, e.g. "optim.lr: 3e-06 -> 1e-05"; or a UserError.
+Example: run.seed decides the data order, so it may change only if run.allow_changes contains it. parallel.strategy may
+change freely.
 """
 
 import json
@@ -12,20 +13,20 @@ from typing import Any, NamedTuple
 from rmcore.config import UserError
 from rmcore.config.schema import Config
 
-# What a run is: these may change on resume only when run.allow_changes names them.
+# The identity of a run: on resume these may change only if run.allow_changes contains them.
 DECISIVE = ("model", "data", "batch.pairs", "loss", "run.seed")
-# What changes no result, beyond the rounding of fp32 sums: not worth a line.
+# These change no result, except for the rounding of fp32 sums, so a change is not reported.
 FREE: tuple[str, ...] = (
     *("model.attention", "model.trust_remote_code", "data.cache", "batch.tokens", "batch.shrink", "parallel"),
     *("log", "hub"),
     *("run.dir", "run.resume", "run.allow_changes", "run.keep", "run.keep_best", "run.save_every", "run.save_minutes"),
     *("run.evals", "run.background_save", "run.max_bad_steps"),
 )
-LENGTH = ("run.epochs", "run.max_steps")  # a completed run may go on when these grew
+LENGTH = ("run.epochs", "run.max_steps")  # a completed run continues if these are raised
 
 
 class Change(NamedTuple):
-    """One key with both values, as JSON."""
+    """One key with its two values, as JSON."""
 
     key: str
     before: str
@@ -36,7 +37,7 @@ class Change(NamedTuple):
 
 
 def changes(before: dict[str, Any], config: Config) -> list[Change]:
-    """Every key whose value differs and matters. Keys that the older configuration does not know are left out."""
+    """Every key whose value differs, except `FREE` ones and keys that the older configuration does not have."""
     after = config.model_dump(mode="json")
     found = []
     for section, values in after.items():
@@ -49,7 +50,7 @@ def changes(before: dict[str, Any], config: Config) -> list[Change]:
 
 
 def check_changes(before: dict[str, Any], config: Config, path: str) -> list[Change]:
-    """The changes since the checkpoint at `path`. Raises UserError for those that would make it another run."""
+    """The changes since the checkpoint at `path`. Raises UserError if one of them makes it another run."""
     found = changes(before, config)
     refused = [change for change in found if _among(change.key, DECISIVE) and not allowed(config, change.key)]
     if refused:
@@ -63,7 +64,7 @@ def check_changes(before: dict[str, Any], config: Config, path: str) -> list[Cha
 
 
 def allowed(config: Config, key: str) -> bool:
-    """Whether run.allow_changes names the key or its section."""
+    """Whether run.allow_changes contains the key or its section."""
     return _among(key, config.run.allow_changes)
 
 

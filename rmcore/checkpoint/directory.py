@@ -1,13 +1,16 @@
-"""Names on disk: `checkpoints/step-N`, made whole or not at all. Rank 0 alone works here.
+"""Creates, renames and deletes the directories of checkpoints, so that `checkpoints/step-N` is always complete.
 
-    .tmp-step-8      being written; after a crash it is swept at the next start
-    step-8           whole: every file and the directory were synced before it got this name
-    .trash-step-4    on its way out: a deletion that is cut short never leaves half a checkpoint behind
-    bad-step-12      failed verification; kept for people, with why.txt, never used again
-    undone-step-12   the user went back to an earlier one; kept likewise
+Input: the directory `checkpoints` of a run, and step numbers. Only rank 0 calls these functions.
+Output: directories with these names:
 
-Example: commit(root, 8) renames .tmp-step-8 to step-8 and syncs the parent; only then retire(root, keep={8, 4})
-deletes.
+    .tmp-step-8      is being written; after a crash the next start deletes it
+    step-8           is complete: every file and the directory were synced before they got this name
+    .trash-step-4    is being deleted: an interrupted deletion never leaves a damaged step-4 behind
+    bad-step-12      failed verification; kept for people with the reason in why.txt, never used again
+    undone-step-12   the user went back to an earlier step; kept in the same way
+
+Example: commit(root, 8) renames .tmp-step-8 to step-8 and syncs the parent. Only then retire(root, keep={8, 4}) deletes
+the others.
 """
 
 import os
@@ -23,12 +26,12 @@ NAME = re.compile(r"step-(0|[1-9]\d*)")
 
 
 def temporary(root: Path, step: int) -> Path:
-    """Where checkpoint `step` is written."""
+    """The directory in which checkpoint `step` is written."""
     return root / f".tmp-step-{step}"
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make the directory to write into. Raises OSError; FileExistsError where `step-N` is there already."""
+    """Make the directory to write into. Raises OSError, and FileExistsError if `step-N` exists already."""
     root.mkdir(parents=True, exist_ok=True)
     if (root / f"step-{step}").exists():
         raise FileExistsError(f"{root / f'step-{step}'} exists already")
@@ -39,7 +42,7 @@ def begin(root: Path, step: int) -> Path:
 
 
 def commit(root: Path, step: int) -> Path:
-    """All files are synced: sync the directory, give it its name, sync the parent."""
+    """Call it when all files are synced: syncs the directory, renames it, syncs the parent."""
     final = root / f"step-{step}"
     fsync_directory(temporary(root, step))
     fault("save.rename")
@@ -50,7 +53,7 @@ def commit(root: Path, step: int) -> Path:
 
 
 def steps(root: Path) -> list[int]:
-    """The steps that there are checkpoints of, newest first."""
+    """The steps that have a checkpoint, newest first."""
     if not root.is_dir():
         return []
     found = (NAME.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
@@ -58,29 +61,29 @@ def steps(root: Path) -> list[int]:
 
 
 def retire(root: Path, keep: Iterable[int]) -> list[int]:
-    """Delete all checkpoints but those in `keep`; returns what went."""
-    gone = [step for step in steps(root) if step not in set(keep)]
-    for step in gone:
+    """Delete all checkpoints except those in `keep`; returns the deleted steps."""
+    deleted = [step for step in steps(root) if step not in set(keep)]
+    for step in deleted:
         fault("retain.trash")
         os.rename(root / f"step-{step}", root / f".trash-step-{step}")
-    if gone:
+    if deleted:
         fsync_directory(root)
-    for step in gone:
+    for step in deleted:
         fault("retain.delete")
         shutil.rmtree(root / f".trash-step-{step}", ignore_errors=True)
-    return gone
+    return deleted
 
 
 def sweep(root: Path) -> list[str]:
-    """Remove what a crash left half written or half deleted; returns the names."""
-    left = sorted([*root.glob(".tmp-step-*"), *root.glob(".trash-step-*")]) if root.is_dir() else []
-    for path in left:
+    """Delete what a crash left half written or half deleted; returns the names."""
+    leftovers = sorted([*root.glob(".tmp-step-*"), *root.glob(".trash-step-*")]) if root.is_dir() else []
+    for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
-    return [path.name for path in left]
+    return [path.name for path in leftovers]
 
 
 def quarantine(path: Path, reason: str, word: str = "bad") -> str:
-    """Move a checkpoint aside and say in it why; returns its name now."""
+    """Rename a checkpoint to WORD-NAME and write the reason into it; returns the new name."""
     aside, number = path.with_name(f"{word}-{path.name}"), 1
     while aside.exists():
         number += 1
@@ -92,7 +95,7 @@ def quarantine(path: Path, reason: str, word: str = "bad") -> str:
 
 
 def move_aside(root: Path) -> Path | None:
-    """A run that starts from zero keeps the checkpoints of a former one: checkpoints -> checkpoints.1, .2, ..."""
+    """Keep the checkpoints of a former run when a new one starts at step 0: checkpoints -> checkpoints.1, .2, ..."""
     if not root.is_dir() or not any(root.iterdir()):
         return None
     number = 1

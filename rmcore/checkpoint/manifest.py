@@ -1,8 +1,11 @@
-"""manifest.json: what a checkpoint is of, and the size and hash of each of its files; it carries its own hash.
+"""Writes and reads manifest.json: the run of a checkpoint, and the size and hash of each of its files.
 
-Enters: the position, figures and settings of the run, the record of each file. Leaves: a JSON file, or a checked
-`Manifest`. A checkpoint without a good manifest is none: it is written last. Example: {"xxh3_128": "9f...",
-"manifest": {"format": 1, "step": 8, "episode": 512, "files": {"rank-00000-of-00002.safetensors": ...}}}
+Input: the position, metrics and settings of the run, and the record of each file.
+Output: a JSON file that contains its own hash; or a verified `Manifest`.
+Example: {"xxh3_128": "9f...", "manifest": {"format": 1, "step": 8, "episode": 512, "files":
+{"rank-00000-of-00002.safetensors": ...}}}
+
+The manifest is written last: a directory without a valid manifest is not a checkpoint.
 """
 
 import json
@@ -22,11 +25,18 @@ FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """`step`, `episode`, `epoch`: the position. `updates`: AdamW's count. `keys`: names of all tensors.
+    """The contents of manifest.json.
 
-    `figures`: of the evaluation at this step, or None. `interval`: sums of the log interval that is half full.
-    `data`: the fingerprint of the train data. `base`: with LoRA, that of the weights that are not trained, which the
-    checkpoint leaves to the base model. `config`: the resolved configuration. `files`: name -> size and hash.
+    Attributes:
+        step, episode, epoch: the position of the run.
+        updates: AdamW's own count of updates.
+        data: the fingerprint of the train data.
+        config: the resolved configuration, as plain values.
+        interval: the sums of the log interval that is under way.
+        figures: the metrics of the evaluation at this step, or None.
+        keys: the names of all tensors.
+        files: name -> size and hash.
+        base: with LoRA, the fingerprint of the weights that are not trained. The checkpoint does not contain them.
     """
 
     step: int
@@ -47,11 +57,11 @@ class Manifest:
 
     @property
     def quality(self) -> tuple[float, float] | None:
-        """Larger is better: accuracy, then the lower loss. None without an evaluation."""
-        figures = self.figures or {}
-        if figures.get("eval/rm/accuracy") is None or figures.get("eval/rm/loss") is None:
+        """Accuracy, then the negative loss: larger is better. None without an evaluation."""
+        metrics = self.figures or {}
+        if metrics.get("eval/rm/accuracy") is None or metrics.get("eval/rm/loss") is None:
             return None
-        return figures["eval/rm/accuracy"], -figures["eval/rm/loss"]
+        return metrics["eval/rm/accuracy"], -metrics["eval/rm/loss"]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -61,7 +71,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Raises Damaged: missing, empty, altered, or of another step than the directory; UserError: another format."""
+    """Read and verify manifest.json.
+
+    Raises Damaged if it is missing, altered, or of another step than its directory; UserError if its format is unknown.
+    """
     try:
         content = json.loads((directory / FILE).read_bytes())
         body = content["manifest"]
@@ -74,16 +87,16 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise Damaged(f"{FILE}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{FILE} is no manifest ({type(error).__name__})") from error
+        raise Damaged(f"{FILE} is not a manifest ({type(error).__name__})") from error
     if any(Path(name).name != name or name in (".", "..") for name in files):
-        raise Damaged(f"{FILE} names a file outside its directory")
+        raise Damaged(f"{FILE} lists a file outside its directory")
     if directory.name != f"step-{manifest.step}":
         raise Damaged(f"{FILE} is of step {manifest.step}")
     return manifest
 
 
 def check_file(directory: Path, name: str, record: FileRecord) -> str | None:
-    """What is wrong with one file of a checkpoint, None when nothing is."""
+    """The fault of one file of a checkpoint, or None if it is as it was written."""
     try:
         found = hash_file(directory / name)
     except OSError as error:

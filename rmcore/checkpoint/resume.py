@@ -1,10 +1,12 @@
-"""Where a run starts: the newest checkpoint that verifies, zero, or nowhere because it is completed.
+"""Decides where a run starts: at the newest checkpoint that verifies, or at step 0; or that it is completed already.
 
-Enters: the configuration, the run directory. Leaves: a `Start`, the same on every rank: rank 0 decides and tells. Every
-byte of a checkpoint is read and hashed before it is believed, the files divided among the ranks; a bad one is moved
-aside with its reason and the next older one tried. Example: step-12 has a flipped bit -> "warning: bad checkpoint
-checkpoints/step-12: rank-00001-of-00002.safetensors does not match its hash; moved to bad-step-12", and the run goes on
-from step 8.
+Input: the configuration and the run directory.
+Output: a `Start`, the same on every rank, because rank 0 decides; and the restored weights and averages.
+Example: step-12 has a flipped bit -> "warning: bad checkpoint checkpoints/step-12: rank-00001-of-00002.safetensors does
+not match its hash; moved to bad-step-12", and the run continues from step 8.
+
+Every byte of a checkpoint is read and hashed before it is used; the ranks divide the files among them. A bad checkpoint
+is moved aside with the reason, and the next older one is tried.
 """
 
 import os
@@ -28,7 +30,7 @@ from rmcore.tracking.status import read_status
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint` and `manifest`: what to continue from, None to begin at zero. `lines`: for people."""
+    """`checkpoint`, `manifest`: where to continue; None to begin at step 0. `lines`: messages for the user."""
 
     checkpoint: Path | None = None
     manifest: Manifest | None = None
@@ -41,20 +43,20 @@ class Start:
 
     @property
     def interval(self) -> list[float]:
-        """The sums of the log interval that the checkpoint was written in."""
+        """The sums of the log interval in which the checkpoint was written."""
         return self.manifest.interval if self.manifest else []
 
     def check_data(self, config: Config, fingerprint: str) -> None:
-        """Raises UserError when the prepared train data are not those of the checkpoint."""
+        """Raises UserError if the prepared train data are not those of the checkpoint."""
         if self.manifest and self.manifest.data != fingerprint and not allowed(config, "data.train"):
             raise UserError(
                 f"the train data have changed since {self.checkpoint} was written (fingerprint "
-                f"{self.manifest.data[:12]} then, {fingerprint[:12]} now), so the run cannot go on where it was: bring "
-                "the old data back, start anew with run.resume=never, or accept it with 'run.allow_changes=[data]'"
+                f"{self.manifest.data[:12]} then, {fingerprint[:12]} now), so the run cannot continue: bring the old "
+                "data back, start anew with run.resume=never, or accept the change with 'run.allow_changes=[data]'"
             )
 
     def check_base(self, fingerprint: str) -> None:
-        """Raises UserError when the weights that LoRA does not train are not those of the checkpoint's run."""
+        """Raises UserError if the weights that LoRA does not train are not those of the checkpoint's run."""
         if self.manifest and self.manifest.base != fingerprint:
             raise UserError(
                 f"the base model's weights have changed since {self.checkpoint} was written, and with LoRA a "
@@ -64,27 +66,29 @@ class Start:
 
 
 def choose_start(config: Config, world: World) -> Start:
-    """Decide where to start; a collective. Raises UserError, on all ranks alike: see the texts below."""
+    """Decide where to start; a collective. Raises UserError on all ranks: see the messages below."""
     root = Path(config.run.dir) / "checkpoints"
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    # torchrun starts the same command again after a failure: what the first attempt saved is what it is to go on from.
-    how = "auto" if attempt else config.run.resume
+    # After a failure torchrun starts the same command again. It must continue from what the first attempt saved.
+    resume = "auto" if attempt else config.run.resume
     lines = [f"torchrun's restart number {attempt}"] if attempt else []
-    if how == "never":
+    if resume == "never":
         aside = _on_main(world, "moving checkpoints aside", lambda: str(directory.move_aside(root) or ""))
         return Start(lines=(f"the checkpoints of a former run are now in {aside}",) if aside else ())
-    candidates = [how]
-    if how == "auto":
+    candidates = [resume]
+    if resume == "auto":
         lines += _on_main(world, "sweeping", lambda: [f"removed {name}, half a save" for name in directory.sweep(root)])
         candidates = _on_main(world, "looking", lambda: [str(root / f"step-{step}") for step in directory.steps(root)])
-    start = _first_good(candidates, world, lines, quarantine=how == "auto")
-    _on_main(world, "looking at the run directory", lambda: _refuse_zero(root, start))
+    start = _first_good(candidates, world, lines, quarantine=resume == "auto")
+    _on_main(world, "looking at the run directory", lambda: _refuse_step_0(root, start))
     found = check_changes(start.manifest.config, config, str(start.checkpoint)) if start.manifest else []
-    completed = _on_main(world, "looking at the run directory", lambda: how == "auto" and _is_completed(config, start))
+    completed = _on_main(
+        world, "looking at the run directory", lambda: resume == "auto" and _is_completed(config, start)
+    )
     if start.manifest is None:
         return replace(start, completed=completed)
-    if how != "auto":
-        _on_main(world, "moving checkpoints aside", lambda: _undo(root, Path(how), start.step))
+    if resume != "auto":
+        _on_main(world, "moving checkpoints aside", lambda: _undo(root, Path(resume), start.step))
     by = f"{start.manifest.world_size} ranks, {start.manifest.strategy}"
     lines = [*start.lines, f"continuing at step {start.step} from {start.checkpoint} (written by {by})"]
     lines += [f"changed since then: {change}" for change in found]
@@ -92,7 +96,7 @@ def choose_start(config: Config, world: World) -> Start:
 
 
 def restore(start: Start, strategy: Strategy, world: World) -> None:
-    """Put the checkpoint's weights and averages into the strategy's. Raises UserError on all ranks alike."""
+    """Copy the checkpoint's weights and averages into the strategy; a collective. Raises UserError on all ranks."""
     checkpoint, manifest = start.checkpoint, start.manifest
     if checkpoint is None or manifest is None:
         return
@@ -103,8 +107,8 @@ def restore(start: Start, strategy: Strategy, world: World) -> None:
         wanted = {piece.key: (piece.start, piece.local) for piece in pieces(strategy, world)}
         weights = {key for key in manifest.keys if key.startswith("weight/")}
         if unknown := weights - set(wanted):
-            raise UserError(f"{checkpoint} holds {min(unknown)}, which this model has not: is it the same model?")
-        # With the same world size this rank's own file holds all it needs, so it is looked at first.
+            raise UserError(f"{checkpoint} holds {min(unknown)}, which this model does not have: is it the same model?")
+        # With the same world size, this rank's own file has everything that it needs, so it is read first.
         names = sorted(manifest.files)
         own = world.rank % len(names)
         paths = [checkpoint / name for name in names[own:] + names[:own]]
@@ -117,12 +121,12 @@ def restore(start: Start, strategy: Strategy, world: World) -> None:
 
 
 def _on_main(world: World, what: str, action: Callable[[], T]) -> T:
-    """Run it on rank 0 alone; its result (or its error) on every rank."""
+    """Run `action` on rank 0 only; return its result, or raise its error, on every rank."""
     return broadcast_json(world, first_error(world, what, lambda: action() if world.is_main else None))
 
 
 def _first_good(candidates: list[str], world: World, lines: list[str], *, quarantine: bool) -> Start:
-    """The first candidate that verifies on all ranks; bad ones are moved aside, or refused."""
+    """The first candidate that verifies on all ranks. Bad ones are moved aside, or raise UserError."""
     for path in map(Path, candidates):
         manifest, reason = _verify(path, world)
         if manifest is not None:
@@ -135,7 +139,7 @@ def _first_good(candidates: list[str], world: World, lines: list[str], *, quaran
 
 
 def _verify(path: Path, world: World) -> tuple[Manifest | None, str]:
-    """The manifest of a checkpoint whose every file is as it was written, or None and the reason."""
+    """The manifest of a checkpoint, if every file is as it was written; otherwise None and the reason."""
 
     def on_main() -> dict:
         try:
@@ -143,30 +147,30 @@ def _verify(path: Path, world: World) -> tuple[Manifest | None, str]:
         except Damaged as error:
             return {"reason": str(error)}
 
-    told = _on_main(world, "reading a manifest", on_main)
-    if "reason" in told:
-        return None, told["reason"]
+    found = _on_main(world, "reading a manifest", on_main)
+    if "reason" in found:
+        return None, found["reason"]
     fault("resume.verify")
-    files = {name: FileRecord(**record) for name, record in told["manifest"]["files"].items()}
-    manifest = Manifest(**{**told["manifest"], "files": files})
+    files = {name: FileRecord(**record) for name, record in found["manifest"]["files"].items()}
+    manifest = Manifest(**{**found["manifest"], "files": files})
     mine = list(files.items())[world.rank :: world.size]
     reasons = [reason for name, record in mine if (reason := check_file(path, name, record))]
-    everyones = [reason for rank in all_gather_json(world, reasons) for reason in rank]
-    return (None, everyones[0]) if everyones else (manifest, "")
+    all_reasons = [reason for rank in all_gather_json(world, reasons) for reason in rank]
+    return (None, all_reasons[0]) if all_reasons else (manifest, "")
 
 
-def _refuse_zero(root: Path, start: Start) -> None:
-    """Never start silently at zero where there were checkpoints."""
+def _refuse_step_0(root: Path, start: Start) -> None:
+    """Raises UserError rather than to start at step 0 when all checkpoints are bad."""
     if start.manifest is None and (bad := sorted(path.name for path in root.glob("bad-step-*"))):
         reasons = "".join(f"\n  {line}" for line in start.lines)
         raise UserError(
             f"no checkpoint in {root} is good ({', '.join(bad)}):{reasons}\n"
-            "bring one back from a copy, or start again from zero with run.resume=never"
+            "bring one back from a copy, or start again at step 0 with run.resume=never"
         )
 
 
 def _undo(root: Path, chosen: Path, step: int) -> None:
-    """The user goes back to `chosen`: what this run directory holds beyond it is kept under another name."""
+    """The user goes back to `chosen`: rename the later checkpoints of this run directory, so that they are kept."""
     if chosen.resolve().parent != root.resolve():
         directory.move_aside(root)
         return
@@ -176,7 +180,7 @@ def _undo(root: Path, chosen: Path, step: int) -> None:
 
 
 def _is_completed(config: Config, start: Start) -> bool:
-    """Whether the run directory holds this very run, completed. UserError when it holds another completed one."""
+    """Whether the run directory holds this run, completed. Raises UserError if it holds another completed run."""
     if read_status(config.run.dir).get("status") != "completed":
         return False
     before = load_config(str(Path(config.run.dir) / "config.yaml"), []).model_dump(mode="json")

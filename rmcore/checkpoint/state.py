@@ -1,13 +1,13 @@
-"""The training state as pieces: weights and AdamW's averages, under any strategy, and back.
+"""Cuts the training state, weights and AdamW's averages, into pieces that any strategy and world size can read.
 
-Enters: a strategy, which knows its parameters by name and the AdamW that this rank runs. Leaves: `Piece`s, each a flat
-range of a named tensor. Ranks that hold the same piece divide it among them, so that everything is written once and
-every rank writes about as much as the others. What lies where is said by names and ranges alone, so that a checkpoint
-fits any strategy and any world size.
+Input: a strategy, with its parameters by name and the AdamW of this rank.
+Output: `Piece`s, each a flat range of a named tensor; and a copy of this rank's share of them in host memory.
+Example: `score.weight` [1, 128] under ddp on 2 ranks: both ranks hold elements 0 to 128. Rank 0 writes elements 0 to 64
+of `weight/score.weight`, `exp_avg/score.weight` and `exp_avg_sq/score.weight`, rank 1 writes the rest. Under zero3,
+rank 0 holds rows 0 to 3 of `q_proj.weight` [5, 4], which are elements 0 to 12; rank 1 holds elements 12 to 20.
 
-Example: `score.weight` [1, 128] under ddp on 2 ranks: both hold elements 0 to 128; rank 0 writes 0 to 64, rank 1 the
-rest, of `weight/score.weight`, `exp_avg/score.weight` and `exp_avg_sq/score.weight`. Under zero3 with `q_proj.weight`
-[5, 4], rank 0 holds rows 0 to 3, elements 0 to 12; rank 1 elements 12 to 20.
+Ranks that hold the same piece divide it among them, so everything is written once, and all ranks write about the same
+amount. A checkpoint fits any strategy and any world size, because it consists of names and ranges only.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,10 +26,13 @@ AVERAGES = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank holds of one tensor: elements `start` to `start + len(local)` of it, flattened.
+    """This rank's part of one flattened tensor: elements `start` to `start + len(local)`.
 
-    `key`: weight/NAME, exp_avg/NAME or exp_avg_sq/NAME. `local`: [n], a view of the live tensor, on its device.
-    `shape`: of the whole tensor. `replicas` ranks hold this same piece, of which this rank is number `replica`.
+    Attributes:
+        key: weight/NAME, exp_avg/NAME or exp_avg_sq/NAME.
+        local: [n], a view of the live tensor, on its device.
+        shape: of the whole tensor.
+        replica, replicas: `replicas` ranks hold this piece; this rank is number `replica` of them.
     """
 
     key: str
@@ -47,31 +50,31 @@ class Piece:
 
 
 def pieces(strategy: Strategy, world: World) -> Iterator[Piece]:
-    """Everything that this rank holds of the state: of every parameter its weight, and what AdamW keeps for it here.
+    """This rank's part of the state: of every trained parameter the weight, and AdamW's averages if they are here.
 
-    What is not trained (LoRA) comes from the base model again. Raises RuntimeError for a weight that is not the
-    optimizer's own fp32 one: a checkpoint never holds a copy in other arithmetic.
+    Weights that are not trained (LoRA) come from the base model again. Raises RuntimeError for a weight that is not the
+    fp32 one of the optimizer: a checkpoint never contains a copy in another precision.
     """
-    everyone = (world.rank, world.size)
+    every_rank = (world.rank, world.size)
     optimized = {id(parameter) for group in strategy.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in strategy.named_parameters().items():
         if not parameter.requires_grad:
             continue
         if id(parameter) not in optimized or parameter.dtype != torch.float32:
             raise RuntimeError(f"{name} ({parameter.dtype}) is a copy, not the fp32 weight that the optimizer updates")
-        yield _piece(f"weight/{name}", parameter, everyone)
+        yield _piece(f"weight/{name}", parameter, every_rank)
         if state := strategy.adamw.state.get(parameter):
             for average in AVERAGES:
-                yield _piece(f"{average}/{name}", state[average], (0, 1) if strategy.adamw_is_split else everyone)
+                yield _piece(f"{average}/{name}", state[average], (0, 1) if strategy.adamw_is_split else every_rank)
 
 
 def updates_made(adamw: torch.optim.Optimizer) -> int:
-    """AdamW's own count of updates (skipped steps are not in it), 0 before the first. Waits for the device."""
+    """AdamW's own count of updates, without skipped steps; 0 before the first one. Waits for the device."""
     return next((int(state["step"]) for state in adamw.state.values()), 0)
 
 
 def make_averages(strategy: Strategy, keys: set[str], updates: int) -> None:
-    """Give AdamW the state that it makes at its first update, for those of its parameters that have it in `keys`."""
+    """Give AdamW the state that it would make at its first update, for its parameters that have averages in `keys`."""
     mine = {parameter for group in strategy.adamw.param_groups for parameter in group["params"]}
     for name, parameter in strategy.named_parameters().items():
         if parameter in mine and f"exp_avg/{name}" in keys:
@@ -91,17 +94,17 @@ def _piece(key: str, tensor: Tensor, holders: tuple[int, int]) -> Piece:
 
 
 class HostCopy:
-    """This rank's share of the state in host memory, as of the moment of `take`; pinned where the state is on a GPU.
+    """A copy of this rank's share of the state in host memory, made by `take`; pinned if the state is on a GPU.
 
-    The memory (12 bytes a parameter in fp32, divided by the world size) is kept and used again by the next copy.
+    The memory (12 bytes per parameter, divided by the world size) is kept and used again for the next copy.
     """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
-        self.slices: list[tuple[str, int, Tensor]] = []  # key, first element within the whole tensor, host tensor [n]
+        self.slices: list[tuple[str, int, Tensor]] = []  # key, first element in the whole tensor, host tensor [n]
 
     def take(self, pieces: Iterable[Piece]) -> None:
-        """Copy; returns when the host memory holds the values."""
+        """Copy the pieces; returns when the host memory has the values."""
         shares = []
         for piece in pieces:
             begin, end = piece.share
@@ -110,7 +113,7 @@ class HostCopy:
         size = sum(_padded(share.nbytes) for _, _, share in shares)
         on_gpu = any(share.is_cuda for _, _, share in shares)
         if self._memory is None or self._memory.numel() < size:
-            self._memory = None  # free the old before the new is allocated
+            self._memory = None  # free the old memory before the new one is allocated
             self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
         self.slices, offset = [], 0
         for key, start, share in shares:
