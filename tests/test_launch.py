@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from rmcore.config import load_config
-from tests.faults.rows_run import arguments
 from tests.harness.paths import ROOT
+from tests.harness.small_run import arguments
 
 LAUNCH = ROOT / "launch"
 

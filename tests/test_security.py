@@ -13,9 +13,9 @@ from rmcore.checkpoint.manifest import read_manifest
 from rmcore.checkpoint.shards import Damaged, hash_file
 from rmcore.config.help import keys_of
 from rmcore.config.schema import Config
-from tests.faults.rows_run import arguments, reference, same
 from tests.harness.crash import Fault, run
 from tests.harness.paths import ROOT
+from tests.harness.small_run import arguments, reference, same
 from tests.test_project import broken, danger_complaints
 
 PLANTED = "hf_" + "PLANTEDsecretDoNotShow"  # in two parts, so that this file does not hold it

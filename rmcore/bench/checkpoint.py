@@ -32,7 +32,7 @@ def state(megabytes: int) -> list[Piece]:
     elements = megabytes * 10**6 // 4 // TENSORS
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(elements, generator=generator) for _ in range(TENSORS)]
-    return [Piece(f"weight/{number}", tensor, 0, (elements,), 0, 1) for number, tensor in enumerate(tensors)]
+    return [Piece(f"weight/{number}", tensor, 0, 0, 1) for number, tensor in enumerate(tensors)]
 
 
 def seconds(action: Callable[[], Any]) -> float:

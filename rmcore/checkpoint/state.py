@@ -31,14 +31,12 @@ class Piece:
     Attributes:
         key: weight/NAME, exp_avg/NAME or exp_avg_sq/NAME.
         local: [n], a view of the live tensor, on its device.
-        shape: of the whole tensor.
         replica, replicas: `replicas` ranks hold this piece; this rank is number `replica` of them.
     """
 
     key: str
     local: Tensor
     start: int
-    shape: tuple[int, ...]
     replica: int
     replicas: int
 
@@ -86,11 +84,11 @@ def make_averages(strategy: Strategy, keys: set[str], updates: int) -> None:
 
 def _piece(key: str, tensor: Tensor, holders: tuple[int, int]) -> Piece:
     if not isinstance(tensor, DTensor):
-        return Piece(key, tensor.detach().view(-1), 0, tuple(tensor.shape), *holders)
+        return Piece(key, tensor.detach().view(-1), 0, *holders)
     local = tensor.to_local().detach()
     place = held(tensor)
     start = place.row * (tensor.numel() // max(1, tensor.shape[0]))
-    return Piece(key, local.view(-1), start, tuple(tensor.shape), place.replica, place.replicas)
+    return Piece(key, local.view(-1), start, place.replica, place.replicas)
 
 
 class HostCopy:

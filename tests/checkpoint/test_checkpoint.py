@@ -15,8 +15,8 @@ from rmcore.checkpoint.changes import changes
 from rmcore.checkpoint.manifest import Manifest, check_file, read_manifest, write_manifest
 from rmcore.checkpoint.shards import Damaged, hash_file, read_slices, write_shard
 from rmcore.config import load_config
-from tests.faults.rows_run import arguments, metrics, reference, same
 from tests.harness.crash import Fault, run
+from tests.harness.small_run import arguments, metrics, reference, same
 
 # A save waits for the one before it: at the third, of step 6, that of step 4 is complete.
 KILLED_AT_6 = [Fault("save.copy", "kill", 1, 3)]

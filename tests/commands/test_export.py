@@ -17,8 +17,8 @@ from rmcore.export import main
 from rmcore.hf_export.from_checkpoint import export
 from rmcore.parallel.world import running_world
 from rmcore.score import score
-from tests.faults.rows_run import arguments
 from tests.harness.crash import run
+from tests.harness.small_run import arguments
 
 pytestmark = pytest.mark.distributed
 HELD_OUT = ("data.eval_fraction=0.25", "run.evals=1", "run.max_steps=3", "run.save_every=1", "run.keep=3")

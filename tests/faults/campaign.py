@@ -20,8 +20,8 @@ import numpy as np
 
 from rmcore.checkpoint import directory as names
 from rmcore.checkpoint.directory import steps
-from tests.faults.rows_run import ROUNDING, STEPS, arguments, furthest, reference, same
 from tests.harness.crash import CONTEXT, Fault, copy_of, run
+from tests.harness.small_run import ROUNDING, STEPS, arguments, furthest, reference, same
 
 # point -> how often a rank passes it in a run of eight steps that saves every two and keeps two; and which ranks do
 PASSES = {

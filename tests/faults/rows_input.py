@@ -11,8 +11,8 @@ from typing import Any
 
 from rmcore.config import load_config
 from rmcore.data.synthetic import byte_tokenizer, synthetic_rows
-from tests.faults.rows_run import arguments
 from tests.harness.crash import Outcome, run
+from tests.harness.small_run import arguments
 
 GOOD = synthetic_rows(24, 0, "train")
 

@@ -1,69 +1,24 @@
-"""The fault matrix, rows 1 to 16 and 28 to 31: what happens to a running job, done to real processes.
+"""The fault matrix, rows 1 to 16 and 28 to 31: faults of a running job, made in real processes.
 
-A row is a function from an empty folder to what was seen, in words; it fails an assertion when that is not what is
-expected. tests/faults.py lists them all; tests/faults/test_run.py runs them one by one.
+A row is a function that takes an empty folder and returns a line about what happened; an assertion fails if that is not
+what is expected. tests/faults/__main__.py lists all rows; tests/faults/test_run.py runs them one by one.
 """
 
-import functools
 import json
 import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 
 from rmcore.checkpoint.directory import steps
-from rmcore.data.synthetic import synthetic_rows
-from tests.harness.crash import Fault, Outcome, copy_of, outcome_of, run, torchrun
+from tests.harness.crash import Fault, copy_of, outcome_of, run, torchrun
+from tests.harness.small_run import ROUNDING, STEPS, arguments, furthest, metrics, reference, same, wait_for
 from tests.harness.tmpfs import small_disk
 
-STEPS = 8
 WITHIN = 20.0  # seconds in which a job ends once a rank is gone, on cores shared with other tests
-
-
-def arguments(folder: Path, *more: str, rows: int = 48) -> list[str]:
-    """A run of eight steps on the embedded model; the data are written into `folder` at the first call."""
-    data = folder / "pairs.jsonl"
-    if not data.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        data.write_text("".join(json.dumps(row) + "\n" for row in synthetic_rows(rows, 0, "train")), encoding="utf-8")
-    base = ["model.name=synthetic", "model.init=random", f"data.train.path={data}", "data.template=none"]
-    base += ["data.max_tokens=256", "batch.pairs=6", "optim.lr=1e-3", "parallel.precision=fp32", "run.evals=0"]
-    base += ["run.save_every=2", "log.every=2", "log.tensorboard=false"]
-    given = {argument.split("=")[0] for argument in more}
-    return [argument for argument in base if argument.split("=")[0] not in given] + list(more)
-
-
-def same(first: Outcome, second: Outcome) -> bool:
-    """Bitwise equal final weights, which there are."""
-    return bool(first.weights) and all(
-        np.array_equal(first.weights[name].view(np.uint32), second.weights[name].view(np.uint32))
-        for name in first.weights.keys() | second.weights.keys()
-    )
-
-
-def furthest(first: Outcome, second: Outcome) -> float:
-    """The largest difference of any weight."""
-    assert first.weights and first.weights.keys() == second.weights.keys()
-    return max(float(np.abs(first.weights[name] - second.weights[name]).max()) for name in first.weights)
-
-
-# Two world sizes add the same fp32 numbers in another order: a gradient differs by some 1e-7 of the largest terms of
-# its sum. AdamW moves a weight by lr * m / (sqrt(v) + eps), so that a difference d of the gradient moves it by at most
-# lr * d / eps = 1e-3 * 1e-7 / 1e-5 = 1e-5 a step, less than 1e-4 in eight steps (2e-6 is what is seen). A pair that was
-# lost, repeated or swapped moves weights by about lr = 1e-3 a step.
-ROUNDING = 1e-4
-
-
-@functools.cache
-def reference(folder: Path, *more: str, size: int = 2) -> Outcome:
-    """The run that nothing happens to."""
-    outcome = run(folder / f"reference-{size}", arguments(folder, *more), size)
-    assert outcome.codes == [0] * size, outcome.text
-    return outcome
 
 
 def row_01(folder: Path) -> str:
@@ -115,13 +70,6 @@ def row_03(folder: Path) -> str:
         assert resumed.codes == [0, 0] and same(resumed, whole), (point, resumed.text)
         assert metrics(resumed) == metrics(whole), point
     return "saved at the next boundary, preempted, exit 3; resumed to equal bits and figures"
-
-
-def metrics(outcome: Outcome) -> list[dict[str, float]]:
-    """What metrics.jsonl says, without the clocks."""
-    lines = (outcome.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    clocks = re.compile("second")
-    return [{key: value for key, value in json.loads(line).items() if not clocks.search(key)} for line in lines]
 
 
 def row_04(folder: Path) -> str:
@@ -262,15 +210,6 @@ def row_12(folder: Path) -> str:
     third = run(folder / "run", arguments(folder), 1)
     assert third.codes == [0], third.text
     return "exit 2: in use by pid ... on host ... since ...; taken over once the holder is dead"
-
-
-def wait_for(condition, process, limit: float = 60.0) -> None:
-    """Until the condition holds; fails when the process ends first."""
-    end = time.monotonic() + limit
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def row_13(folder: Path) -> str:

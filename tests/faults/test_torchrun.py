@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rmcore.checkpoint.directory import steps
-from tests.faults.rows_run import arguments, reference, same, wait_for
 from tests.harness.crash import Fault, outcome_of, run, torchrun
+from tests.harness.small_run import arguments, reference, same, wait_for
 from tests.harness.tmpfs import small_disk
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

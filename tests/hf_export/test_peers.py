@@ -20,9 +20,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from rmcore.data.synthetic import synthetic_rows
 from rmcore.parallel.world import running_world
 from rmcore.score import score
-from tests.faults.rows_run import arguments
 from tests.harness.crash import run
 from tests.harness.paths import ROOT
+from tests.harness.small_run import arguments
 
 CLOSE = 1e-5  # fp32, two layers, rewards of order 1
 pytestmark = pytest.mark.distributed  # it trains, in a process of its own

@@ -198,7 +198,7 @@ def test_the_export_from_shards_is_that_of_one_rank(tmp_path: Path, strategy: st
     assert (mine / "model" / "model.safetensors.index.json").exists() or precision == "bf16"
     a, b = (AutoModelForSequenceClassification.from_pretrained(d / "model").state_dict() for d in (mine, whole))
     # A step moves a weight by at most about lr; fp32 sums in another order by lr * 1e-7 / eps a step (see ROUNDING in
-    # tests/faults/rows_run.py), bf16 gradients by up to 3 steps of lr, and its weights by 2^-9 of their size.
+    # tests/harness/small_run.py), bf16 gradients by up to 3 steps of lr, and its weights by 2^-9 of their size.
     weight = 1e-4 if precision == "fp32" else 3e-3 + 2e-3
     assert a.keys() == b.keys()
     assert max(float((a[name].float() - b[name].float()).abs().max()) for name in a) < weight

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from rmcore.checkpoint.directory import steps
-from tests.faults.rows_run import arguments, wait_for
 from tests.harness.crash import Fault
 from tests.harness.hosts import ADDRESSES, TwoHosts, two_hosts, why_not
 from tests.harness.ranks import run_ranks, train_rank
+from tests.harness.small_run import arguments, wait_for
 
 REASON = why_not()
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
@@ -60,7 +60,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def assert_as_alone(tmp_path: Path) -> None:
-    """As one process walks: fp32 sums in another order, see ROUNDING in tests/faults/rows_run.py."""
+    """As one process walks: fp32 sums in another order, see ROUNDING in tests/harness/small_run.py."""
     directory = tmp_path / "alone"
     run_ranks(train_rank, 1, tmp_path / "ranks", [*arguments(tmp_path, *MORE, rows=72), f"run.dir={directory}"])
     ours, theirs = losses(tmp_path / "run"), losses(directory)
