@@ -1,4 +1,4 @@
-"""Checkpoints: what is written, when, what is kept, and that a run taken up again is the run that was not stopped."""
+"""Checkpoints: what is written, when, and what is kept; a resumed run equals the run that was not stopped."""
 
 import json
 import stat
@@ -73,7 +73,7 @@ def test_hsdp_over_two_hosts_of_two(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_half_full_log_interval_goes_on(tmp_path: Path) -> None:
-    """log.every=3, stopped after step 4: the line of step 6 tells of steps 4, 5 and 6."""
+    """log.every=3, stopped after step 4: the line of step 6 is the mean of steps 4, 5 and 6."""
     given = arguments(tmp_path, "log.every=3")
     whole = run(tmp_path / "whole", given, 2)
     killed = run(tmp_path / "run", given, 2, KILLED_AT_6)
@@ -145,9 +145,11 @@ def test_a_signal_before_the_first_step_ends_the_run(tmp_path: Path) -> None:
 def test_the_next_step_does_not_wait_for_the_disk(tmp_path: Path, background: str, code: int) -> None:
     """The write is held up until the next step computes; without the background it would wait for ever (30 s)."""
     outcome = run(
-        tmp_path / "run", arguments(tmp_path, f"run.background_save={background}"), 2,
+        tmp_path / "run",
+        arguments(tmp_path, f"run.background_save={background}"),
+        2,
         [Fault("save.sync", "until-next-step", rank, 1) for rank in range(2)],
-    )  # fmt: skip
+    )
     assert outcome.codes == [code] * 2, outcome.text
     assert code or same(outcome, reference(tmp_path))
 
@@ -222,8 +224,19 @@ def test_slices_written_by_some_ranks_are_read_by_others(
 
 
 def manifest(**more: object) -> Manifest:
-    fields = {"step": 4, "episode": 24, "epoch": 0.5, "updates": 4, "world_size": 1, "strategy": "ddp", "rmcore": "1",
-              "data": "f", "config": {}, "interval": [], "figures": None}  # fmt: skip
+    fields = {
+        "step": 4,
+        "episode": 24,
+        "epoch": 0.5,
+        "updates": 4,
+        "world_size": 1,
+        "strategy": "ddp",
+        "rmcore": "1",
+        "data": "f",
+        "config": {},
+        "interval": [],
+        "figures": None,
+    }
     return Manifest(**{**fields, **more})  # type: ignore[arg-type]
 
 
@@ -253,9 +266,9 @@ def test_a_checkpoint_under_another_name_is_none(tmp_path: Path) -> None:
     assert check_file(place, "rank-00000-of-00001.safetensors", hash_file(place / "manifest.json")) is not None
 
 
-def test_changes_tell_what_matters() -> None:
+def test_only_changes_that_matter_are_reported() -> None:
     base = ["model.name=synthetic", "data.train.path=synthetic"]
     before = json.loads(json.dumps(load_config(None, base).model_dump(mode="json")))
     after = load_config(None, [*base, "optim.lr=1e-5", "log.every=3", "parallel.strategy=zero2", "run.seed=4"])
     assert [str(change) for change in changes(before, after)] == ["optim.lr: 3e-06 -> 1e-05", "run.seed: 1 -> 4"]
-    assert changes({}, after) == [], "an older version's configuration lacks keys"
+    assert changes({}, after) == [], "keys that an older version does not have"

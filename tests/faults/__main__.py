@@ -1,4 +1,4 @@
-"""python -m tests.faults: the whole campaign against real processes, an hour; tests/test_faults_*.py hold less.
+"""python -m tests.faults: all faults against real processes, more than an hour; the tests next to this file run less.
 
 python -m tests.faults --table                 the 32 rows of the fault matrix: fault, expected, seen
 python -m tests.faults --table 7 12            some rows
@@ -25,10 +25,10 @@ EXPECTED = {
     1: "whole job ends within seconds; resume is bit-identical",
     2: "newest verified checkpoint is used; identical",
     3: "saved at the boundary, status preempted, exit 3",
-    4: "all exit at the timeout; rank, step and phase are named",
-    5: "no failure; its time names it",
+    4: "all exit at the timeout; the message has rank, step and phase",
+    5: "no failure; the log reports the rank",
     6: "all stop; the first traceback is shown, once",
-    7: "need and free are said, the last checkpoint is kept; estimate at the start",
+    7: "the message has needed and free space, the last checkpoint is kept; checked at the start",
     8: "warning with the reason, quarantine, fall back",
     9: "stop; never silently restart at zero",
     10: "swept, no collision",
@@ -37,7 +37,7 @@ EXPECTED = {
     13: "works, same trajectory to fp32 rounding",
     14: "diff shown; data, seed, batch, model, loss refused unless allowed",
     15: "fingerprint error",
-    16: "all ranks skip together, tensors named, stop after k, good checkpoint kept",
+    16: "all ranks skip together, tensors are listed, stop after k, good checkpoint kept",
     17: "file:line and reason",
     18: "row and value",
     19: "need, found, and the key to set",
@@ -46,26 +46,26 @@ EXPECTED = {
     22: "dropped and counted; the prefix case trains",
     23: "policy, counts",
     24: "a padding token of its own; parity after export",
-    25: "error or warning that names the key",
+    25: "error or warning with the key",
     26: "all errors at once with their places",
     27: "not in the cache, and what to do",
     28: "each row once, whatever the world size",
     29: "resumes by itself, logs the attempt",
     30: "one prepares, the others wait",
-    31: "tokens named; smaller when asked",
+    31: "the message has the tokens; smaller if configured",
     32: "clear text; nothing is trained from random weights",
 }
 
 
 def table(folder: Path, numbers: list[int]) -> bool:
-    """Run rows and print what was seen; whether all were as expected."""
+    """Run rows and print what happened. Returns whether all rows were as expected."""
     good = True
     for number in numbers or sorted(ROWS):
         began = time.monotonic()
         place = folder / f"row-{number:02d}"
         try:
             seen = ROWS[number](place)
-        except BaseException as error:  # a skip too is no success here
+        except BaseException as error:  # a skipped row is not a success here
             seen, good = f"NOT AS EXPECTED: {str(error)[-2000:]}", False
         print(f"{number:2}  {(ROWS[number].__doc__ or '').strip()}\n    expected  {EXPECTED[number]}")
         print(f"    seen      {seen}  ({time.monotonic() - began:.0f} s)", flush=True)
@@ -79,22 +79,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, metavar="CASES")
     parser.add_argument("--damages", type=int, metavar="CASES")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    asked = parser.parse_args(argv)
-    if asked.table is None and asked.kills is None and asked.damages is None:
-        asked.table, asked.kills, asked.damages = [], 100, 500
+    options = parser.parse_args(argv)
+    if options.table is None and options.kills is None and options.damages is None:
+        options.table, options.kills, options.damages = [], 100, 500
     folder = Path(tempfile.mkdtemp(prefix="rmcore-faults-"))
     os.environ["RMCORE_CACHE"] = str(folder / "cache")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     good = True
     try:
-        if asked.table is not None:
-            good = table(folder, asked.table)
-        if asked.kills:
-            print(f"seed {asked.seed}", flush=True)
-            print(f"{kills(folder / 'kills', asked.kills, asked.seed, _say)} resumes are right", flush=True)
-        if asked.damages:
-            print(f"seed {asked.seed}", flush=True)
-            damages(folder / "damages", asked.damages, asked.seed, _say)
+        if options.table is not None:
+            good = table(folder, options.table)
+        if options.kills:
+            print(f"seed {options.seed}", flush=True)
+            print(f"{kills(folder / 'kills', options.kills, options.seed, _say)} resumes are right", flush=True)
+        if options.damages:
+            print(f"seed {options.seed}", flush=True)
+            damages(folder / "damages", options.damages, options.seed, _say)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if good else 1

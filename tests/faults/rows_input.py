@@ -1,7 +1,7 @@
 """The fault matrix, rows 17 to 27 and 32: what is wrong with data, configuration, tokenizer or model files.
 
 Each row writes the bad thing and runs the command on it in processes: exit code 2, one message, no traceback, and
-nothing trained; or the row is dropped and counted, and the run goes on.
+nothing trained; or the row is dropped and counted, and the run continues.
 """
 
 import json
@@ -21,8 +21,8 @@ def lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def refused(folder: Path, content: str | bytes | None, *more: str, says: tuple[str, ...], size: int = 2) -> str:
-    """Run on a data file with this content (None: the good one): exit 2, one message with all of `says` in it."""
+def refused(folder: Path, content: str | bytes | None, *more: str, contains: tuple[str, ...], size: int = 2) -> str:
+    """Run on a data file with this content (None: the good one): exit 2, one message with all of `contains`."""
     number = len(list(folder.glob("data-*"))) if folder.exists() else 0
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"data-{number}.jsonl"
@@ -31,13 +31,13 @@ def refused(folder: Path, content: str | bytes | None, *more: str, says: tuple[s
     base = [word for word in arguments(folder / "base") if word.split("=")[0] not in {*given, "data.train.path"}]
     path = [] if "data.train.path" in given else [f"data.train.path={data}"]
     outcome = run(folder / f"run-{number}", [*base, *path, *more], size)
-    told = outcome.text
-    assert outcome.codes == [2] * size, told
-    assert "Traceback" not in told and told.count("rmcore.train:") == 1, told
-    for part in says:
-        assert part.replace("FILE", str(data)) in told, f"{part!r} is not in:\n{told}"
+    text = outcome.text
+    assert outcome.codes == [2] * size, text
+    assert "Traceback" not in text and text.count("rmcore.train:") == 1, text
+    for part in contains:
+        assert part.replace("FILE", str(data)) in text, f"{part!r} is not in:\n{text}"
     assert not (folder / f"run-{number}" / "metrics.jsonl").exists()
-    return next(line for line in told.splitlines() if "rmcore.train:" in line).replace(str(folder), "...")[:160]
+    return next(line for line in text.splitlines() if "rmcore.train:" in line).replace(str(folder), "...")[:160]
 
 
 def trained(folder: Path, content: str, *more: str, size: int = 1) -> Outcome:
@@ -55,36 +55,36 @@ def trained(folder: Path, content: str, *more: str, size: int = 1) -> Outcome:
 def row_17(folder: Path) -> str:
     """a malformed JSON line, a lone surrogate, a binary file"""
     text = lines(GOOD)
-    refused(folder, text + "{oops\n", says=("FILE:25",))
+    refused(folder, text + "{oops\n", contains=("FILE:25",))
     surrogate = json.dumps({**GOOD[0], "chosen": "X"}).replace('"X"', '"\\ud800"')
-    refused(folder, text + surrogate + "\n", says=("FILE:25", "surrogate"))
-    return refused(folder, bytes(range(256)) * 20, says=("FILE",))
+    refused(folder, text + surrogate + "\n", contains=("FILE:25", "surrogate"))
+    return refused(folder, bytes(range(256)) * 20, contains=("FILE",))
 
 
 def row_18(folder: Path) -> str:
     """a missing, null or wrong-typed field"""
     for bad in ({"prompt": "a", "chosen": "b"}, {**GOOD[0], "rejected": None}, {**GOOD[0], "chosen": 7}):
-        seen = refused(folder, lines([*GOOD, bad]), says=("FILE:25",))
+        seen = refused(folder, lines([*GOOD, bad]), contains=("FILE:25",))
     return seen
 
 
 def row_19(folder: Path) -> str:
     """wrong columns"""
     renamed = [{"prompt": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in GOOD]
-    seen = refused(folder, lines(renamed), says=("chosen", "rejected", "good", "bad", "data.train.columns"))
+    seen = refused(folder, lines(renamed), contains=("chosen", "rejected", "good", "bad", "data.train.columns"))
     trained(folder, lines(renamed), "data.train.columns={chosen: good, rejected: bad}")
     return seen
 
 
 def row_20(folder: Path) -> str:
     """an empty file, an empty split"""
-    refused(folder, "", says=("FILE",))
-    return refused(folder, None, "data.train.split=train[:0]", says=("FILE",))
+    refused(folder, "", contains=("FILE",))
+    return refused(folder, None, "data.train.split=train[:0]", contains=("FILE",))
 
 
 def row_21(folder: Path) -> str:
     """every pair filtered"""
-    return refused(folder, None, "data.max_tokens=10", says=("no row is left", "too long", "24"))
+    return refused(folder, None, "data.max_tokens=10", contains=("no row is left", "too long", "24"))
 
 
 def row_22(folder: Path) -> str:
@@ -94,7 +94,7 @@ def row_22(folder: Path) -> str:
     outcome = trained(folder, lines([*GOOD, same, starts]))
     assert "1 dropped: identical answers" in flat(outcome.text) or "identical answers" in outcome.text, outcome.text
     assert "25 kept" in flat(outcome.text), outcome.text
-    refused(folder, lines([same] * 3), says=("no row is left", "identical answers"))
+    refused(folder, lines([same] * 3), contains=("no row is left", "identical answers"))
     return "26 rows read, 25 kept, 1 identical; the prefix case trained and exported"
 
 
@@ -150,8 +150,8 @@ def row_25(folder: Path) -> str:
         }
         for no in "abcdefgh"
     ]
-    refused(folder, lines(rows), "data.template=tokenizer", says=("data.template", "chat template"))
-    seen = refused(folder, None, "data.template=simple_chatt", says=("data.template", "simple_chat"))
+    refused(folder, lines(rows), "data.template=tokenizer", contains=("data.template", "chat template"))
+    seen = refused(folder, None, "data.template=simple_chatt", contains=("data.template", "simple_chat"))
     doubled = trained(folder / "bos", lines([{**row, "prompt": "<bos><bos>" + row["prompt"]} for row in GOOD]))
     assert "bos" in doubled.text.lower() and "warning" in doubled.text, doubled.text
     return seen + "; doubled BOS: warned"
@@ -167,8 +167,9 @@ def row_26(folder: Path) -> str:
     path = folder / "c.yaml"
     path.write_text(
         "model: {name: synthetic, init: random}\ndata:\n  train: {path: synthetic}\n  tempalte: none\n"
-        "optim:\n  lr: 1e-5\n  lr: 2e-5\nrun:\n  epochs: 0\n  resume: no\n", encoding="utf-8",
-    )  # fmt: skip
+        "optim:\n  lr: 1e-5\n  lr: 2e-5\nrun:\n  epochs: 0\n  resume: no\n",
+        encoding="utf-8",
+    )
     outcome = run(folder / "run", [str(path)], 2)
     assert outcome.codes == [2, 2] and "Traceback" not in outcome.text, outcome.text
     for part in (f"{path}:4", "template", f"{path}:7", f"{path}:9", f"{path}:10"):
@@ -184,9 +185,13 @@ def row_26(folder: Path) -> str:
 def row_27(folder: Path) -> str:
     """the hub is offline and model or data are not in its cache"""
     refused(
-        folder, None, "model.name=someone/never-downloaded", "model.init=pretrained", says=("someone/never-downloaded",)
+        folder,
+        None,
+        "model.name=someone/never-downloaded",
+        "model.init=pretrained",
+        contains=("someone/never-downloaded",),
     )
-    return refused(folder, None, "data.train.path=someone/never-downloaded", says=("someone/never-downloaded",))
+    return refused(folder, None, "data.train.path=someone/never-downloaded", contains=("someone/never-downloaded",))
 
 
 def row_32(folder: Path) -> str:
@@ -199,16 +204,16 @@ def row_32(folder: Path) -> str:
     cut = variant("cut")
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    refused(folder / "a", None, f"model.name={cut}", "model.init=pretrained", says=(str(cut),))
+    refused(folder / "a", None, f"model.name={cut}", "model.init=pretrained", contains=(str(cut),))
     other = variant("other")
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     for key, value in {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}.items():
         config[key] = value
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    seen = refused(folder / "b", None, f"model.name={other}", "model.init=pretrained", says=("lacks weights",))
+    seen = refused(folder / "b", None, f"model.name={other}", "model.init=pretrained", contains=("lacks weights",))
     broken = variant("broken")
     (broken / "tokenizer.json").write_text('{"version": ', encoding="utf-8")
-    refused(folder / "c", None, f"model.name={broken}", "model.init=pretrained", says=(str(broken),))
+    refused(folder / "c", None, f"model.name={broken}", "model.init=pretrained", contains=(str(broken),))
     return seen
 
 

@@ -101,7 +101,7 @@ def row_06(folder: Path) -> str:
     first = "rmcore.train: rank 1 of 2 failed at step 3, phase compute:"
     assert first in failed.output[0] and "ValueError: planted at compute" in failed.output[0], failed.text
     assert failed.status["status"] == "failed" and "planted" in failed.status["reason"]
-    return f"{first} ... ValueError: planted, told once by rank 0"
+    return f"{first} ... ValueError: planted, printed once by rank 0"
 
 
 def row_07(folder: Path) -> str:
@@ -121,7 +121,7 @@ def row_07(folder: Path) -> str:
         (disk / "filler").write_bytes(bytes(size))
         refused = run(disk / "run", arguments(folder), 2)
         assert refused.codes == [2, 2] and "3 checkpoints of 0.00435 GB need 0.013 GB" in refused.text, refused.text
-    return "checkpoint step 4 failed: No space left, need and free said, step 2 kept; resumed; refused at the start"
+    return "checkpoint step 4 failed: No space left, needed and free space; step 2 kept; resumed; refused at the start"
 
 
 def row_08(folder: Path) -> str:
@@ -283,7 +283,7 @@ def row_16(folder: Path) -> str:
         resumed = run(stopped.directory, given, 2)
         assert resumed.codes == [0, 0] and furthest(resumed, reference(folder)) < ROUNDING, resumed.text
     return (
-        "skipped on both ranks, score.weight named and counted; stopped after 3 in a row, step 2 kept and resumed from"
+        "skipped on both ranks, score.weight listed and counted; stopped after 3 in a row, step 2 kept and resumed from"
     )
 
 
@@ -328,7 +328,7 @@ def row_30(folder: Path) -> str:
     assert outcome_of(first, folder / "first").codes == [0] and second.codes == [0] * 4, second.text
     entries = [path for path in (folder / "cache" / "tokens").iterdir() if path.is_dir()]
     assert len(entries) == 1, entries
-    return "two runs of 2 and 4 ranks on an empty cache: one entry, all went on"
+    return "two runs of 2 and 4 ranks on an empty cache: one entry, all continued"
 
 
 def row_31(folder: Path) -> str:

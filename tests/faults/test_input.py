@@ -1,4 +1,4 @@
-"""The fault matrix on data, configuration, tokenizer and model files: one test a row of the matrix."""
+"""The fault matrix on data, configuration, tokenizer and model files: one test per row of the matrix."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""The fault matrix on running jobs: killed, stopped, hanging, slow, full, damaged, changed. One test a row.
+"""The fault matrix on running jobs: killed, stopped, hanging, slow, full, damaged, changed. One test per row.
 
-The rows that take more than some seconds are marked slow: `pytest -m slow`, or `python -m tests.faults --table`.
+Rows that take more than a few seconds are marked slow: `pytest -m slow`, or `python -m tests.faults --table`.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The faults that look different under a real torchrun: signals that it passes on, disks, and two jobs at once.
+"""Faults that look different under a real torchrun: signals that it forwards, disks, and two jobs at once.
 
 Restarts (row 29), the raced cache (row 30) and the lock (row 12) are in tests/faults/test_run.py, also under torchrun.
 """
@@ -18,8 +18,8 @@ from tests.harness.tmpfs import small_disk
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def test_sigterm_to_torchrun_saves_and_says_preempted(tmp_path: Path) -> None:
-    """torchrun passes the signal on and waits; it exits with 1 of its own, so the truth is in run_status.json."""
+def test_sigterm_to_torchrun_saves_and_records_preempted(tmp_path: Path) -> None:
+    """torchrun forwards the signal, waits, and exits with its own code 1; run_status.json has the true status."""
     slow = [Fault("compute", "slow", rank, 1, every=True) for rank in range(2)]
     job = torchrun(tmp_path / "run", arguments(tmp_path), 2, slow)
     wait_for(lambda: steps(tmp_path / "run" / "checkpoints"), job)
@@ -58,6 +58,6 @@ def test_two_jobs_in_one_directory(tmp_path: Path) -> None:
     finally:
         os.kill(holder["pid"], signal.SIGKILL)
         outcome_of(first, tmp_path / "run")
-    told = f"is in use by pid {holder['pid']} on host {holder['host']} since {holder['since']}"
-    assert told in second.text and "exitcode  : 2" in second.text, second.text
+    message = f"is in use by pid {holder['pid']} on host {holder['host']} since {holder['since']}"
+    assert message in second.text and "exitcode  : 2" in second.text, second.text
     assert second.text.count("rmcore.train:") == 1

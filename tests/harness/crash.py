@@ -1,8 +1,11 @@
-"""Whole runs in real processes that something happens to: killed, stopped, filled, poisoned at a named point.
+"""Whole runs in real processes with planted faults: killed, stopped, out of space, poisoned at a given point.
 
-Enters: the arguments of `python -m rmcore.train`, a world size, `Fault`s. Leaves: exit codes, what each rank printed,
-the final weights and the order of the data. Every rank is a fork of a server that has imported rmcore once, so a run
-of two ranks and eight steps takes about a second. Nothing here is imported by rmcore.
+Input: the arguments of `python -m rmcore.train`, a world size, `Fault`s.
+Output: exit codes, what each rank printed, the final weights and the order of the data.
+Example: `run(folder, arguments, 2, [Fault("compute", "kill", rank=1, nth=3)])` kills rank 1 in its third forward.
+
+Every rank is a fork of a server that has imported rmcore once, so a run of two ranks and eight steps takes a few
+seconds. rmcore imports nothing from here.
 """
 
 import contextlib
@@ -39,12 +42,12 @@ class Fault:
     action: str = "kill"
     rank: int = 0
     nth: int = 1
-    every: bool = False  # from then on each time
+    every: bool = False  # and every later time
 
 
 @dataclass
 class Outcome:
-    """What became of a run: by rank the exit code (negative: the signal) and all that it printed."""
+    """The end of a run: by rank, the exit code (negative: the signal) and everything that it printed."""
 
     codes: list[int]
     output: list[str]
@@ -62,7 +65,7 @@ class Outcome:
 
     @property
     def order(self) -> dict[int, list[int]]:
-        """Step -> the comparisons that it trained on, over all ranks, as the last attempt at that step had them."""
+        """Step -> the comparisons that it trained on, over all ranks, in the last attempt at that step."""
         last: dict[int, tuple[str, list[int]]] = {}
         for path in sorted(
             scratch_of(self.directory).glob("order-*.jsonl"), key=lambda path: int(path.stem.split("-")[1])
@@ -87,7 +90,7 @@ def run(
     environment: dict[str, str] | None = None,
     limit: float = LIMIT,
 ) -> Outcome:
-    """One attempt at a run in `directory` on `size` ranks. `publish`: export as users do; else dump weights alone."""
+    """One attempt at a run in `directory` on `size` ranks. `publish`: export as users do; else only dump weights."""
     scratch = scratch_of(directory)
     scratch.mkdir(parents=True, exist_ok=True)
     attempt = len(list(scratch.glob("attempt-*")))
@@ -120,7 +123,7 @@ def run(
 
 
 def copy_of(outcome: Outcome, name: str) -> Path:
-    """A copy of the run's directory beside it, to be taken up again in another way."""
+    """A copy of the run's directory next to it, to be resumed in another way."""
     target = outcome.directory.with_name(name)
     shutil.copytree(outcome.directory, target)
     shutil.copytree(scratch_of(outcome.directory), scratch_of(target))
@@ -136,7 +139,7 @@ def torchrun(
     options: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> subprocess.Popen[str]:
-    """Start a run under a real torchrun; `communicate` gives its output. Faults act in the first attempt alone."""
+    """Start a run under a real torchrun; `communicate` gives its output. Faults act only in the first attempt."""
     settings = json.dumps({"directory": str(directory), "faults": [asdict(fault) for fault in faults]})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *options]
     return subprocess.Popen(
@@ -197,7 +200,7 @@ def _rank(
 
 
 def prepare(rank: int, faults: Sequence[Fault], directory: Path, attempt: int) -> None:
-    """Plant this rank's faults, and write down the order of the data."""
+    """Plant this rank's faults, and record the order of the data."""
     import rmcore.train
     from rmcore.host import faults as hooks
 
@@ -210,7 +213,7 @@ def prepare(rank: int, faults: Sequence[Fault], directory: Path, attempt: int) -
 
 
 def scratch_of(directory: Path) -> Path:
-    """Where the tests' own files on a run lie: beside its directory, which is rmcore's alone."""
+    """The tests' own files on a run: next to its directory, in which only rmcore writes."""
     return directory.parent / f"{directory.name}.scratch"
 
 
@@ -229,7 +232,7 @@ def _remember(train: Any, run: Any, *rest: Any) -> Any:
 
 
 class _Recorded:
-    """The engine's loader, which also writes down what it hands out."""
+    """The engine's loader, which also records what it yields."""
 
     def __init__(self, *arguments: Any, order: Path, **more: Any) -> None:
         from rmcore.data.batches.loader import Loader
@@ -256,7 +259,7 @@ class _Recorded:
 
 
 def _dump(path: Path, run: Any, *_: object) -> None:
-    """In place of the export: the whole weights, by rank 0."""
+    """Instead of the export: rank 0 writes the whole weights."""
     state = {name: tensor.numpy() for name, tensor in run.strategy.whole_tensors()}
     if run.world.is_main:
         np.savez(path, **state)
@@ -293,7 +296,7 @@ def _act(fault: Fault) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     elif fault.action == "until-next-step":
         _STEPPED.clear()
-        assert _STEPPED.wait(30), "no step went on while a checkpoint was written"
+        assert _STEPPED.wait(30), "no step computed while a checkpoint was written"
     elif fault.action == "slow":
         time.sleep(0.3)
     elif fault.action == "hang":
@@ -310,7 +313,7 @@ def _act(fault: Fault) -> None:
 
 
 def fill(directory: str) -> None:
-    """Write zeros beside the run until the disk is full, and give back a little."""
+    """Write zeros next to the run until the disk is full, then free a little."""
     path = Path(directory).parent / "filler"
     with open(path, "wb", buffering=0) as file:
         with contextlib.suppress(OSError):

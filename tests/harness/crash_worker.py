@@ -1,7 +1,7 @@
 """A rank under a real torchrun, with faults planted: `-m tests.harness.crash_worker SETTINGS [arguments of
 rmcore.train]`.
 
-SETTINGS is JSON: the run directory, and the faults, which act in the first attempt alone. Example of one:
+SETTINGS is JSON: the run directory, and the faults, which act only in the first attempt. Example of one:
 {"point": "compute", "action": "kill", "rank": 1, "nth": 3}.
 """
 

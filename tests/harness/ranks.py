@@ -1,4 +1,6 @@
-"""Real ranks for tests: processes that meet through a file, run one function each, and hand back JSON.
+"""Real ranks for tests: processes that meet through a file, run one function each, and return JSON.
+
+Example: `run_ranks(function, 2, tmp_path)[1].value` is what rank 1 returned.
 
 A fork server imports rmcore once; a rank is a fork of it, so it starts in milliseconds.
 """
@@ -17,7 +19,7 @@ from typing import Any
 
 @dataclass
 class RankResult:
-    """What one rank left: its exit code, what its function returned (None if it did not), its traceback."""
+    """The end of one rank: its exit code, what its function returned (None if it did not), its traceback."""
 
     exit_code: int | None
     value: Any
@@ -35,7 +37,7 @@ def run_ranks(
 ) -> list[RankResult]:
     """Start `size` processes that each call `function(rendezvous, *arguments)`; results by rank.
 
-    They are told that they run on `hosts` hosts, equally many on each.
+    Their environment describes `hosts` hosts with equally many ranks on each.
 
     `function` is defined at the top of a test module and passes `rendezvous` to `start_world(init_method=...)`; the
     ranks come from the environment, as torchrun sets it. Its return value must be JSON. With `check` every rank must

@@ -1,4 +1,4 @@
-"""What sharded strategies offer beside: recompute, offload, clipping, precision of what is sent, layers of any kind."""
+"""Sharded strategies: recompute, offload, clipping, the precision of collectives, the layers of many architectures."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ BASE = [
 
 
 def walk(rendezvous: str, variants: list[list[str]]) -> list[list[dict[str, float]]]:
-    """The figures of every step and evaluation of a whole training for each variant, one after the other."""
+    """For each variant, one after the other: the metrics of every step and evaluation of a whole training."""
     from rmcore.parallel.world import running_world
     from rmcore.tracking.tracker import Tracker
     from rmcore.train import train
@@ -69,8 +69,8 @@ def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]], t
 
 @pytest.mark.distributed
 def test_recompute_offload_and_clipping_on_two_by_two_ranks(tmp_path: Path) -> None:
-    """Recompute and offload change where numbers are, not the numbers; 2 x 2 ranks differ from one by the order of fp32
-    sums alone (1e-5, see tests/training/test_world_sizes.py)."""
+    """Recompute and offload change where numbers are, not the numbers. 2 x 2 ranks differ from one only by the order of
+    fp32 sums (1e-5, see tests/training/test_world_sizes.py)."""
     hsdp, zero3 = "parallel.strategy=hsdp", "parallel.strategy=zero3"
     variants = [[hsdp], [hsdp, "parallel.recompute=selective"], [zero3, "parallel.recompute=full"]]
     variants += [[hsdp, "parallel.offload=true"], ["parallel.strategy=zero2", "parallel.offload=true"]]
@@ -87,7 +87,7 @@ def test_recompute_offload_and_clipping_on_two_by_two_ranks(tmp_path: Path) -> N
 
 
 def sent_in_bf16(rendezvous: str, strategy: str) -> dict[str, list[str]]:
-    """The type of the numbers of each collective of a training, weights and gradients alone."""
+    """The dtypes in each collective of a training, for weights and gradients only."""
     import torch.distributed as dist
 
     sent: dict[str, list[str]] = {}
@@ -105,8 +105,13 @@ def sent_in_bf16(rendezvous: str, strategy: str) -> dict[str, list[str]]:
         return call
 
     # torch 2.13 calls the first two all_gather_single and reduce_scatter_single
-    names = {"all_gather_into_tensor": "gather", "all_gather_single": "gather", "reduce_scatter_tensor": "scatter",
-             "reduce_scatter_single": "scatter", "all_reduce": "reduce"}  # fmt: skip
+    names = {
+        "all_gather_into_tensor": "gather",
+        "all_gather_single": "gather",
+        "reduce_scatter_tensor": "scatter",
+        "reduce_scatter_single": "scatter",
+        "all_reduce": "reduce",
+    }
     for name, kind in names.items():
         if hasattr(dist, name):
             setattr(dist, name, spied(name, kind))
@@ -129,8 +134,8 @@ def sent_in_bf16(rendezvous: str, strategy: str) -> dict[str, list[str]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["hsdp", "zero2"])
 def test_gradients_are_reduced_in_fp32_and_weights_gathered_in_bf16(tmp_path: Path, strategy: str) -> None:
-    """hsdp scatters within the host with each micro batch, and reduces over hosts once; zero2 scatters once. The model
-    has two layers and the rest: three collectives for all weights."""
+    """hsdp scatters within the host in each micro batch, and reduces over hosts once; zero2 scatters once. The
+    model has two layers and the rest: three collectives for all weights."""
     (sent, *_) = (result.value for result in run_ranks(sent_in_bf16, 4, tmp_path, strategy, hosts=2))
     parts = int(sent.pop("micro batches")[0])
     assert parts > 1
@@ -174,7 +179,7 @@ def chosen_path(rendezvous: str, overrides: list[str]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_self_test_leaves_the_fast_path_on_shards_too(tmp_path: Path) -> None:
-    """Bloom's ALiBi cannot share: the tried paths raise in the middle of a sharded forward, the padded one is taken."""
+    """Bloom's ALiBi cannot share: the fast paths raise in the middle of a sharded forward, so padded is used."""
     class_name, arguments = FAMILIES["bloom"]
     tokenizer = byte_tokenizer()
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -202,7 +207,7 @@ MORE_FAMILIES = {
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_every_decoder_layer_is_wrapped_by_itself(family: str) -> None:
-    """Found by their list alone: as many as the config says, and all that is not embedding, norm or head is in them."""
+    """As many as in the config, and everything except embeddings, norms and heads is inside them."""
     class_name, arguments = MORE_FAMILIES[family]
     model = empty_model(getattr(transformers, class_name)(**arguments))
     layers = decoder_layers(model)

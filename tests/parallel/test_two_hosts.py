@@ -1,6 +1,6 @@
-"""Two hosts for real: torchrun on each, two ranks a host, a cable that is cut in the middle and mended.
+"""Two real hosts: torchrun on each, two ranks per host, a cable that is cut in the middle of a run and mended.
 
-Where namespaces may not be made these tests skip and say so.
+The tests are skipped, with the reason, where network namespaces may not be made.
 """
 
 import json
@@ -25,7 +25,7 @@ MORE = ("log.every=1", "run.save_every=2", "parallel.timeout_seconds=12")
 
 
 def launch(hosts: TwoHosts, folder: Path, strategy: str, slow: bool = False) -> list[subprocess.Popen[str]]:
-    """The same command on both hosts, as launch/multinode.sh has it."""
+    """Start the same command on both hosts, as launch/multinode.sh does."""
     faults = [vars(Fault("compute", "slow", 0, 1, every=True))] if slow else []
     settings = json.dumps({"directory": str(folder / "run"), "faults": faults})
     given = [*arguments(folder, *MORE, rows=72), f"parallel.strategy={strategy}"]
@@ -41,7 +41,7 @@ def launch(hosts: TwoHosts, folder: Path, strategy: str, slow: bool = False) -> 
 
 
 def finished(jobs: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
-    """Exit codes and outputs; fails with what they printed when they do not end."""
+    """Exit codes and outputs; fails with the outputs if the jobs do not end."""
     end = time.monotonic() + 180
     while any(job.poll() is None for job in jobs) and time.monotonic() < end:
         time.sleep(0.1)
@@ -54,14 +54,14 @@ def finished(jobs: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Step -> loss, of the last time that it was logged."""
+    """Step -> the loss that was logged last for it."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {step["step"]: step["train/rm/loss"] for step in map(json.loads, lines) if "train/rm/loss" in step}
 
 
 def assert_as_alone(tmp_path: Path) -> None:
-    """As one process walks: fp32 sums in another order, see ROUNDING in tests/harness/small_run.py."""
-    directory = tmp_path / "alone"
+    """Compare with one process: fp32 sums in another order, see ROUNDING in tests/harness/small_run.py."""
+    directory = tmp_path / "one-process"
     run_ranks(train_rank, 1, tmp_path / "ranks", [*arguments(tmp_path, *MORE, rows=72), f"run.dir={directory}"])
     ours, theirs = losses(tmp_path / "run"), losses(directory)
     assert len(theirs) == 12 and ours == pytest.approx(theirs, abs=1e-5)

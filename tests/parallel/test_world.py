@@ -1,4 +1,4 @@
-"""The process group and its helpers, on real gloo ranks."""
+"""The process group and its collectives, on real gloo ranks."""
 
 import random
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_the_helpers_on_three_ranks(tmp_path: Path) -> None:
         assert value["seed"] == 7 + rank
         assert value["fine"] == rank * 2
         assert value["hosts"] == [3]
-        # The same error on every rank, and it names the one that failed.
+        # The same error on every rank, with the number of the rank that failed.
         assert value["one_fails"] == values[0]["one_fails"]
         kind, message = value["one_fails"]
         assert kind == "RankError" and "looking failed on rank 1 of 3" in message and "ZeroDivisionError" in message

@@ -1,4 +1,4 @@
-"""World 1 = 2 = 4 under every strategy, on real pairs where they are at hand, and odd numbers of pairs and ranks."""
+"""Runs on 1, 2 and 4 ranks are equal under every strategy; so are runs with odd numbers of pairs and ranks."""
 
 import json
 from pathlib import Path

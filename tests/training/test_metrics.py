@@ -1,4 +1,4 @@
-"""Training figures: sums over all ranks divided by counts over all ranks, without waiting for the device."""
+"""Training metrics: sums over all ranks divided by counts over all ranks, without waiting for the device."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ ONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def micro_batch(rank: int, index: int, pairs: int) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """A forward's output and its batch, random but known from its numbers."""
+    """The output of a forward and its batch, random, decided by the two numbers."""
     generator = np.random.Generator(np.random.PCG64([rank, index]))
     rewards = torch.from_numpy(generator.normal(size=2 * pairs).astype(np.float32))
     winner = torch.arange(pairs) * 2
@@ -39,7 +39,7 @@ def micro_batch(rank: int, index: int, pairs: int) -> tuple[SimpleNamespace, Sim
 
 
 def expected(batches: list[tuple[SimpleNamespace, SimpleNamespace]]) -> dict[str, float]:
-    """The same figures in numpy, from all pairs at once."""
+    """The same metrics in numpy, from all pairs at once."""
     chosen = np.concatenate([o.rewards_A[b.winner_P].double().numpy() for o, b in batches])
     rejected = np.concatenate([o.rewards_A[b.loser_P].double().numpy() for o, b in batches])
     weight = np.concatenate([b.weight_P.double().numpy() for _, b in batches])
@@ -55,7 +55,7 @@ def expected(batches: list[tuple[SimpleNamespace, SimpleNamespace]]) -> dict[str
 
 
 def log_two_intervals(rendezvous: str) -> list[dict[str, float]]:
-    """Rank 0 has 3 pairs, rank 1 has 7 and an empty micro batch; then one pair on rank 0 alone."""
+    """Rank 0 has 3 pairs, rank 1 has 7 and an empty micro batch; then one pair on rank 0 only."""
     with running_world(30, init_method=rendezvous) as world:
         metrics = Metrics(world)
         for index, pairs in enumerate([[1, 2], [7, 0]][world.rank]):
@@ -92,9 +92,12 @@ def test_a_soft_label_counts_once_and_plain_pairs_as_they_are() -> None:
     soft, plain = Metrics(ONE), Metrics(ONE)
     rewards = torch.tensor([3.0, 1.0])
     both = SimpleNamespace(
-        winner_P=torch.tensor([0, 1]), loser_P=torch.tensor([1, 0]), weight_P=torch.tensor([0.75, 0.25]),
-        computed_tokens=1, logical_tokens=1,
-    )  # fmt: skip
+        winner_P=torch.tensor([0, 1]),
+        loser_P=torch.tensor([1, 0]),
+        weight_P=torch.tensor([0.75, 0.25]),
+        computed_tokens=1,
+        logical_tokens=1,
+    )
     soft.add(SimpleNamespace(rewards_A=rewards, loss_sum=torch.tensor(1.0), counted=torch.tensor(1.0)), both)
     figures = soft.reduce()
     assert figures["train/rm/accuracy"] == 0.75
@@ -154,9 +157,16 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     """PyTorch's counter takes attention's full square; ours the causal half, so its attention counts twice."""
     length = 24
     config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, num_labels=1, pad_token_id=1, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_labels=1,
+        pad_token_id=1,
+        attn_implementation="eager",
+    )
     model = AutoModelForSequenceClassification.from_config(config)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(2, 2 + length)[None]).logits.sum().backward()
@@ -172,9 +182,13 @@ def test_mfu_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     metrics.add(*micro_batch(0, 0, 3))
     assert "mfu" not in metrics.reduce()
     names = {
-        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
-        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": None,
-    }  # fmt: skip
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA H200 NVL": 835e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA GeForce RTX 4090": None,
+    }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert device_peak_flops(torch.device("cuda", 0)) == peak, name

@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer, 20 steps on real pairs: followed step by step, through the command line alone."""
+"""Follows 20 steps of TRL's RewardTrainer on real pairs, step by step, through the command line."""
 
 import json
 import subprocess
@@ -69,18 +69,17 @@ def test_trl_followed_through_linear_decay_and_clipping(tmp_path):
     overrides = ["optim.schedule=linear", "optim.max_grad_norm=1.0", "batch.tokens=1000"]
     steps = follow(tmp_path, 2, *overrides)
     for step in steps:
-        step["grad_norm"] = min(
-            step["grad_norm"], 1.0
-        )  # this trajectory holds the norms after clipping, rmcore logs those before
+        # This trajectory has the norms after clipping; rmcore logs those before.
+        step["grad_norm"] = min(step["grad_norm"], 1.0)
     assert_follows(steps, trajectory("sched-fp64"))
 
 
 def assert_within_bf16(steps: list[dict], roundings: float = 1.0) -> None:
-    """As near to fp64 as TRL's own bf16 run is: 2.6e-4 in the root mean square of 20 losses.
+    """As close to fp64 as TRL's own bf16 run: 2.6e-4 in the root mean square of 20 losses.
 
-    Both errors are sums of very many roundings, so about normal. Of two such sets of 20 with the same sigma the ratio
-    of the root mean squares exceeds 2.07 once in a thousand times (F distribution, 20 and 20 degrees). `roundings`: how
-    many times as many roundings of equal size there are; the variance grows with their number.
+    Both errors are sums of very many roundings, so they are about normal. For two sets of 20 with the same sigma, the
+    ratio of the root mean squares exceeds 2.07 once in a thousand times (F distribution, 20 and 20 degrees).
+    `roundings`: how many times more roundings of equal size there are; the variance grows with their number.
     """
     exact = np.array(trajectory("seq-fp64")["loss"])
     theirs = np.array(trajectory("seq-bf16")["loss"]) - exact

@@ -1,4 +1,4 @@
-"""Each config of configs/ trains: rows of its data set's schema, a tiny random model of its architecture family."""
+"""Each config in configs/ trains a tiny random model of its architecture family on rows of its data set's schema."""
 
 import json
 from pathlib import Path
@@ -29,11 +29,19 @@ RUNS = {
 
 
 def tiny_base(family: str, directory: Path) -> Path:
-    """A causal language model with its tokenizer, as a base model lies on the hub: no score head in it."""
+    """A causal language model with its tokenizer, without a score head, as base models are on the hub."""
     tokenizer = byte_tokenizer()
-    common = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "intermediate_size": 64, "max_position_embeddings": 4096, "pad_token_id": None,
-              "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 4096,
+        "pad_token_id": None,
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config = (
         GPTNeoXConfig(**common)
         if family == "gpt_neox"

@@ -1,4 +1,4 @@
-"""Every world size and strategy walks the same path: 20 steps of a real tiny model on real HH rows, fp32."""
+"""Every world size and strategy takes the same 20 steps: a real tiny model on real HH rows, in fp32."""
 
 import json
 from functools import cache
@@ -47,7 +47,7 @@ class Case(NamedTuple):
         return f"{self.strategy}-{self.hosts}x{self.size // self.hosts}"
 
 
-# An odd size, and several hosts: what tests/training/test_engine.py has not.
+# An odd size, and several hosts, which tests/training/test_engine.py does not have.
 QUICK = [Case(3, "zero3"), Case(4, "hsdp", 2)]
 HOSTS = {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 2), 8: (2, 4)}
 ALL = [Case(size, strategy) for size in HOSTS for strategy in ("ddp", "zero1", "zero2", "zero3")]
@@ -55,7 +55,7 @@ ALL += [Case(size, "hsdp", hosts) for size, choices in HOSTS.items() for hosts i
 
 
 def walk(folder: Path, case: Case) -> list[dict]:
-    """The logged steps of the run, the evaluation among them."""
+    """The logged steps of the run, including the evaluation."""
     directory = folder / case.name
     overrides = [*RUN, f"parallel.strategy={case.strategy}", f"run.dir={directory}"]
     run_ranks(train_rank, case.size, folder / f"ranks-{case.name}", overrides, hosts=case.hosts, timeout=240)
@@ -82,7 +82,7 @@ def assert_same_walk(ours: list[dict], theirs: list[dict]) -> None:
         a, b = ([step[key] for step in run] for run in trained)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=key)
     losses = [step["train/rm/loss"] for step in trained[1]]
-    assert max(losses) - min(losses) > 0.05, "the weights moved, so equal losses say something"
+    assert max(losses) - min(losses) > 0.05, "the weights moved, so equal losses are no coincidence"
     a, b = ([step["eval/rm/loss"] for step in run if "eval/rm/loss" in step] for run in (ours, theirs))
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
