@@ -7,7 +7,7 @@ Example: a pair whose loss overflows at step 8 makes 3 of 31 gradients NaN. Adam
 averages, and step 9 continues from the weights of step 7.
 
 AdamW's fused kernel reads `found_inf` on the device (torch/optim/adam.py), so the host does not wait. The host looks at
-the counts in every step on a CPU, and once per log interval on a GPU.
+the counts in every step on a CPU, and in steps that log on a GPU.
 """
 
 import math
@@ -66,7 +66,8 @@ class BadSteps:
 
     def report(self, done: int) -> None:
         """Print what was skipped; a collective if something was. Raises RankError after run.max_bad_steps in a row."""
-        if self._run.world.reads_wait and done % self._run.config.log.every:
+        logged = done % self._run.config.log.every == 0 or done == self._run.plan.steps
+        if self._run.world.reads_wait and not logged:
             return
         count = int(self._since_report)
         if not count:

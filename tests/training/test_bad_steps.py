@@ -1,0 +1,49 @@
+"""When the counts of non-finite steps are read: on a GPU only in steps that log, the last step among them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rmcore.config import load_config
+from rmcore.parallel.world import RankError, World, running_world
+from rmcore.tracking.tracker import Tracker
+from rmcore.training.bad_steps import BadSteps
+from tests.harness.device_reads import DeviceReads
+
+CONFIG = ["model.name=synthetic", "data.train.path=synthetic", "log.every=4", "run.max_bad_steps=2"]
+
+
+class Lines(Tracker):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, text: object) -> None:
+        self.lines.append(str(text))
+
+
+def test_a_gpu_is_read_in_steps_that_log_and_in_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six steps, of which 5 and 6 are bad: nothing is read at 5, and 6 ends the run although 6 % 4 > 0."""
+    monkeypatch.setattr(World, "reads_wait", True)
+    strategy = SimpleNamespace(
+        adamw=SimpleNamespace(), named_parameters=lambda: {"good": None, "bad": None}, grad_norms_W=torch.ones(2)
+    )
+    with running_world(30) as world:
+        run = SimpleNamespace(
+            config=load_config(None, CONFIG), world=world, strategy=strategy, plan=SimpleNamespace(steps=6)
+        )
+        tracker = Lines()
+        bad_steps = BadSteps(run, tracker)  # type: ignore[arg-type]
+        for done in range(1, 5):
+            bad_steps.watch(torch.tensor(1.0))
+            bad_steps.report(done)
+        strategy.grad_norms_W = torch.tensor([1.0, torch.nan])
+        with DeviceReads() as reads:
+            bad_steps.watch(torch.tensor(torch.nan))
+            bad_steps.report(5)
+        assert reads.seen == [] and tracker.lines == []
+        bad_steps.watch(torch.tensor(torch.nan))
+        with pytest.raises(RankError, match="2 steps in a row up to step 6 had NaN or Inf in the gradient"):
+            bad_steps.report(6)
+    assert tracker.lines == ["warning: 2 of the steps up to 6 skipped on all ranks: NaN or Inf in the gradient of bad"]
