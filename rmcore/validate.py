@@ -127,23 +127,16 @@ def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
             f"set batch.tokens to {longest} or more, or lower data.max_tokens"
         )
     plan = Plan(
-        tokens_N,
-        work(tokens_N),
-        size_N(train, counts),
-        counted_N(train, counts),
-        pairs_per_step=config.batch.pairs,
-        token_budget=longest,
-        world_size=1,
-        seed=config.run.seed,
-        epochs=config.run.epochs,
-        shuffle=config.data.shuffle,
-        max_steps=config.run.max_steps,
-    )
+        tokens_N, work(tokens_N), size_N(train, counts), counted_N(train, counts), pairs_per_step=config.batch.pairs,
+        token_budget=longest, world_size=1, seed=config.run.seed, epochs=config.run.epochs,
+        shuffle=config.data.shuffle, max_steps=config.run.max_steps,
+    )  # fmt: skip
     warnings = []
     if plan.steps < 10:
         warnings.append(f"only {plan.steps} steps: lower batch.pairs={config.batch.pairs}, or raise run.epochs")
-    size = f"{config.batch.pairs} {config.loss.traits.unit}"
-    return plan, f"{plan.steps:,} steps of {size}; the longest comparison has {longest:,} tokens", warnings
+    of = f"{config.batch.pairs} {config.loss.traits.unit}"
+    shown = f"{plan.steps:,} steps of {of}; the longest comparison has {longest:,} tokens"
+    return plan, shown, warnings
 
 
 def _run_directory(config: Config) -> tuple[Any, str, list[str]]:
