@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the CPU benchmarks of rmcore/bench one after the other; the machine must be idle otherwise. Three repetitions take
-# about two hours. Results go to rmcore/bench/results; `python -m rmcore.bench tables` prints them.
+# The CPU benchmarks of the README, in turn, on a machine that does nothing else: about two hours with 3 repetitions.
+# Results go to rmcore/bench/results; `python -m rmcore.bench tables` prints them.
 #
-#   RMCORE_BENCH=~/bench PEERS=~/peers bash launch/bench_cpu.sh             # from `python -m rmcore.bench prepare`
+#   RMCORE_BENCH=~/bench PEERS=~/peers bash launch/bench_cpu.sh             # made by `python -m rmcore.bench prepare`
 #   REPEAT=1 SECTIONS="train-small score" bash launch/bench_cpu.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

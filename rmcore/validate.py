@@ -123,8 +123,9 @@ def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
     warnings = []
     if plan.steps < 10:
         warnings.append(f"only {plan.steps} steps: lower batch.pairs={config.batch.pairs}, or raise run.epochs")
-    size = f"{config.batch.pairs} {config.loss.traits.unit}"
-    return plan, f"{plan.steps:,} steps of {size}; the longest comparison has {longest:,} tokens", warnings
+    of = f"{config.batch.pairs} {config.loss.traits.unit}"
+    shown = f"{plan.steps:,} steps of {of}; the longest comparison has {longest:,} tokens"
+    return plan, shown, warnings
 
 
 def _run_directory(config: Config) -> tuple[Any, str, list[str]]:

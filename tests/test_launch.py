@@ -2,9 +2,11 @@
 Slurm's own tools.
 """
 
+import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,3 +193,62 @@ def test_the_manifest_fits_the_schema_of_kubernetes() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate has the schemas")
     for part in manifest():
         validate.validate(part, "1.30", strict=True)
+
+
+# --- set-up
+
+PYTHON_STAND_IN = """#!/usr/bin/env bash
+case $1 in
+    -) exec {python} "$@" ;;  # the hash of the stamp, the requirements of extras
+    -m) case "$2 $3" in "pip install") shift 3; echo "$*" >>installs ;; esac ;;
+    -c) echo "ops: built" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What setup.sh needs of a checkout, with a Python that notes what pip would install in the file `installs`."""
+    for name in ("launch/setup.sh", "setup.py", "constraints.txt", "CMakeLists.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(PYTHON_STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    return tmp_path
+
+
+def set_up(checkout: Path, *extras: str) -> list[str]:
+    """Run setup.sh; the lines of pip's arguments, from the first package on."""
+    (checkout / "installs").write_text("")
+    command = ["bash", str(checkout / "launch" / "setup.sh"), *extras]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = (checkout / "installs").read_text().splitlines()
+    return [line.split("constraints.txt ")[1] for line in lines]
+
+
+def test_the_set_up_installs_extras_on_demand_and_once(checkout: Path) -> None:
+    if "rmcore" not in {distribution.name for distribution in importlib.metadata.distributions()}:
+        pytest.skip("rmcore is not installed: its metadata list the requirements of the extras")
+    first = set_up(checkout)
+    assert len(first) == 2 and first[0].split()[0] == "torch" and first[1] == "--no-build-isolation -e ."
+    assert set_up(checkout) == []
+    (extra,) = set_up(checkout, "dev")
+    assert {"pytest", "mypy", "scipy", "peft"} <= set(extra.split()) and "torch" not in extra and "-e" not in extra
+    assert set_up(checkout, "dev") == set_up(checkout) == []
+    (lora,) = set_up(checkout, "lora", "dev")
+    assert lora == "peft"
+    with open(checkout / "setup.py", "a") as file:
+        file.write("# changed\n")
+    assert set_up(checkout)[1] == "--no-build-isolation -e .[dev,lora]"  # all that was installed, in the new versions
+    assert set_up(checkout, "dev", "lora") == []
+
+
+def test_an_unknown_extra_is_an_error(checkout: Path) -> None:
+    command = ["bash", str(checkout / "launch" / "setup.sh"), "dev", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "setup.py has no extra nonsense" in done.stderr
+    assert set(done.stderr.split("it has: ")[1].split()) == {"dev", "bench", "serve", "wandb", "lora", "fp8"}

@@ -14,7 +14,6 @@ from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
 from rmcore import inspect_data as inspect
 from rmcore import prepare, validate
-from rmcore.__main__ import MODULES
 from rmcore.data.inspection.statistics import length_bias, of_pairs, statistics, tokens
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.comparisons import EncodedRow
@@ -110,16 +109,16 @@ def test_prepare_fills_the_cache(arguments, tmp_path, capsys):
     assert entries == again and len(again) == 1
 
 
-@pytest.mark.parametrize("command", ["validate", "inspect", "prepare"])
-def test_help_answers_at_once_and_mistakes_are_refused(command, tmp_path):
+@pytest.mark.parametrize("module", ["validate", "inspect_data", "prepare"])
+def test_help_answers_at_once_and_mistakes_are_refused(module, tmp_path):
+    command = module.removesuffix("_data")
+
     def run(*words):
         line = [sys.executable, "-m", "rmcore", command, *words]
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     heavy = "import sys; from rmcore.{0} import main; print({{'torch', 'datasets', 'transformers'}} & set(sys.modules))"
-    imported = subprocess.check_output(
-        [sys.executable, "-c", heavy.format(MODULES.get(command, command))], cwd=ROOT, text=True
-    )
+    imported = subprocess.check_output([sys.executable, "-c", heavy.format(module)], cwd=ROOT, text=True)
     assert imported.strip() == "set()"
     before = os.times()
     done = run("--help")

@@ -1,4 +1,4 @@
-"""`rmcore export`: the directory of a checkpoint, of any strategy, is the one that the end of the training made."""
+"""`rmcore export`: a checkpoint of any strategy gives the directory that the end of the training wrote."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def trained(folder: Path, size: int, *more: str) -> Path:
 
 @pytest.mark.parametrize("strategy, size", [("ddp", 1), ("zero1", 2), ("zero2", 2), ("zero3", 3)])
 def test_a_checkpoint_of_any_strategy_exports_what_the_run_published(tmp_path: Path, strategy: str, size: int) -> None:
-    """The same weights to the bit, config, tokenizer and template as the run's own model directory."""
+    """Bit-identical weights, and the same config, tokenizer and template as the model directory of the run."""
     folder = trained(tmp_path, size, f"parallel.strategy={strategy}")
     lines = export(str(folder), str(tmp_path / "out"))
     assert lines[-1].startswith(f"{tmp_path / 'out'}: step 3; rewards reloaded by transformers differ by")
@@ -44,19 +44,19 @@ def test_a_checkpoint_of_any_strategy_exports_what_the_run_published(tmp_path: P
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_card_tells_data_figures_command_and_config(tmp_path: Path) -> None:
+def test_the_card_has_data_metrics_command_and_config(tmp_path: Path) -> None:
     folder = trained(tmp_path, 1)
     export(str(folder), str(tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "rows were kept" in card and "Fingerprint of the tokenised data" in card
     assert "| all |" in card and "rmcore.train rmcore_config.yaml" in card and "template: none" in card
     assert "Limits" in card and "vllm" in card.lower()
-    own = (folder / "model" / "README.md").read_text().splitlines()  # it also has a line for each source
+    own = (folder / "model" / "README.md").read_text().splitlines()  # it also has a line per source
     assert [line for line in own if line in card.splitlines()] == card.splitlines()
 
 
 def test_normalisation_is_measured_stored_and_changes_no_weight(tmp_path: Path) -> None:
-    """Plain transformers (model and pipeline) gives raw rewards; `rmcore score --normalise` those of mean 0, dev. 1."""
+    """Plain transformers gives raw rewards, `rmcore score --normalise` rewards of mean 0 and deviation 1."""
     folder = trained(tmp_path, 1)
     export(str(folder), str(tmp_path / "raw"))
     export(str(folder), str(tmp_path / "normalised"), normalise=True, max_shard_size="1MB")
@@ -93,7 +93,7 @@ def test_normalisation_is_measured_stored_and_changes_no_weight(tmp_path: Path) 
 
 
 def test_the_measured_mean_and_deviation_are_those_of_all_held_out_answers(tmp_path: Path) -> None:
-    """Against `rmcore score` on the very rows that the run held out."""
+    """Compared with `rmcore score` on the rows that the run held out."""
     rows = list(synthetic_rows(30, 3, "test"))
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,7 +109,7 @@ def test_the_measured_mean_and_deviation_are_those_of_all_held_out_answers(tmp_p
     assert np.std(rewards) > 1e-3
 
 
-def test_without_its_data_a_checkpoint_still_exports_and_says_so(tmp_path: Path) -> None:
+def test_without_its_data_a_checkpoint_still_exports_with_a_note(tmp_path: Path) -> None:
     folder = trained(tmp_path, 1)
     (tmp_path / "pairs.jsonl").unlink()
     lines = export(str(folder), str(tmp_path / "out"), ["data.cache=" + str(tmp_path / "nothing")])
@@ -122,7 +122,7 @@ def test_without_its_data_a_checkpoint_still_exports_and_says_so(tmp_path: Path)
     ).read_bytes()
 
 
-def test_damaged_checkpoints_are_passed_over_and_never_exported(tmp_path: Path, capsys: Any) -> None:
+def test_damaged_checkpoints_are_skipped_and_never_exported(tmp_path: Path, capsys: Any) -> None:
     folder = trained(tmp_path, 1)
     [shard] = (folder / "checkpoints" / "step-3").glob("*.safetensors")
     content = bytearray(shard.read_bytes())

@@ -1,4 +1,4 @@
-"""`rmcore push`: huggingface_hub's real client against a stand-in of the hub on loopback."""
+"""`rmcore push`: the real client of huggingface_hub against a stand-in for the hub on this machine."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def hub() -> Iterator[Hub]:
 
 
 def push(address: str, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface_hub reads its endpoint when it is imported."""
+    """Run the command in a new process, because huggingface_hub reads its endpoint when it is imported."""
     surroundings = {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
         [sys.executable, "-m", "rmcore.push", *arguments],
@@ -37,7 +37,7 @@ def push(address: str, *arguments: str, token: str = TOKEN) -> subprocess.Comple
     )
 
 
-def test_every_byte_arrives_in_the_repository_and_on_the_branch_that_were_asked_for(tmp_path: Path, hub: Hub) -> None:
+def test_every_byte_arrives_in_the_given_repository_and_branch(tmp_path: Path, hub: Hub) -> None:
     model = tmp_path / "model"
     export(model, max_shard_size="50KB")
     there = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
@@ -48,11 +48,11 @@ def test_every_byte_arrives_in_the_repository_and_on_the_branch_that_were_asked_
     assert repo["branches"]["v2"] == there and repo["branches"]["main"] == {}
     assert repo["private"] is True or repo["asked"].get("visibility") == "private"
     assert done.stdout.startswith(f"{hub.address}/me/hh-rm/commit/")
-    again = push(hub.address, str(model), "me/hh-rm")  # the repository is there already
+    again = push(hub.address, str(model), "me/hh-rm")  # the repository exists already
     assert again.returncode == 0 and repo["branches"]["main"] == there, again.stderr
 
 
-def test_a_public_repository_when_asked_for(tmp_path: Path, hub: Hub) -> None:
+def test_a_public_repository_with_the_option(tmp_path: Path, hub: Hub) -> None:
     export(tmp_path / "model")
     done = push(hub.address, str(tmp_path / "model"), "us/rm", "--public")
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_a_public_repository_when_asked_for(tmp_path: Path, hub: Hub) -> None:
     assert asked.get("private") is False or asked.get("visibility") == "public"
 
 
-def test_what_the_hub_refuses_is_told_in_a_line(tmp_path: Path, hub: Hub) -> None:
+def test_a_refusal_of_the_hub_is_one_line(tmp_path: Path, hub: Hub) -> None:
     export(tmp_path / "model")
     hub.refuse = ("/api/repos/create",)
     for repo, token, reason in (("them/rm", TOKEN, "rights to create"), ("me/rm", "hf_wrong", "Invalid credentials")):
@@ -71,7 +71,7 @@ def test_what_the_hub_refuses_is_told_in_a_line(tmp_path: Path, hub: Hub) -> Non
     assert not hub.repos
 
 
-def test_a_hub_that_is_not_there_and_a_directory_without_a_model(tmp_path: Path) -> None:
+def test_an_unreachable_hub_and_a_directory_without_a_model(tmp_path: Path) -> None:
     export(tmp_path / "model")
     with Hub() as gone:
         address = gone.address
