@@ -169,7 +169,7 @@ def test_a_comparison_longer_than_the_budget_is_refused():
 
 
 def test_the_plan_of_a_config_counts_what_its_objective_counts():
-    """A pair of weight 1/2 and a tie of weight 1/4 add 2 to the size of a global batch, and 0.75 to its weight."""
+    """A pair of weight 1/2 and a tie of weight 1/4 add 2 to the size of a global batch and 0.75 to its weight."""
     texts = [np.array([7, tail], dtype=np.int32) for tail in (1, 2, 3)]
     row = EncodedRow(texts[0][:1], texts, [(0, 1)], [0.0], [0.5], ties=[(1, 2)], tie_weight=[0.25])
     data = TokenizedComparisons.of([row] * 6)
