@@ -86,7 +86,18 @@ def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 # `rmcore evaluate` and `rmcore score` read one source, whose keys follow `data` directly.
 SHORT = {f"data.{key}" for key in ("split", "name", "revision", "amount", "columns")}
-FILES = {"safetensors", "json", "jsonl", "yaml", "py", "md", "h", "cpp", "html"}  # model.safetensors is not a key
+FILES = {
+    "safetensors",
+    "unverified",
+    "json",
+    "jsonl",
+    "yaml",
+    "py",
+    "md",
+    "h",
+    "cpp",
+    "html",
+}  # model.safetensors and the like are files
 
 
 def is_key(dotted: str) -> bool:
