@@ -23,8 +23,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.config import UserError
+from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template
-from rmcore.data.tokens.tokenizer import TextEncoder
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, probe_text, reloaded
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory

@@ -24,8 +24,9 @@ from rmcore.checkpoint.shards import Damaged, read_slices
 from rmcore.config import Config, UserError, config_from_values
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, load_template
-from rmcore.data.tokens.tokenizer import TextEncoder, load_tokenizer
+from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.trained import TrainedModel
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, export_model

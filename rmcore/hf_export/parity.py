@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.data.formats.comparison import Comparison
+from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, TemplateRefused
-from rmcore.data.tokens.tokenizer import TextEncoder
 from rmcore.host.command import ExplainedError
 
 # The relative error of one rounding. The largest one is 2^-24 in fp32, 2^-8 in bf16 and 2^-4 in e4m3. For bf16 half of

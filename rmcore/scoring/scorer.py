@@ -19,8 +19,9 @@ import torch
 from rmcore.config import UserError
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix, computed_tokens
+from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import load_template
-from rmcore.data.tokens.tokenizer import TextEncoder, load_tokenizer
+from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.evaluate import micro_batches
 from rmcore.evaluation.trained import TrainedModel, evaluation_config
 from rmcore.model.backbone import load_model_config

@@ -19,10 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rmcore.config import Config, UserError
 from rmcore.data.synthetic import byte_tokenizer
-from rmcore.data.tokens.encoder import TextEncoder, plain_backend_json
+from rmcore.data.tokens.encoder import plain_backend_json
 from rmcore.host.hub_access import offline_if_unreachable
-
-__all__ = ["PaddingReport", "TextEncoder", "embedding_rows", "fix_padding", "load_tokenizer", "tokenizer_fingerprint"]
 
 # Tokens that vocabularies have for padding, in order of preference; then the names of tokens reserved for the user.
 PADDING_NAMES = (

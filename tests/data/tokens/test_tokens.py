@@ -27,9 +27,10 @@ from rmcore.data.inspection.statistics import statistics
 from rmcore.data.synthetic import BOS, EOS, PAD, byte_tokenizer
 from rmcore.data.tokens.cache import CacheWriter, open_or_build
 from rmcore.data.tokens.comparisons import ARRAYS, EncodedRow, lay_out
+from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.limits import LengthLimits, apply_limits, in_memory
 from rmcore.data.tokens.ragged_arrays import common_prefix_lengths
-from rmcore.data.tokens.tokenizer import TextEncoder, embedding_rows, fix_padding, load_tokenizer, tokenizer_fingerprint
+from rmcore.data.tokens.tokenizer import embedding_rows, fix_padding, load_tokenizer, tokenizer_fingerprint
 from rmcore.evaluation.arrays import pair_arrays
 from tests.harness.paths import ROOT, SHARED, needs_shared
 
