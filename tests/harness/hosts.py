@@ -1,8 +1,8 @@
 """Two hosts on one machine: network namespaces joined by a cable that can be cut, each with a host name of its own.
 
-Enters: nothing but the rights to make them (root, the `ip` and `unshare` tools). Leaves: `TwoHosts`, in which commands
-are started by host; whatever happens, its processes and namespaces are gone afterwards. Example: torchrun on 10.77.0.1
-and 10.77.0.2, and `cut()` while they train.
+Input: the rights to make them (root, the `ip` and `unshare` tools).
+Output: `TwoHosts`, which starts commands on either host. Its processes and namespaces end with the `with` block.
+Example: torchrun on 10.77.0.1 and 10.77.0.2, and `cut()` while they train.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Two real hosts: torchrun on each, two ranks per host, a cable that is cut in the middle of a run and mended.
+"""Trains on two real hosts: torchrun on each, two ranks per host, a cable that is cut in the middle and mended.
 
 The tests are skipped, with the reason, where network namespaces may not be made.
 """
@@ -67,7 +67,7 @@ def assert_as_alone(tmp_path: Path) -> None:
     assert len(theirs) == 12 and ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_a_cut_cable_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path: Path) -> None:
+def test_a_cut_cable_is_named_and_the_run_resumes_when_it_is_mended(tmp_path: Path) -> None:
     """hsdp over 2 x 2 ranks."""
     with two_hosts() as hosts:
         jobs = launch(hosts, tmp_path, "hsdp", slow=True)
@@ -88,8 +88,11 @@ def test_a_cut_cable_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path: Pa
     assert_as_alone(tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "hsdp"])
-def test_two_hosts_walk_as_one_process(tmp_path: Path, strategy: str) -> None:
+# The test above trains hsdp on two hosts; tests/parallel/test_sharded.py compares zero2 with one process.
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("hsdp", marks=pytest.mark.slow)]
+)
+def test_two_hosts_train_like_one_process(tmp_path: Path, strategy: str) -> None:
     with two_hosts() as hosts:
         codes, output = finished(launch(hosts, tmp_path, strategy))
         assert codes == [0, 0], output

@@ -88,7 +88,7 @@ def assert_within_bf16(steps: list[dict], roundings: float = 1.0) -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("ranks, strategy", [(1, "ddp"), (2, "ddp"), (2, "zero2")])
+@pytest.mark.parametrize("ranks, strategy", [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "zero2")])
 def test_trl_followed_in_bf16(tmp_path, ranks, strategy):
     """FSDP2 keeps the residual stream in bf16 too, where autocast does not: about twice the roundings."""
     steps = follow(tmp_path, ranks, f"parallel.strategy={strategy}", "parallel.precision=bf16")
