@@ -147,7 +147,9 @@ def exactness(bench: Bench) -> dict[str, Any]:
                 "rewards_off": float((rewards - exact[0]).abs().max()),
                 "gradients_off": float((gradients - exact[1]).norm() / exact[1].norm()),
             }
-        errors["chosen"] = choose_path(model, data, numbers[:4], half=bench.half() if bench.cuda else None)[1]
+        errors["chosen"] = choose_path(
+            model, data, numbers[:4], bench.device, half=bench.half() if bench.cuda else None, gradients=True
+        )[1]
         errors["within_twice_bf16"] = all(
             errors["bf16 shared"][key] <= 2 * errors["bf16 padded"][key] for key in ("rewards_off", "gradients_off")
         )

@@ -117,7 +117,7 @@ class TrainedModel:
         # On CUDA some kernels exist only in bf16, so that the self-test must use it.
         half = self.autocast() if self.device.type == "cuda" and self.dtype == torch.bfloat16 else None
         numbers = trial_comparisons(data.tokens_N)
-        path, line = choose_path(self.model, data, numbers, self.config.model.attention, half)
+        path, line = choose_path(self.model, data, numbers, self.device, self.config.model.attention, half)
         self.share = path == SHARED
         return line
 

@@ -2,53 +2,66 @@
 
 Input: a reward model and tokenised data.
 Output: the fastest of shared, packed and padded whose rewards equal those of the plain Hugging Face forward of each
-text by itself, and one line about it. The last layer is pruned (rmcore.model.pruning) where that is exact too.
-Example: Llama -> ("shared", "attention shared: rewards equal the plain forward's to 2.4e-07, last layer on scored
-tokens only"). Bloom, whose own attention computes its ALiBi bias -> ("padded", "... not shared: KeyError ...").
+text by itself, and one line about it. Before training, the gradients must be equal too, and the reward of an answer
+must not depend on any token of another text. The last layer is pruned (rmcore.model.pruning) where that is exact too.
+Example: Llama -> ("shared", "attention shared: rewards equal the plain forward's to 2.4e-07 and gradients to 3.1e-07,
+last layer on scored tokens only"). Bloom, whose own attention computes its ALiBi bias -> ("padded", "... not shared:
+KeyError ...").
 
 A wrong fast path never trains: rmcore takes a slower one, or stops.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rmcore.config import UserError
-from rmcore.data.batches.batch import Comparisons, build_batch
+from rmcore.data.batches.batch import Comparisons, RaggedBatch, build_batch
 from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
 
 # Rounding makes exact fp32 paths differ by 1e-7 to 1e-5 at depths of 4 to 80 layers. A wrong mask or position moves a
 # reward of order 1 by 1e-3 and more. The bound lies between the two.
 TOLERANCE = 1e-4
+# The same for gradients, relative to their norm. The backward has twice the roundings of the forward, and a wrong
+# kernel changes the gradient of a token by a large part of itself.
+GRADIENT_TOLERANCE = 1e-3
+GRADIENT_TOKENS = 512  # of the comparisons whose gradients are compared, so that it takes seconds on a CPU, too
 
 
 def choose_path(
     model: RewardModel,
     data: Comparisons,
     numbers: list[int],
+    device: torch.device,
     wanted: str = "auto",
     half: AbstractContextManager | None = None,
+    *,
+    gradients: bool = False,
 ) -> tuple[str, str]:
     """Make the model use its fastest exact path; return the path and a line about it.
 
     Args:
         numbers: the comparisons to try. The longest should be among them, because windows and position limits show only
             there.
+        device: where the model computes; with `parallel.offload` its weights are elsewhere.
         wanted: `auto`, or the only path to try.
         half: an autocast context, if training uses kernels that exist only for half precision. The paths may then
             differ from the fp32 oracle by the error of half precision itself.
+        gradients: compare gradients too, on the shortest comparisons. `PADDED` is transformers' own backward.
     Raises:
         UserError: none of the paths to try is exact.
     """
-    device = next(model.parameters()).device
     model.use(PADDED)
-    oracle = rewards_alone(model, data, numbers)
+    oracle = rewards_alone(model, data, numbers, device)
     tolerance = TOLERANCE * max(1.0, float(oracle.abs().max()))
     if half is not None:
         with half:
-            tolerance += 3.0 * float((rewards_alone(model, data, numbers) - oracle).abs().max())
+            tolerance += 3.0 * float((rewards_alone(model, data, numbers, device) - oracle).abs().max())
+    backward = BackwardTest(model, data, numbers, device, half) if gradients else None
     refused = []
     paths = PATHS if wanted == "auto" else [wanted]
     for path, pruned in [(path, pruned) for path in paths for pruned in (True, False)]:
@@ -60,31 +73,88 @@ def choose_path(
         try:
             with torch.no_grad(), half or nullcontext():
                 rewards = model(batch).rewards_A.double().cpu()
+            difference = float((rewards - oracle).abs().max())
+            if not difference <= tolerance:
+                refused.append(f"{name}: rewards differ from the plain forward's by {difference:.1e}")
+                continue
+            found = f"rewards equal the plain forward's to {difference:.1e}"
+            if backward and path != PADDED:
+                fault, error = backward.run(path)
+                if fault:
+                    refused.append(f"{name}: {fault}")
+                    continue
+                found += f" and gradients to {error:.1e}"
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # an architecture may raise anything for a path; the next one is tried
             refused.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
-        difference = float((rewards - oracle).abs().max())
-        if difference <= tolerance:
-            part = ", last layer on scored tokens only" if pruned else ""
-            line = f"attention {path}: rewards equal the plain forward's to {difference:.1e}{part}"
-            return path, "; ".join([line, *(f"not {reason}" for reason in refused)])
-        refused.append(f"{name}: rewards differ from the plain forward's by {difference:.1e}")
+        part = ", last layer on scored tokens only" if pruned else ""
+        return path, "; ".join([f"attention {path}: {found}{part}", *(f"not {reason}" for reason in refused)])
     raise UserError(
         f"{type(model.backbone).__name__}: no path is exact with model.attention={wanted}: " + "; ".join(refused)
     )
 
 
 @torch.no_grad()
-def rewards_alone(model: RewardModel, data: Comparisons, numbers: list[int]) -> Tensor:
+def rewards_alone(model: RewardModel, data: Comparisons, numbers: list[int], device: torch.device) -> Tensor:
     """The oracle: fp64 rewards of every answer, each text by itself through the model as transformers runs it."""
-    device = next(model.parameters()).device
-    rewards = []
-    for number in numbers:
-        item = data.comparison(number)
-        for tail in item.tails:
-            text = torch.from_numpy(np.concatenate([item.prefix, tail]).astype(np.int64)).to(device)
-            rewards.append(model.reward_alone(text))
-    return torch.stack(rewards)
+    return torch.stack([model.reward_alone(text) for text in _texts(data, numbers, device)])
+
+
+class BackwardTest:
+    """Compares, for each answer, the gradient of its reward with respect to the embedded tokens of the batch.
+
+    The gradient passes through every layer, so it shows a wrong backward of any of them. It is compared with that of
+    the text by itself, and it must be exactly 0 at all tokens of other texts: a leak is a fault of structure, however
+    small it is with these weights.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        data: Comparisons,
+        numbers: list[int],
+        device: torch.device,
+        half: AbstractContextManager | None,
+    ) -> None:
+        self._model, self._data, self._device, self._half = model, data, device, half
+        self._numbers = _shortest(data, numbers)
+        self._oracle = self._alone()
+        self._tolerance = GRADIENT_TOLERANCE
+        if half is not None:
+            with half:
+                self._tolerance += 3.0 * max(map(_relative, self._alone(), self._oracle))
+
+    def run(self, path: str) -> tuple[str, float]:
+        """What is wrong with the path that the model uses, "" if nothing is; and its largest relative error."""
+        batch = build_batch(self._data, self._numbers, share=path == SHARED).on(self._device)
+        largest = 0.0
+        for answer, (rows, expected) in enumerate(zip(text_rows(batch), self._oracle, strict=True)):
+            with torch.enable_grad(), self._half or nullcontext(), _embedded(self._model) as embedded:
+                reward = self._model(batch).rewards_A[answer]
+                gradient = torch.autograd.grad(reward, embedded)[0][0]
+            others = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
+            others[rows] = False
+            if leak := float(gradient[others].abs().sum()):
+                return f"a reward depends on tokens of another text (gradient {leak:.1e})", leak
+            largest = max(largest, _relative(gradient[rows], expected))
+        fault = "" if largest <= self._tolerance else f"gradients differ from the plain backward's by {largest:.1e}"
+        return fault, largest
+
+    def _alone(self) -> list[Tensor]:
+        """The oracle: for each answer [tokens, D], its text by itself through the model as transformers runs it."""
+        gradients = []
+        for text in _texts(self._data, self._numbers, self._device):
+            with torch.enable_grad(), _embedded(self._model) as embedded:
+                gradients.append(torch.autograd.grad(self._model.reward_alone(text), embedded)[0][0])
+        return gradients
+
+
+def text_rows(batch: RaggedBatch) -> list[list[int]]:
+    """For each answer the packed rows of its text, in order. It ends at the scored token, also within a segment."""
+    texts = {row: rows for rows in batch.layout.texts for row in rows}  # a prefix row: of any text that begins with it
+    return [[row for row in texts[last] if row <= last] for last in batch.last_token_index_A.tolist()]
 
 
 def trial_comparisons(tokens_N: np.ndarray, count: int = 4, limit: int = 8192) -> list[int]:
@@ -96,3 +166,38 @@ def trial_comparisons(tokens_N: np.ndarray, count: int = 4, limit: int = 8192) -
         if number not in chosen and total <= limit:
             chosen.append(number)
     return chosen
+
+
+def _texts(data: Comparisons, numbers: list[int], device: torch.device) -> Iterator[Tensor]:
+    for number in numbers:
+        item = data.comparison(number)
+        for tail in item.tails:
+            yield torch.from_numpy(np.concatenate([item.prefix, tail]).astype(np.int64)).to(device)
+
+
+def _shortest(data: Comparisons, numbers: list[int]) -> list[int]:
+    """Two of the comparisons, so that texts have neighbours; fewer if they have more than GRADIENT_TOKENS."""
+    tokens = {number: sum(map(len, _texts(data, [number], torch.device("cpu")))) for number in numbers}
+    first, *others = sorted(numbers, key=tokens.__getitem__)
+    return [first, *(other for other in others[:1] if tokens[first] + tokens[other] <= GRADIENT_TOKENS)]
+
+
+@contextmanager
+def _embedded(model: RewardModel) -> Iterator[list[Tensor]]:
+    """Collects what the embedding returns in the forwards within: [1, T, D], where a gradient can end."""
+    outputs: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> None:
+        if not output.requires_grad:  # LoRA freezes the embedding
+            output.requires_grad_()
+        outputs.append(output)
+
+    hook = model.backbone.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).double().norm() / expected.double().norm().clamp(min=1e-30))

@@ -54,7 +54,9 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     loaded = load(config, world, tokenizer, start)
     parameters = sum(p.numel() for p in loaded.tested.parameters())
     trained = sum(p.numel() for p in loaded.tested.parameters() if p.requires_grad)
-    path, self_test_line = first_error(world, "the self-test", partial(self_test, config, loaded.tested, data.train))
+    path, self_test_line = first_error(
+        world, "the self-test", partial(self_test, config, loaded.tested, data.train, world.device)
+    )
     share = path == SHARED
 
     # All ranks train by one plan.
@@ -100,16 +102,16 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     )
 
 
-def self_test(config: Config, model: RewardModel, data: TokenizedComparisons) -> tuple[str, str]:
+def self_test(config: Config, model: RewardModel, data: TokenizedComparisons, device: torch.device) -> tuple[str, str]:
     """The fastest exact path of this model on these data, and a line about it.
 
     On a GPU half precision is tried too, because some kernels exist only for it.
     """
-    device = next(model.parameters()).device
     half = None
     if device.type == "cuda" and config.parallel.precision == "bf16":
         half = torch.autocast("cuda", dtype=torch.bfloat16)
-    return choose_path(model, data, trial_comparisons(computed_tokens(data, share=True)), config.model.attention, half)
+    numbers = trial_comparisons(computed_tokens(data, share=True))
+    return choose_path(model, data, numbers, device, config.model.attention, half, gradients=True)
 
 
 def flops_per_token(

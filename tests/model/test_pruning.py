@@ -20,6 +20,8 @@ from tests.harness.oracle import (
     tiny_model,
 )
 
+CPU = torch.device("cpu")
+
 
 def pruned_model(model, path=SHARED):
     ours = reward_model(model, path)
@@ -114,7 +116,7 @@ def test_a_forward_that_fails_leaves_no_state_behind():
 def test_the_self_test_prunes_where_that_is_exact(family, pruned):
     """GPT-2's own code needs as many final states as tokens: its last layer is not pruned, and the line says so."""
     model = reward_model(tiny_model(family), PADDED)
-    path, line = choose_path(model, odd_items(), [0, 6])
+    path, line = choose_path(model, odd_items(), [0, 6], CPU, gradients=True)
     assert (path, model.pruned) == (SHARED, pruned)
     assert ("last layer on scored tokens only" in line) == pruned
     assert ("not shared, last layer on scored tokens: RuntimeError" in line) != pruned

@@ -23,6 +23,8 @@ from tests.harness.oracle import (
     tiny_model,
 )
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("path", PATHS)
@@ -77,7 +79,9 @@ def test_the_self_test_finds_an_exact_path(family):
     model = tiny_model(family)
     _, rewards = padded(model, items)
     ours = reward_model(model, PADDED)
-    path, line = choose_path(ours, items, trial_comparisons(np.array([one.tokens for one in items])))
+    path, line = choose_path(
+        ours, items, trial_comparisons(np.array([one.tokens for one in items])), CPU, gradients=True
+    )
     assert path == (SHARED if family in EXACT_SHARED else PADDED)
     assert line.startswith(f"attention {path}: ") and "\n" not in line
     out = ours(build_batch(items, range(len(items)), share=path == SHARED))
@@ -86,7 +90,7 @@ def test_the_self_test_finds_an_exact_path(family):
 
 def test_a_chosen_path_that_is_not_exact_is_an_error():
     with pytest.raises(UserError, match=r"model\.attention=shared"):
-        choose_path(reward_model(tiny_model("bloom"), PADDED), odd_items(), [0, 1], wanted=SHARED)
+        choose_path(reward_model(tiny_model("bloom"), PADDED), odd_items(), [0, 1], CPU, wanted=SHARED)
 
 
 def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
@@ -101,8 +105,56 @@ def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
         return batch
 
     monkeypatch.setattr(selftest, "build_batch", wrong)
-    path, line = choose_path(reward_model(tiny_model("llama"), PADDED), odd_items(), [0])
+    path, line = choose_path(reward_model(tiny_model("llama"), PADDED), odd_items(), [0], CPU)
     assert path == PACKED and "shared: rewards differ" in line
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity, whose backward returns 1.01 times the gradient."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.01 * gradient
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (Spoiled.apply, "gradients differ from the plain backward's"),
+        (lambda out: out + 1e-9 * out.sum(0, keepdim=True), "a reward depends on tokens of another text"),
+    ],
+    ids=["wrong backward", "leak below the rounding of the rewards"],
+)
+def test_the_self_test_sees_what_the_rewards_do_not_show(monkeypatch, spoil, reason):
+    import rmcore.model.attention as attention
+
+    right = attention.ragged_attention
+    monkeypatch.setattr(attention, "ragged_attention", lambda *arguments: spoil(right(*arguments)))
+    for numbers in ([0, 1], range(8)):
+        model = reward_model(tiny_model("llama"), PADDED)
+        path, line = choose_path(model, odd_items(), [*numbers], CPU, gradients=True)
+        assert path == PADDED and line.count(reason) == 4, line  # shared and packed, each pruned and whole
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert choose_path(model, odd_items(), [*numbers], CPU)[0] == SHARED
+
+
+def test_the_gradients_of_every_odd_case_pass():
+    for number in range(8):
+        model = reward_model(tiny_model("gpt_neox"), PADDED)
+        path, line = choose_path(model, odd_items(), [number], CPU, gradients=True)
+        assert (path, model.pruned) == (SHARED, True) and "not " not in line, line
+
+
+def test_the_self_test_computes_on_the_device_that_it_is_given():
+    """With `parallel.offload` the weights are not on the device that computes."""
+    model = reward_model(tiny_model("llama"), PADDED)
+    model.register_parameter("elsewhere", torch.nn.Parameter(torch.empty(1, device="meta")))
+    assert next(model.parameters()).device.type == "meta"
+    assert choose_path(model, odd_items(), [0], CPU, gradients=True)[0] == SHARED
 
 
 @pytest.mark.parametrize("window", [0, 1, 5])
