@@ -3,8 +3,14 @@
 Input: a `Run` and its last evaluation.
 Output: `<run.dir>/model/`. Its rewards, when plain transformers reloads it, equal the engine's.
 Example: 6 texts of the longest and some other comparisons, largest difference 2.4e-07, allowed 1.0e-05.
+
+Rank 0 checks and pushes alone, which may take longer than a collective of the training may wait. The other ranks wait
+in a group of their own, with a timeout of PATIENCE.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,16 +24,19 @@ from rmcore.hf_export.directory import Package, set_aside, take_place, write_mod
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, reloaded
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
+from rmcore.host.faults import fault
 from rmcore.host.memory import available_memory
 from rmcore.model.lazy_model import open_exported
 from rmcore.model.lora import merged
 from rmcore.parallel.fsdp import materialise, shard
 from rmcore.parallel.strategy import Strategy
-from rmcore.parallel.world import RankError, World, broadcast_json, device_mesh, first_error
+from rmcore.parallel.world import RankError, World, broadcast_json, device_mesh, first_error, second_group
 from rmcore.tracking.tracker import Tracker
 from rmcore.training.run import Run
 
 RELOAD_SHARE = 0.25  # share of the available host memory that one whole fp32 copy of the model may take
+ROOM_ON_DEVICE = 1.2  # free device memory that the check needs, relative to the fp32 weights
+PATIENCE = 6 * 3600.0  # seconds that the other ranks wait for rank 0 to check and to push
 
 
 def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
@@ -66,11 +75,12 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             for _ in tensors:  # the other ranks gather all weights, so this rank must too, even if its disk failed
                 pass
 
-    temporary = first_error(world, "the export", write)
+    waiting = second_group(PATIENCE) if world.size > 1 else None
+    temporary = first_error(world, "the export", write, waiting)
     place = Path(broadcast_json(world, str(temporary)))
     by_parts = broadcast_json(world, config.parallel.traits.shards_weights and _too_large(run.strategy))
     try:
-        parity = first_error(world, "the export", lambda: _checked(run, package, place, probe, by_parts))
+        parity = first_error(world, "the export", lambda: _checked(run, package, place, probe, by_parts), waiting)
     except RankError as error:
         aside = f" (left in {set_aside(place, directory)})" if world.is_main else ""
         raise RankError(f"{error}{aside}") from error
@@ -81,7 +91,9 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             f"{parity.difference:.1e} (allowed {parity.allowed:.1e})"
         )
     if config.hub.push:
-        first_error(world, "the push to the hub", lambda: push(directory, config.hub) if world.is_main else None)
+        first_error(
+            world, "the push to the hub", lambda: push(directory, config.hub) if world.is_main else None, waiting
+        )
         tracker.say(f"pushed to {config.hub.repo}")
 
 
@@ -93,12 +105,40 @@ def _too_large(strategy: Strategy) -> bool:
 
 def _checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: bool) -> Parity | None:
     """Run transformers' own code on the export: the whole model on rank 0, or a part of it on each rank."""
-    if not (by_parts or run.world.is_main):
+    if by_parts:
+        parity = check_export(exported_shards(place, run.config, run.world), probe, package.dtype)
+    elif run.world.is_main:
+        fault("export.check")
+        with _all_cores():
+            parity = check_export(_on_device(reloaded(place), run.world.device), probe, package.dtype)
+    else:
         return None
-    model = exported_shards(place, run.config, run.world) if by_parts else reloaded(place)
-    parity = check_export(model, probe, package.dtype)
     check_tokenizer(place, package.tokenizer, package.template, probe.token_ids)
     return parity
+
+
+def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on the device of the training if that has the room, else on the CPU."""
+    if device.type != "cuda":
+        return model
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    need = sum(p.nbytes for p in model.parameters())
+    if ROOM_ON_DEVICE * need < free:
+        model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """One rank computes and the others wait: it may use the cores of all, not only its share (OMP_NUM_THREADS)."""
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(before, cores or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_probe(run: Run) -> Probe:

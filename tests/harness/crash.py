@@ -301,6 +301,8 @@ def _act(fault: Fault) -> None:
         time.sleep(0.3)
     elif fault.action == "hang":
         time.sleep(600)
+    elif fault.action == "outlast":
+        time.sleep(1.5 * _RUN[-1].config.parallel.timeout_seconds)
     elif fault.action == "nan":
         weight = next(p for name, p in _RUN[-1].strategy.named_parameters().items() if name == "score.weight")
         handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("nan"))[1])
