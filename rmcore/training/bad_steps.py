@@ -36,15 +36,20 @@ class BadSteps:
         self._limit = run.config.run.max_bad_steps
         self._losses: deque[float] = deque(maxlen=20)
         device = run.world.device
-        self._names = list(run.strategy.named_parameters())
+        parameters = run.strategy.named_parameters()
+        self._names, self._updated_on = list(parameters), next(iter(parameters.values())).device
         self._in_row = torch.zeros((), dtype=torch.int64, device=device)
         self._since_report = torch.zeros((), dtype=torch.int64, device=device)
         self._bad_W = torch.zeros(len(self._names), dtype=torch.bool, device=device)
 
     def watch(self, grad_norm: Tensor) -> None:
-        """Call it before the optimizer's step: the update is skipped if the norm is NaN or infinite. Never waits."""
+        """Call it before the optimizer's step: the update is skipped if the norm is NaN or infinite.
+
+        Waits for the device only if the optimizer is not on it.
+        """
         bad = ~torch.isfinite(grad_norm)
-        self._run.strategy.adamw.found_inf = bad.float()  # type: ignore[attr-defined]
+        # With parallel.offload AdamW runs on the CPU, and torch would not wait for the copy that it makes itself.
+        self._run.strategy.adamw.found_inf = bad.float().to(self._updated_on)  # type: ignore[attr-defined]
         self._in_row = (self._in_row + 1) * bad
         self._since_report += bad
         self._bad_W |= ~torch.isfinite(self._run.strategy.grad_norms_W) & bad

@@ -23,12 +23,27 @@ class Lines(Tracker):
         self.lines.append(str(text))
 
 
+def stub_strategy(device: torch.device) -> SimpleNamespace:
+    """A strategy with two parameters on `device`."""
+    parameters = {name: torch.nn.Parameter(torch.ones(1, device=device)) for name in ("good", "bad")}
+    return SimpleNamespace(
+        adamw=SimpleNamespace(), named_parameters=lambda: parameters, grad_norms_W=torch.ones(2, device="cpu")
+    )
+
+
+def test_adamw_is_told_on_the_device_of_its_weights() -> None:
+    """With parallel.offload the norm is on the GPU and AdamW on the CPU; here the devices are the CPU and meta."""
+    strategy = stub_strategy(torch.device("meta"))
+    with running_world(30) as world:
+        run = SimpleNamespace(config=load_config(None, CONFIG), world=world, strategy=strategy)
+        BadSteps(run, Lines()).watch(torch.tensor(1.0))  # type: ignore[arg-type]
+    assert strategy.adamw.found_inf.device.type == "meta"
+
+
 def test_a_gpu_is_read_in_steps_that_log_and_in_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six steps, of which 5 and 6 are bad: nothing is read at 5, and 6 ends the run although 6 % 4 > 0."""
     monkeypatch.setattr(World, "reads_wait", True)
-    strategy = SimpleNamespace(
-        adamw=SimpleNamespace(), named_parameters=lambda: {"good": None, "bad": None}, grad_norms_W=torch.ones(2)
-    )
+    strategy = stub_strategy(torch.device("cpu"))
     with running_world(30) as world:
         run = SimpleNamespace(
             config=load_config(None, CONFIG), world=world, strategy=strategy, plan=SimpleNamespace(steps=6)
