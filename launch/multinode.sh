@@ -20,7 +20,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 nodes=${NODES:?how many machines}
 ranks=${RANKS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
-# torchrun would set 1 thread; then the check of the export, which rank 0 runs on the CPU, takes minutes for large models.
+# torchrun would set 1 thread per rank, whatever the number of cores.
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 if [ -n "${INTERFACE:-}" ]; then
