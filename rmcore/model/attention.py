@@ -56,7 +56,8 @@ def attention_forward(
     layout: AttentionLayout | ScoredRows = kwargs[LAYOUT]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or 0
-    query_THK, key_TGK, value_TGK = (x[0].transpose(0, 1) for x in (query, key, value))
+    # squeeze, not [0]: the backward of an index fills a tensor with zeros and copies the gradient into it.
+    query_THK, key_TGK, value_TGK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if isinstance(layout, ScoredRows):
         layout.attended.append(layout.attend(query_THK, key_TGK, value_TGK, scale, window).flatten(1).unsqueeze(0))
         # The layer's code reshapes this to [1, T, any]; a hook then gives the output projection the stored result.
@@ -103,7 +104,7 @@ def composed_attention(
             mask = (ahead >= 0) & (ahead < window) if window else ahead >= 0
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
-        outputs.append(out[0].transpose(0, 1))
+        outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 

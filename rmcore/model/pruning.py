@@ -81,7 +81,7 @@ def scored_attention(query_AHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, visi
         query, key, value = (x.to(value_TGK.dtype).transpose(0, 1) for x in (query_AHK, key_TGK, value_TGK))
         key, value = (x.repeat_interleave(share, 0) if share > 1 else x for x in (key, value))
         out = F.scaled_dot_product_attention(query[None], key[None], value[None], visible_AT[None, None], scale=scale)
-        return out[0].transpose(0, 1)
+        return out.squeeze(0).transpose(0, 1)
     wide = torch.float64 if query_AHK.dtype == torch.float64 else torch.float32
     with torch.autocast(query_AHK.device.type, enabled=False):
         # The `share` query heads of a key head are rows of one product: [G, share * A, K] @ [G, K, T].

@@ -108,7 +108,7 @@ class RewardModel(nn.Module):
             use_cache=False,
             **{LAYOUT: batch.layout},
             **rows,
-        ).last_hidden_state[0]
+        ).last_hidden_state.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""

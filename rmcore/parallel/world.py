@@ -282,13 +282,17 @@ def _leave_alone() -> None:
     """Destroy the group without the other ranks, in at most LEAVE_SECONDS.
 
     NCCL can be aborted. Gloo cannot: it waits for what is in flight, until a peer closes its end or the collective
-    times out. A daemon thread does this waiting, so that this process can end earlier. Its peers then see the
-    connection close.
+    times out. A daemon thread does this waiting, so that this process can end earlier, even if the abort hangs. Its
+    peers then see the connection close.
     """
-    group = dist.group.WORLD
-    if group is not None and "nccl" in dist.get_backend_config(group):
-        group.abort()
-    del group
-    leaving = threading.Thread(target=dist.destroy_process_group, name=LEAVING, daemon=True)
+
+    def leave() -> None:
+        group = dist.group.WORLD
+        if group is not None and "nccl" in dist.get_backend_config(group):
+            group.abort()
+        del group
+        dist.destroy_process_group()
+
+    leaving = threading.Thread(target=leave, name=LEAVING, daemon=True)
     leaving.start()
     leaving.join(LEAVE_SECONDS)
