@@ -35,6 +35,8 @@ else
     command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29400}" --rdzv-id "${JOB:-rmcore}")
     [ -z "${LOCAL:-}" ] || command+=(--local-addr "$LOCAL")
 fi
+# torchrun passes the first four on to the ranks by itself, and dies of the others (torch older than the setting ignores it).
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 # By default torchrun kills the ranks 30 s after SIGTERM, but a save may take longer.
 command+=(--max-restarts "${RESTARTS:-3}" --shutdown-timeout "${SAVE_SECONDS:-170}" -m rmcore.train "$@")
 if [ -n "${DRY_RUN:-}" ]; then

@@ -30,6 +30,7 @@ from rmcore.data.batches.loader import Loader
 from rmcore.evaluation.evaluate import Evaluation
 from rmcore.host.command import run_command
 from rmcore.host.files import write_text_atomically
+from rmcore.host.terminal import survive_lost_output
 from rmcore.parallel.optim import learning_rate, set_learning_rate
 from rmcore.parallel.world import World, running_world
 from rmcore.tracking.status import write_status
@@ -139,4 +140,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    survive_lost_output()
     leave_process(main(CONFIG))

@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from rmcore.host.terminal import escape_what_cannot_be_encoded
+
 
 class ExplainedError(Exception):
     """A failure whose message tells the user everything: no traceback is printed.
@@ -36,6 +38,7 @@ def is_first_rank() -> bool:
 
 def run_command(prog: str, work: Callable[[], object]) -> int:
     """Do the work of a command and return its exit code: 0, 1 after an ExplainedError, 2 after a UserError."""
+    escape_what_cannot_be_encoded()
     try:
         work()
     except ExplainedError as error:

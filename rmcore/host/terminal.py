@@ -1,4 +1,15 @@
-"""Prepares text for a terminal: control characters made visible, durations. Example: ESC becomes the sign for ESC."""
+"""Text for a terminal: control characters made visible, durations, and output that may fail without ending a program.
+
+Input: text, or the standard streams of the process. Output: text, or streams that write what can be written.
+Example: ESC becomes the sign for ESC; an emoji on a console in GBK becomes "\\U0001f600".
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 CONTROL_CHARACTERS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {127: "\u2421"}
 
@@ -12,3 +23,51 @@ def clock(seconds: float) -> str:
     """A duration: 83.4 -> "0:01:23"."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """Write characters that the encoding of standard output or error lacks as escapes; Python would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # None, or a stream of another kind
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def survive_lost_output() -> None:
+    """Go on when standard output or error can no longer be written; for programs whose work matters more than its log.
+
+    When a pipe or a terminal is closed, the rest of the output goes nowhere. On a full disk, what cannot be written is
+    lost, and output continues when there is room again.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Survivor):
+            setattr(sys, name, _Survivor(stream))
+
+
+class _Survivor:
+    """A stream that behaves as `stream`, except that writing never raises OSError."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._survived():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._survived():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _survived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)

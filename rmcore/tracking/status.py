@@ -8,6 +8,7 @@ Example: {"status": "completed", "step": 28, "episode": 1790, "reason": "", "eva
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def record_status(
     reason: str = "",
     evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write run_status.json. Raises OSError if it cannot be written.
+    """Write run_status.json. If it cannot be written, a warning says so, and the run goes on.
 
     Args:
         step, episode: optimizer steps done and pairs seen.
@@ -50,7 +51,16 @@ def record_status(
         "eval": dict(evaluation or {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_text_atomically(Path(run_dir) / FILE, json.dumps(finite(content), indent=2) + "\n")
+    path, text = Path(run_dir) / FILE, json.dumps(finite(content), indent=2) + "\n"
+    try:
+        write_text_atomically(path, text)
+    except OSError as error:
+        try:  # a full disk has no room for a second file, and the old one must not say "running" for ever
+            with open(path, "r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
+        except OSError:
+            print(f"rmcore.train: warning: {path} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any]:

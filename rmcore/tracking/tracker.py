@@ -5,12 +5,15 @@ text. Output: a line in <run.dir>/metrics.jsonl, events in <run.dir>/tensorboard
 <run.dir>/samples.jsonl, and text on the console.
 Example: tracker.log(Moment(10, 640, 0.36), {"train/rm/loss": 0.6931}) on rank 0.
 
-Ranks other than 0 get a tracker that does nothing, so that the training loop need not distinguish ranks.
+Ranks other than 0 get a tracker that does nothing, so that the training loop need not distinguish ranks. A sink that
+fails (a full disk, a service that does not answer) never ends the training: the tracker says so once per sink, and at
+the end how often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +41,7 @@ class Tracker:
 
     def __init__(self, sinks: Sequence[Sink] = (), screen: Screen | None = None) -> None:
         self._sinks, self._screen = sinks, screen
+        self._failures: Counter[str] = Counter()
 
     def __enter__(self) -> Tracker:
         return self
@@ -57,18 +61,29 @@ class Tracker:
 
     def log(self, at: Moment, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an interval or of an evaluation by their full names (train/rm/loss, eval/rm/accuracy)."""
-        for sink in self._sinks:
-            sink.metrics(at, metrics)
+        self._each(lambda sink: sink.metrics(at, metrics))
 
     def log_samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
         """Log the samples table of an evaluation."""
-        for sink in self._sinks:
-            sink.samples(at, rows)
+        self._each(lambda sink: sink.samples(at, rows))
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
+        self._each(lambda sink: sink.close())
+        for name, count in self._failures.items():
+            if count > 1:
+                self.say(f"warning: {name} failed {count} times")
+        self._failures.clear()
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
-            sink.close()
+            try:
+                act(sink)
+            except Exception as error:
+                name = type(sink).__name__
+                self._failures[name] += 1
+                if self._failures[name] == 1:
+                    self.say(f"warning: {name}: {type(error).__name__}: {error}; the training continues")
 
 
 def start_tracker(

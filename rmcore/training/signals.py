@@ -1,9 +1,12 @@
-"""Handles SIGTERM and SIGINT: the run saves and stops; a second signal ends the process at once.
+"""Handles the signals that ask a job to stop: the run saves and stops; a second signal ends the process at once.
 
 Input: signals.
 Output: `Stopped`, raised at once if nothing would be lost, or by the saver at the next step boundary if signals are
 `deferred()`.
 Example: SIGTERM during step 7 -> step 7 ends, all ranks agree to stop, checkpoint step-7 is written, exit code 3.
+
+Schedulers send TERM or what their users chose (USR1, USR2), a terminal INT or QUIT, and HUP when it closes. Under nohup
+HUP stays ignored, unless torchrun, which handles it, forwards it.
 
 Signals within TWICE seconds count as one, because a scheduler signals every process and torchrun forwards the signal
 again.
@@ -20,7 +23,7 @@ from types import FrameType
 from rmcore.parallel.world import World, any_rank_max
 
 TWICE = 2.0  # seconds after which a signal is a second one
-CAUGHT = (signal.SIGTERM, signal.SIGINT)
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(BaseException):
@@ -53,7 +56,9 @@ class Signals:
     @contextmanager
     def watched(self) -> Iterator["Signals"]:
         """Catch signals inside; the former handlers are restored afterwards. Only for the main thread of a process."""
-        former = {number: signal.signal(number, self._handle) for number in CAUGHT}
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        caught = [number for number in CAUGHT if not (under_nohup and number == signal.SIGHUP)]
+        former = {number: signal.signal(number, self._handle) for number in caught}
         try:
             yield self
         finally:

@@ -282,8 +282,8 @@ def _act(fault: Fault) -> None:
 
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif fault.action in ("term", "int"):
-        os.kill(os.getpid(), {"term": signal.SIGTERM, "int": signal.SIGINT}[fault.action])
+    elif fault.action in ("term", "int", "hup", "quit", "usr1", "usr2"):
+        os.kill(os.getpid(), signal.Signals[f"SIG{fault.action.upper()}"])
     elif fault.action == "raise":
         raise ValueError(f"planted at {fault.point}")
     elif fault.action == "fill":

@@ -14,9 +14,11 @@ from rmcore.config import Config, UserError, load_config
 from rmcore.evaluation.samples import SampleRow
 from rmcore.host.files import write_text_atomically
 from rmcore.parallel.world import World
+from rmcore.tracking.console import Screen
 from rmcore.tracking.moment import Moment
+from rmcore.tracking.sinks import JsonLines
 from rmcore.tracking.status import write_status
-from rmcore.tracking.tracker import start_tracker
+from rmcore.tracking.tracker import Tracker, start_tracker
 
 MAIN = World(0, 2, 0, 2, torch.device("cpu"))
 OTHER = World(1, 2, 1, 2, torch.device("cpu"))
@@ -187,3 +189,27 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text_atomically(path, "new \ud800")
     assert path.read_text() == "old" and [child.name for child in tmp_path.iterdir()] == ["file"]
+
+
+class Broken:
+    """A sink on a disk that is full."""
+
+    def metrics(self, at: Moment, metrics: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def samples(self, at: Moment, rows: object) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_a_sink_that_fails_is_reported_once_and_stops_no_other(tmp_path: Path) -> None:
+    console = file_console()
+    good = JsonLines(tmp_path, Moment(0, 0, 0.0))
+    with Tracker([Broken(), good], Screen(console, 10, 0)) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(moment(step), TRAIN)
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    warnings = [line for line in printed(console).splitlines() if "warning" in line]
+    assert warnings == [
+        "warning: Broken: OSError: [Errno 28] No space left on device; the training continues",
+        "warning: Broken failed 3 times",
+    ]
