@@ -130,7 +130,7 @@ def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
 
 def _run_directory(config: Config) -> tuple[Any, str, list[str]]:
     """Check that the directory, or its nearest existing parent, is writable. Nothing is created."""
-    directory = Path(config.run.dir).expanduser().absolute()
+    directory = Path(config.run.dir).absolute()
     existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
     if not existing.is_dir():
         raise UserError(f"run.dir={config.run.dir}: {existing} is a file, not a directory")

@@ -6,10 +6,11 @@ Input: plain values. Output: a frozen `Config`, or pydantic's list of mistakes. 
 `--help`, the error messages and the JSON schema are all made from these classes; load.py reads files into them.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from rmcore.config.layers import TAG, plain_kind
@@ -19,12 +20,13 @@ from rmcore.config.parallel import ParallelConfig
 from rmcore.config.section import Section, conflict
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # may begin with ~; shells expand it only in front
 
 
 class ModelConfig(Section):
     """the language model that gets the score head"""
 
-    name: Text = Field(description="hub id or directory of the base model; `synthetic`: the embedded tiny model")
+    name: PathText = Field(description="hub id or directory of the base model; `synthetic`: the embedded tiny model")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="pretrained weights, or random weights for the architecture in the model's config"
@@ -48,7 +50,7 @@ class SourceConfig(Section):
     """one data set"""
 
     model_config = ConfigDict(json_schema_extra=_no_required_keys)
-    path: Text = Field(description="hub id, file, directory, glob pattern, or `synthetic` (the embedded task)")
+    path: PathText = Field(description="hub id, file, directory, glob pattern, or `synthetic` (the embedded task)")
     name: Text | None = Field(None, description="configuration name of a hub data set")
     split: Text = Field("train", description="split to read; slices such as train[:10%] work")
     revision: Text | None = Field(None, description="branch, tag or commit on the hub")
@@ -93,7 +95,7 @@ class DataConfig(Section):
     eval: Sources = Field(
         (), description="evaluation data, like data.train; without a path: the data set of the only train source"
     )
-    template: Text = Field(
+    template: PathText = Field(
         "tokenizer",
         description="simple_concat_with_space, simple_concat_with_new_line, simple_chat, assistant_message_only, "
         "zephyr, tulu, tokenizer (its own template), a .jinja file, or none (texts unchanged, EOS appended)",
@@ -117,7 +119,9 @@ class DataConfig(Section):
     eval_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of train held out for evaluation, by prompt; excludes eval"
     )
-    cache: Text | None = Field(None, description="directory for tokenised data; null: $RMCORE_CACHE or ~/.cache/rmcore")
+    cache: PathText | None = Field(
+        None, description="directory for tokenised data; null: $RMCORE_CACHE or ~/.cache/rmcore"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +175,7 @@ class OptimConfig(Section):
 class RunConfig(Section):
     """length, evaluation and checkpoints of the run"""
 
-    dir: Text = Field(
+    dir: PathText = Field(
         "runs/default", description="run directory; with a config file, the default is runs/<name of the file>"
     )
     epochs: int = Field(1, ge=1, description="passes over the training data")
@@ -191,7 +195,7 @@ class RunConfig(Section):
     keep_best: int = Field(
         0, ge=0, description="number of further checkpoints to keep, the best by evaluation accuracy"
     )
-    resume: Text = Field(
+    resume: PathText = Field(
         "auto", description="auto (newest intact checkpoint, if any), never, or the path of a checkpoint"
     )
     allow_changes: list[Text] = Field(

@@ -70,7 +70,7 @@ def shape_of(model: ModelConfig, file: str | None = None) -> tuple[PretrainedCon
     """
     if file is not None:
         return _from_values(_read(file), file), f"shape from {file}"
-    if model.name == "synthetic" or Path(model.name).expanduser().is_dir():
+    if model.name == "synthetic" or Path(model.name).is_dir():
         return load_model_config(model), "shape from its own config"
     try:
         with offline_if_unreachable():

@@ -86,8 +86,11 @@ def prepare_data(
 
 
 def cache_directory(config: Config) -> Path:
-    """data.cache if it is set, else $RMCORE_CACHE, else ~/.cache/rmcore."""
-    return Path(config.data.cache or os.environ.get("RMCORE_CACHE") or "~/.cache/rmcore").expanduser().resolve()
+    """data.cache if it is set, else $RMCORE_CACHE, else ~/.cache/rmcore. Raises UserError without a home directory."""
+    path = os.path.expanduser(config.data.cache or os.environ.get("RMCORE_CACHE") or "~/.cache/rmcore")
+    if path.startswith("~"):
+        raise UserError("this user has no home directory for the token cache: set data.cache or RMCORE_CACHE")
+    return Path(path).resolve()
 
 
 def _warnings(*parts: TokenizedComparisons | None) -> list[str]:

@@ -78,7 +78,7 @@ def start_world(timeout_seconds: float = 600.0, seed: int | None = None, *, init
         seed: the run's seed; this process's generators get `seed + rank`.
         init_method: a rendezvous instead of torchrun's (`file:///path` in tests); ranks come from the environment.
     Raises:
-        UserError: more processes on this host than GPUs; or a variable that is not a number, or out of range.
+        UserError: more processes on this host than GPUs; or a variable that is missing, not a number, or out of range.
     """
     rank, size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
@@ -86,6 +86,12 @@ def start_world(timeout_seconds: float = 600.0, seed: int | None = None, *, init
         raise UserError(
             f"the environment says RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE="
             f"{local_size}, which cannot be; start rmcore with torchrun, or unset these variables to run one process"
+        )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and missing and init_method is None:
+        raise UserError(
+            f"the environment says WORLD_SIZE={size}, but not {', '.join(missing)}, so the processes cannot meet; "
+            "start rmcore with torchrun, or unset WORLD_SIZE to run one process"
         )
     device = _device(local_rank, local_size)
     timeout = timedelta(seconds=timeout_seconds)

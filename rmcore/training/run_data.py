@@ -23,7 +23,7 @@ def prepared(config: Config) -> tuple[PreTrainedTokenizerFast, PreparedData]:
     """The tokenizer and the data of a config, with progress on stderr. Raises UserError."""
     notes: list[str] = []
     tokenizer = load_tokenizer(config, notes.append)
-    local = config.model.name == "synthetic" or Path(config.model.name).expanduser().is_dir()
+    local = config.model.name == "synthetic" or Path(config.model.name).is_dir()
     with nullcontext() if local else offline_if_unreachable():
         positions = getattr(load_model_config(config.model), "max_position_embeddings", None)
     with DataProgress() as progress:

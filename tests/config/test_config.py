@@ -295,3 +295,13 @@ def test_a_dump_of_one_source_takes_overrides(tmp_path: Path) -> None:
     dumped = load_text(tmp_path, WITHOUT_EVAL_PATH).dump_yaml()
     assert load_text(tmp_path, dumped, ["data.train.path=X"]).data.train[0].path == "X"
     assert set(yaml.safe_load(dumped)) == set(Config.model_fields)
+
+
+def test_every_path_may_begin_with_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    names = ["model.name", "data.train.path", "data.eval.path", "data.template", "data.cache", "run.dir", "run.resume"]
+    config = load_config(None, [f"{name}=~/{name}" for name in names])
+    data = config.data
+    found = [config.model.name, data.train[0].path, data.eval[0].path, data.template, data.cache]
+    assert [*found, config.run.dir, config.run.resume] == [f"/h/{name}" for name in names]
+    assert load_config(None, [*NEEDED, "run.dir=runs/~"]).run.dir == "runs/~"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -288,3 +289,15 @@ def test_ranks_that_start_together_prepare_once(tmp_path):
     assert len({lines[-1] for lines in outputs}) == 1 and " 2700 " in outputs[0][-1]
     for part in ("built data.train", "built data.train (held out)"):
         assert sum(part in lines for lines in outputs) == 1
+
+
+def test_a_user_without_a_home_directory_is_asked_for_a_cache(monkeypatch, tmp_path):
+    """Containers run under user ids that have neither $HOME nor a line in /etc/passwd."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("RMCORE_CACHE", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+    config = load_config(None, ["model.name=synthetic", "data.train.path=synthetic", "data.template=none"])
+    with pytest.raises(UserError, match=r"no home directory .*set data\.cache or RMCORE_CACHE"):
+        prepare(config)
+    monkeypatch.setenv("RMCORE_CACHE", str(tmp_path))
+    assert len(prepare(config).train)

@@ -23,7 +23,7 @@ from rmcore.parallel.world import (
 )
 from tests.harness.ranks import run_ranks
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _refuse(message: str) -> None:
@@ -125,6 +125,8 @@ def test_an_exception_leaves_no_group_behind(monkeypatch: pytest.MonkeyPatch) ->
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4"),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8, but not RANK, MASTER_ADDR, MASTER_PORT, so the processes cannot meet"),
+        ({"WORLD_SIZE": "8", "RANK": "1"}, "not MASTER_ADDR, MASTER_PORT"),
     ],
 )
 def test_an_impossible_environment_is_refused(

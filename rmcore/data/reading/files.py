@@ -60,22 +60,21 @@ def find_files(path: str, split: str, key: str) -> list[Path]:
 
     The split of a file is in its name (test.jsonl, test-00000-of-00002.parquet, test/part.csv), or else `train`.
     """
-    expanded = os.path.expanduser(path)
-    is_directory = os.path.isdir(expanded)
+    is_directory = os.path.isdir(path)
     if is_directory:
         try:
-            files = sorted(f for f in Path(expanded).rglob("*") if suffix(f) and f.is_file() and _is_data(f, expanded))
+            files = sorted(f for f in Path(path).rglob("*") if suffix(f) and f.is_file() and _is_data(f, path))
         except OSError as error:
             raise UserError(f"{key}.path: cannot look through {path}: {error}") from None
     else:
-        files = [Path(expanded)] if os.path.exists(expanded) else sorted(map(Path, glob.glob(expanded, recursive=True)))
+        files = [Path(path)] if os.path.exists(path) else sorted(map(Path, glob.glob(path, recursive=True)))
     if not files:
-        raise UserError(f"{key}.path: {_nothing_at(path, expanded)}")
+        raise UserError(f"{key}.path: {_nothing_at(path)}")
     unknown = next((f for f in files if suffix(f) is None), None)
     if unknown is not None:
         kinds = f"{', '.join(SUFFIXES)} ({' or '.join(COMPRESSIONS)} after it)"
         raise UserError(f"{key}.path: cannot read {unknown}: the name must end in {kinds}")
-    names = {f: str(f.relative_to(expanded)) if is_directory else f.name for f in files}
+    names = {f: str(f.relative_to(path)) if is_directory else f.name for f in files}
     of_split = [f for f in files if _names_split(names[f], split)]
     if of_split:
         return of_split
@@ -218,12 +217,12 @@ def _names_split(name: str, split: str) -> bool:
     return re.search(rf"(^|[-_./ ]){re.escape(split)}([-_./ \d]|$)", name) is not None
 
 
-def _nothing_at(path: str, expanded: str) -> str:
-    if os.path.isdir(expanded):
+def _nothing_at(path: str) -> str:
+    if os.path.isdir(path):
         return f"no file in {path} ends in {', '.join(SUFFIXES)}"
-    parent = Path(expanded).parent
+    parent = Path(path).parent
     siblings = [f.name for f in parent.iterdir()] if parent.is_dir() else []
-    guess = difflib.get_close_matches(Path(expanded).name, siblings, n=1)
+    guess = difflib.get_close_matches(Path(path).name, siblings, n=1)
     hint = (
         f" (did you mean {parent / guess[0]}?)"
         if guess

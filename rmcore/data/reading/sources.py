@@ -172,7 +172,7 @@ def _split(config: SourceConfig, spec: str, seed: int, cache_dir: Path, key: str
 
 def _label(path: str) -> str:
     """`hh` for data/hh.jsonl.gz, `helpful` for helpful/*.parquet, `name` for the hub data set org/name."""
-    named = [part for part in Path(path).expanduser().absolute().parts if "*" not in part]
+    named = [part for part in Path(path).absolute().parts if "*" not in part]
     return re.sub(rf"({'|'.join(map(re.escape, (*SUFFIXES, *COMPRESSIONS)))})+$", "", named[-1])
 
 
@@ -213,7 +213,7 @@ def _synthetic(config: SourceConfig, split: str, seed: int) -> tuple[datasets.Da
 
 
 def _local(path: str, split: str, cache_dir: Path, key: str) -> tuple[datasets.Dataset, str, list[mmap.mmap]]:
-    directory = Path(path).expanduser()
+    directory = Path(path)
     saved = [directory / name for name in ("dataset_dict.json", "state.json")]
     if not any(file.exists() for file in saved):
         rows, content, pages = read_files(find_files(path, split, key), cache_dir)

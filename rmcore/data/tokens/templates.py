@@ -151,7 +151,7 @@ def _require_eos(name: str, special_tokens: dict[str, str]) -> None:
 
 def _read_jinja_file(path: Path) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"data.template: cannot read {path}: {reason}") from None

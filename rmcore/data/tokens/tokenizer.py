@@ -83,13 +83,13 @@ def load_tokenizer(config: Config, say: Callable[[str], object] | None = None) -
 
 def _from_files(config: Config) -> PreTrainedTokenizerFast:
     name = config.model.name
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
         raise UserError(f"model.name={name}: there is no such directory (looked in {os.getcwd()})")
-    local = os.path.isdir(os.path.expanduser(name))
+    local = os.path.isdir(name)
     try:
         with contextlib.nullcontext() if local else offline_if_unreachable() as unreachable:
             tokenizer: Any = AutoTokenizer.from_pretrained(
-                os.path.expanduser(name),
+                name,
                 revision=config.model.revision,
                 trust_remote_code=config.model.trust_remote_code,
             )
