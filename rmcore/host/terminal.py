@@ -33,7 +33,7 @@ def escape_what_cannot_be_encoded() -> None:
 
 
 def survive_lost_output() -> None:
-    """Go on when standard output or error can no longer be written; for programs whose work matters more than its log.
+    """Let the program continue when standard output or error cannot be written, because its work matters more.
 
     When a pipe or a terminal is closed, the rest of the output goes nowhere. On a full disk, what cannot be written is
     lost, and output continues when there is room again.

@@ -187,10 +187,9 @@ def _embedded(model: RewardModel) -> Iterator[list[Tensor]]:
     """Collects what the embedding returns in the forwards within: [1, T, D], where a gradient can end."""
     outputs: list[Tensor] = []
 
-    def keep(_: Any, __: Any, output: Tensor) -> None:
-        if not output.requires_grad:  # LoRA freezes the embedding
-            output.requires_grad_()
-        outputs.append(output)
+    def keep(_: Any, __: Any, output: Tensor) -> Tensor:
+        outputs.append(output.detach().requires_grad_())  # LoRA freezes the embedding, so that its output needs none
+        return outputs[-1].clone()  # a model may change its embeddings in place, which a leaf does not permit
 
     hook = model.backbone.get_input_embeddings().register_forward_hook(keep)
     try:

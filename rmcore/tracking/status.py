@@ -36,7 +36,7 @@ def record_status(
     reason: str = "",
     evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write run_status.json. If it cannot be written, a warning says so, and the run goes on.
+    """Write run_status.json. If it cannot be written, print a warning and return.
 
     Args:
         step, episode: optimizer steps done and pairs seen.
@@ -55,7 +55,7 @@ def record_status(
     try:
         write_text_atomically(path, text)
     except OSError as error:
-        try:  # a full disk has no room for a second file, and the old one must not say "running" for ever
+        try:  # a full disk has no room for a second file, and the old one must not keep the status "running"
             with open(path, "r+", encoding="utf-8") as file:
                 file.write(text)
                 file.truncate()

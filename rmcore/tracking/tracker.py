@@ -6,8 +6,8 @@ text. Output: a line in <run.dir>/metrics.jsonl, events in <run.dir>/tensorboard
 Example: tracker.log(Moment(10, 640, 0.36), {"train/rm/loss": 0.6931}) on rank 0.
 
 Ranks other than 0 get a tracker that does nothing, so that the training loop need not distinguish ranks. A sink that
-fails (a full disk, a service that does not answer) never ends the training: the tracker says so once per sink, and at
-the end how often.
+fails (a full disk, a service that does not answer) never ends the training: the tracker reports its first failure, and
+at the end the number of its failures.
 """
 
 from __future__ import annotations

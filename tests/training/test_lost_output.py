@@ -1,4 +1,4 @@
-"""Output that cannot be written: the training goes on, and its status is true."""
+"""Trains while output cannot be written: the run completes, and its status is true."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Exports at the end of a run, while the other ranks wait."""
+"""Exports the model at the end of a run, while the other ranks wait."""
 
 from pathlib import Path
 

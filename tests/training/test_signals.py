@@ -1,4 +1,4 @@
-"""Every signal that asks a job to stop: the run saves, exits with 3 and resumes to the same bits."""
+"""Stops a run by each signal: it saves, exits with 3 and resumes to the same bits."""
 
 import signal
 from pathlib import Path
