@@ -5,8 +5,9 @@ Output: a `datasets.Dataset`, a hash of the files' bytes, and the memory map, wh
 Example: pairs.jsonl with 3 lines -> 3 rows {"__where__": "pairs.jsonl:1", "__json__": '{"chosen": ...}'}, ...
 
 JSON and CSV rows are kept as JSON text, not as columns: types may change from row to row (null here, a list there), and
-the reader of a field reports a wrong type with file and line. Parquet and Arrow rows keep their columns. Memory does
-not grow with the rows (except for a JSON array, see text_rows.py).
+the reader of a field reports a wrong type with file and line. Parquet and Arrow rows keep their columns, in the types
+that fit all files: a column that a file lacks is null in its rows. Memory does not grow with the rows (except for a
+JSON array, see text_rows.py).
 """
 
 import difflib
@@ -15,7 +16,8 @@ import mmap
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
@@ -25,6 +27,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from rmcore.config import UserError
+from rmcore.data.formats.row_format import needed_columns
 from rmcore.data.reading.text_rows import csv_rows, json_line_rows, json_rows
 
 WHERE, JSON = "__where__", "__json__"
@@ -91,20 +94,27 @@ def find_files(path: str, split: str, key: str) -> list[Path]:
     return files
 
 
-def read_files(files: list[Path], cache_dir: Path) -> tuple[Dataset, str, mmap.mmap]:
+def read_files(
+    files: list[Path], cache_dir: Path, columns: Mapping[str, str] | None = None
+) -> tuple[Dataset, str, mmap.mmap]:
     """-> (rows of all files in order, memory-mapped from `cache_dir`; hash of the files' bytes; the map).
 
-    Raises UserError: "FILE:LINE: reason" for the first malformed row, or if there is no row.
+    `columns` (rmcore's names -> those of the data): only the columns that a comparison then reads must fit in all
+    files, and others that do not fit are left out. Without it, all columns must fit.
+
+    Raises UserError: "FILE:LINE: reason" for the first malformed row, if columns do not fit, or if there is no row.
     """
     content = hash_files(files)
-    names = xxhash.xxh3_64_hexdigest("\0".join(map(str, files)).encode())  # the rows contain the files' names
+    schema, left_out = _common_schema(files, columns)
+    # The rows contain the files' names.
+    names = xxhash.xxh3_64_hexdigest("\0".join([*map(str, files), *left_out]).encode())
     target = cache_dir / f"rows-v1-{content}-{names}.arrow"
     try:
         if not target.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(f".tmp-{uuid.uuid4().hex}")  # several hosts may share the directory
             try:
-                _write(files, partial)
+                _write(files, schema, partial)
                 os.replace(partial, target)
             finally:
                 partial.unlink(missing_ok=True)
@@ -139,24 +149,79 @@ def hash_files(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _write(files: list[Path], target: Path) -> None:
-    """Writes one Arrow stream with the record batches of all files; the first batch decides the columns."""
-    writer = None
-    with pyarrow.OSFile(str(target), "wb") as sink:
+def _common_schema(files: list[Path], columns: Mapping[str, str] | None) -> tuple[pyarrow.Schema, list[str]]:
+    """-> (the columns of all files, each in a type that fits all of them; the names of columns that are left out)."""
+    schemas = [_schema_of(file) for file in files]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return schemas[0], []
+    for file, schema in zip(files, schemas, strict=True):
+        if (JSON in schema.names) != (JSON in schemas[0].names):
+            raise UserError(f"{file} and {files[0]} are of different kinds; list the files as separate sources")
+    found = list(dict.fromkeys(name for schema in schemas for name in schema.names if name != WHERE))
+    needed = found if columns is None else needed_columns(found, columns)
+    fields, left_out = [], []
+    for name in found:
+        holders = [
+            (file, schema.field(name).type) for file, schema in zip(files, schemas, strict=True) if name in schema.names
+        ]
+        kind = _common_type([kind for _, kind in holders])
+        if kind is not None:
+            fields.append(pyarrow.field(name, kind))
+        elif name not in needed:
+            left_out.append(name)
+        else:
+            first, expected = next((file, kind) for file, kind in holders if kind != pyarrow.null())
+            file, other = next((file, kind) for file, kind in holders if _common_type([expected, kind]) is None)
+            raise UserError(
+                f"{file}: column {name} is of type {other}, but of type {expected} in {first}; list the files as "
+                "separate sources, or convert one of them"
+            )
+    return pyarrow.schema([*fields, schemas[0].field(WHERE)]), left_out
+
+
+def _common_type(kinds: list[pyarrow.DataType]) -> pyarrow.DataType | None:
+    """The type to which all of them can be converted without loss; null fits any type."""
+    try:
+        plain = [kind.value_type if pyarrow.types.is_dictionary(kind) else kind for kind in kinds]
+        one_column = [pyarrow.schema([("column", kind)]) for kind in plain]
+        return pyarrow.unify_schemas(one_column, promote_options="permissive").field(0).type
+    except pyarrow.ArrowException:
+        return None
+
+
+def _write(files: list[Path], schema: pyarrow.Schema, target: Path) -> None:
+    """Writes one Arrow stream with the record batches of all files, converted to the common columns."""
+    with pyarrow.OSFile(str(target), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         for file in files:
             for batch in _batches(file):
-                if writer is None:
-                    schema = batch.schema
-                    writer = pyarrow.ipc.new_stream(sink, schema)
-                elif not batch.schema.equals(schema):
-                    raise UserError(
-                        f"{file}: columns {batch.schema.names[:-1]} do not fit those of {files[0]}, "
-                        f"{schema.names[:-1]}, in name or type; list the files as separate sources"
-                    )
-                writer.write_batch(batch)
-        if writer is None:
-            writer = pyarrow.ipc.new_stream(sink, _json_batch([]).schema)
-        writer.close()
+                writer.write_batch(batch if batch.schema.equals(schema) else _converted(batch, schema, file))
+
+
+def _converted(batch: pyarrow.RecordBatch, schema: pyarrow.Schema, file: Path) -> pyarrow.RecordBatch:
+    try:
+        columns = [
+            batch.column(field.name).cast(field.type)
+            if field.name in batch.schema.names
+            else pyarrow.nulls(batch.num_rows, field.type)
+            for field in schema
+        ]
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: cannot convert its columns to those of the other files: {reason}") from None
+    return pyarrow.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _schema_of(file: Path) -> pyarrow.Schema:
+    """The columns of the batches of a file."""
+    kind = suffix(file)
+    if kind not in (".parquet", ".arrow"):
+        return _json_batch([]).schema
+    with _damage_explained(file, kind):
+        if kind == ".parquet":
+            with pyarrow.parquet.ParquetFile(file) as table:
+                return table.schema_arrow.append(pyarrow.field(WHERE, pyarrow.string()))
+        with pyarrow.memory_map(str(file)) as source:
+            return _arrow_reader(source).schema.append(pyarrow.field(WHERE, pyarrow.string()))
 
 
 def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
@@ -182,11 +247,17 @@ def _json_batch(rows: list[tuple[str, str]]) -> pyarrow.RecordBatch:
 
 def _table_batches(file: Path, kind: str) -> Iterator[pyarrow.RecordBatch]:
     count = 0
-    try:
+    with _damage_explained(file, kind):
         for batch in _parquet_batches(file) if kind == ".parquet" else _arrow_batches(file):
             where = pyarrow.array([f"{file} row {count + i + 1}" for i in range(batch.num_rows)], pyarrow.string())
             count += batch.num_rows
             yield batch.append_column(WHERE, where)
+
+
+@contextmanager
+def _damage_explained(file: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: damaged, or not in the {kind[1:]} format: {str(error).splitlines()[0]}") from None
 
@@ -197,15 +268,19 @@ def _parquet_batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _arrow_batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Reads both layouts of Arrow: the file format (begins with its magic) and the stream format of `datasets`."""
     with pyarrow.memory_map(str(file)) as source:
-        is_file_format = source.read(5) == b"ARROW"
-        source.seek(0)
-        if is_file_format:
-            reader = pyarrow.ipc.open_file(source)
+        reader = _arrow_reader(source)
+        if isinstance(reader, pyarrow.RecordBatchFileReader):
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            yield from pyarrow.ipc.open_stream(source)
+            yield from reader
+
+
+def _arrow_reader(source: pyarrow.MemoryMappedFile) -> pyarrow.RecordBatchFileReader | pyarrow.RecordBatchStreamReader:
+    """A reader of either layout of Arrow: the file format (begins with its magic), the stream format of `datasets`."""
+    is_file_format = source.read(5) == b"ARROW"
+    source.seek(0)
+    return pyarrow.ipc.open_file(source) if is_file_format else pyarrow.ipc.open_stream(source)
 
 
 def _is_data(file: Path, root: str) -> bool:

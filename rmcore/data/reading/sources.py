@@ -118,7 +118,8 @@ def load_sources(
 
 
 def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: bool) -> Source:
-    parts = [_split(config, part.strip(), seed, cache_dir, key) for part in config.split.split("+")]
+    columns = None if whole else config.columns
+    parts = [_split(config, part.strip(), columns, seed, cache_dir, key) for part in config.split.split("+")]
     firsts = itertools.accumulate((len(part.rows) for part in parts), initial=0)
     index = numpy.concatenate([part.index + first for part, first in zip(parts, firsts, strict=False)])
     if len(index) == 0:
@@ -152,13 +153,15 @@ class _Split:
     index: numpy.ndarray
 
 
-def _split(config: SourceConfig, spec: str, seed: int, cache_dir: Path, key: str) -> _Split:
+def _split(
+    config: SourceConfig, spec: str, columns: Mapping[str, str] | None, seed: int, cache_dir: Path, key: str
+) -> _Split:
     split, bracket, slice_ = spec.partition("[")
     maps: list[mmap.mmap] = []
     if config.path == "synthetic":
         rows, content = _synthetic(config, split, seed)
     elif looks_local(config.path):
-        rows, content, maps = _local(config.path, split, cache_dir, key)
+        rows, content, maps = _local(config.path, split, columns, cache_dir, key)
     else:
         rows, content = _hub(config, split, key)
     try:
@@ -212,11 +215,13 @@ def _synthetic(config: SourceConfig, split: str, seed: int) -> tuple[datasets.Da
     return datasets.Dataset.from_list(rows), xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
 
 
-def _local(path: str, split: str, cache_dir: Path, key: str) -> tuple[datasets.Dataset, str, list[mmap.mmap]]:
+def _local(
+    path: str, split: str, columns: Mapping[str, str] | None, cache_dir: Path, key: str
+) -> tuple[datasets.Dataset, str, list[mmap.mmap]]:
     directory = Path(path)
     saved = [directory / name for name in ("dataset_dict.json", "state.json")]
     if not any(file.exists() for file in saved):
-        rows, content, pages = read_files(find_files(path, split, key), cache_dir)
+        rows, content, pages = read_files(find_files(path, split, key), cache_dir, columns)
         return rows, content, [pages]
     try:
         loaded = datasets.load_from_disk(str(directory))

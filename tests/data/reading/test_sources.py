@@ -224,6 +224,34 @@ def test_damaged_archives(kind: str, tmp_path: Path, load) -> None:
             load(whole)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_shards_need_only_fit_in_the_columns_that_are_read(kind: str, tmp_path: Path, load) -> None:
+    """Shards of one data set often differ: a column is null in one, missing, in another order or of another width."""
+    shards = [
+        {"prompt": ["p0"], "chosen": ["c0"], "rejected": ["r0"], "margin": [1], "note": ["text"], "source": [None]},
+        {"rejected": ["r1"], "chosen": ["c1"], "prompt": ["p1"], "margin": [0.5], "note": [7], "source": ["web"]},
+        {"prompt": pyarrow.array(["p2"]).dictionary_encode(), "chosen": ["c2"], "rejected": ["r2"]},
+    ]
+    for number, shard in enumerate(shards):
+        table, file = pyarrow.table(shard), tmp_path / "shards" / f"{number}.{kind}"
+        file.parent.mkdir(exist_ok=True)
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, file)
+        else:
+            with pyarrow.ipc.new_file(str(file), table.schema) as writer:
+                writer.write_table(table)
+    rows = rows_of(load(tmp_path / "shards"))
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [
+        (f"p{n}", f"c{n}", f"r{n}") for n in range(3)
+    ]
+    assert [row["margin"] for row in rows] == [1.0, 0.5, None] and [row["source"] for row in rows] == [
+        None,
+        "web",
+        None,
+    ]
+    assert all("note" not in row for row in rows)
+
+
 def test_damaged_and_differing_tables(tmp_path: Path, load) -> None:
     file = tmp_path / "a.parquet"
     write_schema_rows("ultrafeedback_binarized", file, 10, seed=0)
@@ -235,8 +263,11 @@ def test_damaged_and_differing_tables(tmp_path: Path, load) -> None:
         load(tmp_path / "b.arrow")
     pyarrow.parquet.write_table(pyarrow.table({"chosen": ["a"], "rejected": ["b"]}), tmp_path / "x1.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"chosen": ["a"], "rejected": [1]}), tmp_path / "x2.parquet")
-    with pytest.raises(UserError, match=r"x2\.parquet: columns .* do not fit those of .*x1\.parquet"):
+    with pytest.raises(UserError, match=r"x2\.parquet: column rejected is of type int64, but of type string in .*x1\."):
         load(tmp_path / "x?.parquet")
+    (tmp_path / "x2.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=r"x2\.jsonl and .*x1\.parquet are of different kinds"):
+        load(tmp_path / "x[12].*[lt]")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"data\.train\.path: cannot read the saved data set"):
