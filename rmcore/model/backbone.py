@@ -7,10 +7,11 @@ Example: EleutherAI/pythia-14m -> GPTNeoXForSequenceClassification with `score.w
 N(0, 1/sqrt(129)).
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -35,11 +36,13 @@ def load_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id:
             of 8.
         pad_token_id: written to the model's config; must differ from EOS.
     Raises:
-        UserError: files or weights are missing, a file is truncated, or the architecture is another one.
+        UserError: files or weights are missing, a file is truncated, a weight contains NaN or Inf, or the architecture
+            is another one.
     """
     hf_config = reward_config(config, pad_token_id)
     model = _random(config, hf_config, seed) if config.init == "random" else _pretrained(config, hf_config)
     model = model.float()
+    check_finite(config, model.named_parameters())
     score = check_score(config, model)
     torch.manual_seed(seed + 1)
     grow(model, vocabulary, pad_token_id)
@@ -63,6 +66,17 @@ def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
     rows = hf_config.get_text_config().vocab_size
     hf_config.num_labels, hf_config.pad_token_id = 1, pad_token_id if pad_token_id < rows else None
     return hf_config
+
+
+def check_finite(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises UserError if a weight contains NaN or Inf: no reward and no gradient of such a model is finite."""
+    bounds = ((name, torch.stack(torch.aminmax(weight.detach()))) for name, weight in weights if weight.numel())
+    bad = [name for name, least_and_most in bounds if not bool(torch.isfinite(least_and_most).all())]
+    if bad:
+        (what,) = listed("NaN or Inf in", bad)
+        raise UserError(
+            f"model.name {config.name}: {what}: the checkpoint is damaged, or its training diverged; choose another one"
+        )
 
 
 def check_score(config: ModelConfig, model: PreTrainedModel) -> nn.Linear:

@@ -17,18 +17,19 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.checkpoint.resume import Start
 from rmcore.config.schema import Config
 from rmcore.host.memory import return_freed_memory
-from rmcore.model.backbone import load_model
+from rmcore.model.backbone import check_finite, load_model
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
 from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.fsdp import sharded_for_test
-from rmcore.parallel.strategy import Shards
+from rmcore.parallel.strategy import Shards, Weights
 from rmcore.parallel.world import World, broadcast_json, device_mesh, first_error
 
 
@@ -106,9 +107,15 @@ def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedMode
     skeleton = parts.build()
     model = _reward_model(skeleton, Objective.of(config.loss), parts.pad_token_id)
     offload = config.parallel.offload
-    weights = first_error(
-        world, "reading the weights", lambda: sharded_for_test(model, parts, mesh, world, offload=offload)
-    )
+
+    def read() -> Weights:
+        weights = sharded_for_test(model, parts, mesh, world, offload=offload)
+        local = {name: cast(DTensor, weight).to_local() for name, weight in weights.items()}
+        prefix = f"{model.backbone.base_model_prefix}."  # the name in the files
+        check_finite(config.model, ((name.replace("backbone.", prefix, 1), rows) for name, rows in local.items()))
+        return weights
+
+    weights = first_error(world, "reading the weights", read)
     return ShardedModel(model, type(skeleton), skeleton.config, parts, Shards(mesh, weights))
 
 

@@ -1,6 +1,7 @@
 """Lazy models: the rows that ranks read are those that one process loads whole, and so is what they export."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from rmcore.config.schema import ModelConfig
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.model.backbone import load_model
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
+from tests.harness.crash import run
 from tests.harness.oracle import FAMILIES
 from tests.harness.ranks import run_ranks, train_rank
+from tests.harness.small_run import arguments
 
 NAMES = ["gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gpt2", "bloom"]
 ARGUMENTS: dict[str, Any] = {"seed": 7, "vocabulary": 70, "pad_token_id": 1}  # 61 rows grow to 72
@@ -115,6 +118,24 @@ def test_missing_and_unexpected_weights_are_one_message(tmp_path: Path, loader: 
         loader(ModelConfig(name=str(base)), **ARGUMENTS)
     with pytest.raises(UserError, match=missing + ".*score.weight"):
         loader(ModelConfig(name=str(base), head="stored"), **ARGUMENTS)
+
+
+@pytest.mark.distributed
+def test_nan_in_a_checkpoint_is_found_before_the_training(tmp_path: Path) -> None:
+    """The last row only: under zero3 one rank reads it, and all ranks refuse."""
+    base = stored("llama", tmp_path / "base")
+    byte_tokenizer().save_pretrained(base)
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = base / json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][-1, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    message = rf"model\.name {base}: NaN or Inf in {name}: the checkpoint is damaged"
+    with pytest.raises(UserError, match=f"^{message}"):
+        load_model(ModelConfig(name=str(base)), **ARGUMENTS)
+    given = arguments(tmp_path, f"model.name={base}", "model.init=pretrained", "parallel.strategy=zero3")
+    outcome = run(tmp_path / "run", [*given, "data.max_tokens=64"], 2)
+    assert outcome.codes == [2, 2] and re.search(f"rank 1: {message}", outcome.text), outcome.text
 
 
 def test_shapes_and_files_that_do_not_fit(tmp_path: Path) -> None:
