@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
+from rmcore.host.model_directory import check_model_directory
 from rmcore.model.meta_model import fresh_head, grow, model_on_meta, refuse_unexpected
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
@@ -92,6 +93,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The model's own config. Raises UserError when it cannot be loaded."""
     if config.name == SYNTHETIC:
         return synthetic_model_config()
+    check_model_directory(config.name)
     try:
         return AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code

@@ -29,6 +29,7 @@ from datasets.table import InMemoryTable
 from rmcore.config import UserError
 from rmcore.data.formats.row_format import needed_columns
 from rmcore.data.reading.text_rows import csv_rows, json_line_rows, json_rows
+from rmcore.host.model_directory import refuse_lfs_pointer
 
 WHERE, JSON = "__where__", "__json__"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
@@ -104,6 +105,8 @@ def read_files(
 
     Raises UserError: "FILE:LINE: reason" for the first malformed row, if columns do not fit, or if there is no row.
     """
+    for file in files:
+        refuse_lfs_pointer(file)
     content = hash_files(files)
     schema, left_out = _common_schema(files, columns)
     # The rows contain the files' names.

@@ -21,6 +21,7 @@ from rmcore.config import Config, UserError
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.encoder import plain_backend_json
 from rmcore.host.hub_access import offline_if_unreachable
+from rmcore.host.model_directory import check_model_directory
 
 # Tokens that vocabularies have for padding, in order of preference; then the names of tokens reserved for the user.
 PADDING_NAMES = (
@@ -85,6 +86,7 @@ def _from_files(config: Config) -> PreTrainedTokenizerFast:
     name = config.model.name
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
         raise UserError(f"model.name={name}: there is no such directory (looked in {os.getcwd()})")
+    check_model_directory(name)
     local = os.path.isdir(name)
     try:
         with contextlib.nullcontext() if local else offline_if_unreachable() as unreachable:

@@ -1,0 +1,54 @@
+"""Refuses local model directories that transformers would misread or explain badly.
+
+Input: the name of a model. Output: nothing, or a UserError.
+Example: a clone without Git LFS -> "model.name m: m/model.safetensors is a Git LFS pointer, not the file itself: run
+`git lfs pull` in m". Hub ids pass: the hub's client downloads the files themselves.
+"""
+
+import json
+from pathlib import Path
+
+from rmcore.host.command import UserError
+
+LFS = b"version https://git-lfs"
+READ = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")  # weights, configs and tokenizers
+
+
+def check_model_directory(name: str) -> None:
+    """Raises UserError for Git LFS pointers, for an adapter, and for a model with adapter files next to its weights."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    for pattern in READ:
+        for file in sorted(folder.glob(pattern)):
+            refuse_lfs_pointer(file, f"model.name {name}: ")
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"model.name {name}: transformers would add the adapter in {adapter} to the weights next to it; merge the "
+            "two (peft: merge_and_unload), or move adapter_config.json away to train without the adapter"
+        )
+    raise UserError(
+        f"model.name {name} is an adapter of {_base(adapter)}, not a model; merge the two (peft: merge_and_unload, "
+        "then save_pretrained) and give the directory of the result"
+    )
+
+
+def refuse_lfs_pointer(file: Path, where: str = "") -> None:
+    """Raises UserError, which begins with `where`, if the file is the pointer that Git LFS leaves in its place."""
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(len(LFS))
+    except OSError:
+        return  # whoever reads the file reports this
+    if start == LFS:
+        raise UserError(f"{where}{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
+
+
+def _base(adapter: Path) -> str:
+    try:
+        return str(json.loads(adapter.read_bytes())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another model"
