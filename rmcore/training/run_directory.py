@@ -12,6 +12,7 @@ Why not the package filelock: without flock (ENOSYS) it falls back to a file tha
 other errors (ENOLCK, EOPNOTSUPP) it fails, and its older versions empty the file that contains the holder.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -96,7 +97,8 @@ class _Lock:
             self._take(directory)
             self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         except OSError as error:
-            self._file.close()
+            with contextlib.suppress(OSError):  # on a full disk, closing tries to write again
+                self._file.close()
             raise UserError(f"run.dir {directory} cannot be written: {error.strerror or error}") from None
         except BaseException:
             self._file.close()

@@ -69,6 +69,17 @@ def test_the_status_is_true_on_a_full_disk(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
+def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        with open(disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
+            while True:
+                filler.write(bytes(1 << 12))
+        command = [sys.executable, "-m", "rmcore.train", *arguments(tmp_path, f"run.dir={disk / 'run'}")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"rmcore.train: run.dir {disk / 'run'} cannot be written: No space left on device\n"
+
+
 def test_a_status_that_cannot_be_written_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     record_status(tmp_path / "file" / "run", "running")
