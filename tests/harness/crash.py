@@ -169,6 +169,7 @@ def _rank(
 ) -> None:
     """In the process of one rank."""
     rank, size = settings["rank"], settings["size"]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with open(Path(folder) / f"rank-{rank}.txt", "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
