@@ -106,7 +106,7 @@ def many_ranks(file: Path) -> dict[str, Any]:
 
 
 def compared(prediction: float, measured: float) -> dict[str, float]:
-    return {"foretold": prediction, "measured": measured, "error": prediction / measured - 1}
+    return {"predicted": prediction, "measured": measured, "error": prediction / measured - 1}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -116,9 +116,8 @@ def table(record: dict[str, Any]) -> str:
         name = f"{run['model']} {run['precision']}"
         if "ranks" in run:
             name += f", {run['strategy']}, {run['ranks']} ranks"
-        lines += [
-            f"| {name} | {label} | {run[key]['foretold']:.3g} | {run[key]['measured']:.3g} | {run[key]['error']:+.0%} |"
-            for key, label in QUANTITIES.items()
-            if key in run
-        ]
+        for key, label in QUANTITIES.items():
+            if found := run.get(key):
+                cells = f"{found['predicted']:.3g} | {found['measured']:.3g} | {found['error']:+.0%}"
+                lines.append(f"| {name} | {label} | {cells} |")
     return "\n".join(lines)

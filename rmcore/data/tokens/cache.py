@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from rmcore.config import UserError
 from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, TokenizedComparisons
+from rmcore.host.files import fsync_directory
 
 FORMAT_VERSION = 3
 _BLOCK = 1 << 22  # bytes hashed at a time
@@ -92,7 +93,7 @@ class CacheWriter:
         with open(self._directory / "meta.json", "w", encoding="utf-8") as meta_file:
             json.dump(meta, meta_file, indent=1)
             _sync(meta_file)
-        _sync_directory(self._directory)
+        fsync_directory(self._directory)
 
     def _append(self, name: str, values: np.ndarray) -> None:
         data = np.ascontiguousarray(values, dtype=ARRAYS[name]).tobytes()
@@ -197,7 +198,7 @@ def _read_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], w
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         temporary.rename(final)
-        _sync_directory(root)
+        fsync_directory(root)
     except OSError as error:
         raise UserError(f"data.cache: cannot write {root}: {error}") from error
     return read(final)
@@ -222,11 +223,3 @@ def _wait_for(lock: FileLock, owner_path: Path, what: str) -> None:
 def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
