@@ -82,7 +82,7 @@ setup(
     description="Reward models from preference pairs, each distinct token computed once",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["rmcore", "rmcore.*"]),
+    packages=[*find_packages(include=["rmcore", "rmcore.*"]), "rmcore.inspect"],  # which has no __init__.py
     package_data={"rmcore": ["py.typed", "**/*.json", "**/*.jinja", "**/*.css"]},
     ext_modules=[Extension("rmcore.ops.kernels", sources=[])],
     cmdclass={"build_ext": BuildKernels},

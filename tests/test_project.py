@@ -176,7 +176,7 @@ def root_complaints(package: Path) -> list[str]:
     """What lies in the root of the package and is neither a command nor a layer, and what is missing there."""
     files = {path.stem for path in package.glob("*.py")} - {"__init__"}
     folders = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    expected = {*LAYERS, "csrc"} - {"commands"}
+    expected = {*LAYERS, "csrc", "inspect"} - {"commands"}  # inspect: the command of a name that no file may have
     return sorted(f"{name}.py" for name in files ^ COMMANDS) + sorted(f"{name}/" for name in folders ^ expected)
 
 

@@ -284,3 +284,10 @@ def test_real_pairs_train(name, real, tmp_path):
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [step["train/rm/loss"] for step in steps if "train/rm/loss" in step]
     assert len(losses) == 2 and all(0 < loss < 5 for loss in losses)
+
+
+@pytest.mark.parametrize("start", [["-m", "rmcore.inspect"], ["-m", "rmcore", "inspect"], ["rmcore/inspect_data.py"]])
+def test_inspect_starts_in_every_way(start: list[str]) -> None:
+    """A module named inspect would hide the standard library's from the third."""
+    done = subprocess.run([sys.executable, *start, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: rmcore inspect [CONFIG]"), done.stderr
