@@ -80,7 +80,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     from rmcore.evaluation.rewardbench_data import fold_ties, rewardbench_scores, with_rewardbench
     from rmcore.evaluation.samples import sample_rows
     from rmcore.evaluation.trained import TrainedModel
-    from rmcore.model.backbone import load_model_config
+    from rmcore.model.backbone import load_model_config, position_limit
     from rmcore.parallel.world import first_error
     from rmcore.report.content import Report, environment
 
@@ -90,7 +90,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     )
     tokenizer = first_error(world, "loading the tokenizer", lambda: load_tokenizer(config))
     hf_config = first_error(world, "loading the model's config", lambda: load_model_config(config.model))
-    positions = getattr(hf_config, "max_position_embeddings", None)
+    positions = position_limit(hf_config)
     prepared = first_error(world, "preparing the data", lambda: prepare_data(config, tokenizer, positions))
     data = prepared.train
     trained = first_error(world, "loading the model", lambda: TrainedModel.load(config, tokenizer, world.device))

@@ -102,10 +102,10 @@ def _tokenizer(config: Config) -> tuple[Any, str, list[str]]:
 
 
 def _model(config: Config) -> tuple[Any, str, list[str]]:
-    from rmcore.model.backbone import load_model_config
+    from rmcore.model.backbone import load_model_config, position_limit
 
     found = load_model_config(config.model)
-    positions = getattr(found, "max_position_embeddings", None)
+    positions = position_limit(found)
     return found, f"{found.model_type}, " + (f"{positions:,} positions" if positions else "no limit of positions"), []
 
 

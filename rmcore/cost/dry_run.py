@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
+from rmcore.model.classifier import new_classifier, text_model
+from rmcore.model.meta_model import set_padding
 from rmcore.model.pruning import ATTENTION, OUTPUT, QUERY, part
 from rmcore.model.reward_model import SHARED, RewardModel
 
@@ -101,7 +103,7 @@ class DryRun:
             except Exception:  # a model that fails on fake tensors must not stop `rmcore plan` or a run
                 continue
         else:
-            width = half / 2.0 * self.hf_config.hidden_size
+            width = half / 2.0 * self.hf_config.get_text_config().hidden_size
             live = 0.0 if recompute == "none" else RULE_OF_THUMB["none"]
             return TokenBytes(layers * width * RULE_OF_THUMB[recompute], width * live, counted=False)
 
@@ -123,15 +125,16 @@ class DryRun:
     ) -> tuple[int, int]:
         """Live bytes after the forward, and their peak until the backward ends; not parameters and gradients."""
         small = copy.deepcopy(self.hf_config)
-        small.num_hidden_layers = layers
-        if getattr(small, "layer_types", None):
-            small.layer_types = small.layer_types[:layers]
+        text = small.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
         with FakeTensorMode(allow_non_fake_inputs=True):
             hf_model = self._meta_model(small, torch.bfloat16 if arithmetic == CAST else torch.float32)
             _to_fake(hf_model)
             turn_dropout_off(hf_model)
-            backbone, score = cast(PreTrainedModel, hf_model.base_model), cast(nn.Linear, hf_model.score)
-            model = RewardModel(backbone, score, pad_token_id=0)
+            score = cast(nn.Linear, hf_model.score)
+            model = RewardModel(text_model(hf_model), score, pad_token_id=0)
             model.use(SHARED, pruned=pruned)
             recompute_activations(model.backbone, recompute)
             model.train()
@@ -148,13 +151,14 @@ class DryRun:
     def _meta_model(self, hf_config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The sequence classifier on the meta device: shapes without memory."""
         hf_config = copy.deepcopy(hf_config)
-        hf_config.num_labels, hf_config.pad_token_id = 1, 0
+        hf_config.num_labels = 1
+        set_padding(hf_config, 0)
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(hf_config, dtype=dtype, trust_remote_code=self._trust)
+            return new_classifier(hf_config, dtype, trust_remote_code=self._trust)
 
 
 def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel) -> Sizes:
-    layers = decoder_layers(cast(PreTrainedModel, model.base_model))
+    layers = decoder_layers(model)
     total, counts = _count(model), [_count(layer) for layer in layers]
     matrices = [_matrices(layer) for layer in layers]
     return Sizes(
@@ -171,9 +175,10 @@ def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel) -> Sizes:
 
 def _attention_widths(hf_config: PretrainedConfig) -> tuple[int, int]:
     """The number of query heads and that of key heads, each times the head size."""
-    heads = hf_config.num_attention_heads
-    head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-    return heads * head, (getattr(hf_config, "num_key_value_heads", None) or heads) * head
+    text = hf_config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1  # a model without attention is as if it had one head
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads * head, (getattr(text, "num_key_value_heads", None) or heads) * head
 
 
 def _keys_and_values(layer: nn.Module, whole: int) -> int:

@@ -23,6 +23,7 @@ from rmcore.evaluation.evaluate import Evaluation, evaluate
 from rmcore.evaluation.rewardbench import HUB_SPLITS
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.backbone import load_model
+from rmcore.model.classifier import text_model
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.parallel.world import World
@@ -75,8 +76,10 @@ class TrainedModel:
 
     def __init__(self, config: Config, hf_model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
         self.config, self.hf_model, self.tokenizer, self.device = config, hf_model, tokenizer, device
-        backbone, score = cast(PreTrainedModel, hf_model.base_model), cast(nn.Linear, hf_model.score)
-        self.model = RewardModel(backbone, score, pad_token_id=int(tokenizer.pad_token_id)).to(device).eval()
+        score = cast(nn.Linear, hf_model.score)
+        self.model = (
+            RewardModel(text_model(hf_model), score, pad_token_id=int(tokenizer.pad_token_id)).to(device).eval()
+        )
         self.share = False
 
     @classmethod

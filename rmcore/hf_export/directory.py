@@ -15,7 +15,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from rmcore.data.tokens.templates import Template
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, probe_text, reloaded
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
+from rmcore.model.classifier import text_prefix
+from rmcore.model.meta_model import set_padding
 from rmcore.model.safetensors_weights import is_rewritten
 from rmcore.scoring.normalisation import KEY as NORMALISATION
 from rmcore.scoring.normalisation import Normalisation
@@ -40,7 +43,8 @@ class Package:
     `model_class`: the `*ForSequenceClassification` class of the model. `hf_config`: the config of the trained model,
     with its final vocabulary size. `dtype`: the dtype of the written weights (fp32 or bf16). `card`: README.md.
     `config_yaml`: the resolved configuration. `normalisation`: stored in config.json, without an effect on the weights
-    and their rewards. `max_shard_size`: the largest size of one safetensors file, such as "5GB".
+    and their rewards. `max_shard_size`: the largest size of one safetensors file, such as "5GB". `towers`: weights that
+    were not trained (rmcore.model.classifier), by their names in transformers.
     """
 
     model_class: type[PreTrainedModel]
@@ -52,6 +56,7 @@ class Package:
     config_yaml: str
     normalisation: Normalisation | None = None
     max_shard_size: str = SHARD_SIZE
+    towers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def export_model(
@@ -128,7 +133,7 @@ def classifier_config(
     vars(config).pop(NORMALISATION, None)  # the base model may be an exported reward model with its own
     if normalisation is not None:
         setattr(config, NORMALISATION, normalisation.stored())
-    config.pad_token_id = tokenizer.pad_token_id
+    set_padding(config, tokenizer.pad_token_id)
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if config.pad_token_id is None or config.pad_token_id in (*eos, tokenizer.eos_token_id):
         raise UserError(
@@ -164,13 +169,15 @@ def _write_weights(
     with torch.device("meta"):  # the class defines the names and shapes on disk; on meta it needs no memory
         skeleton: Any = package.model_class(config)
     skeleton.to(package.dtype)
-    prefix = f"{package.model_class.base_model_prefix}."
+    prefix = text_prefix(skeleton)
 
     def hf_name(name: str) -> str:
         return re.sub(r"^backbone\.", prefix, name)
 
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     found = {hf_name(name): shape for name, shape in shapes.items()}
+    found |= {name: tuple(tensor.shape) for name, tensor in package.towers.items()}
+    renamed = chain(((hf_name(name), tensor) for name, tensor in tensors), package.towers.items())
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         shown = "; ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in wrong[:5])
@@ -178,12 +185,11 @@ def _write_weights(
     floating = all(tensor.is_floating_point() for tensor in skeleton.state_dict().values())
     if skeleton.is_custom_code() or is_rewritten(config) or not floating:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
-        state = {hf_name(name): t.to(package.dtype) if t.is_floating_point() else t for name, t in tensors}
+        state = {name: t.to(package.dtype) if t.is_floating_point() else t for name, t in renamed}
         skeleton.save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return
     config.architectures, config.dtype = [package.model_class.__name__], package.dtype
     config.save_pretrained(directory)
-    renamed = ((hf_name(name), tensor) for name, tensor in tensors)
     write_weights(directory, expected, package.dtype, renamed, package.max_shard_size)
 
 

@@ -33,7 +33,8 @@ from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
-from rmcore.model.backbone import load_model, load_model_config
+from rmcore.model.backbone import load_model, load_model_config, position_limit
+from rmcore.model.classifier import text_model, towers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.world import running_world
@@ -70,6 +71,7 @@ def export(
         config_yaml=config.dump_yaml(),
         normalisation=normalisation,
         max_shard_size=max_shard_size,
+        towers=towers(trained.hf_model),
     )
     state = merged(trained.model.state_dict(), loaded.adapted)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -123,20 +125,23 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     """The model of a checkpoint on the CPU. Raises UserError if the checkpoint does not fit the base model's files."""
     tokenizer = load_tokenizer(config)
     template = load_template(config.data.template, tokenizer)
-    positions = getattr(load_model_config(config.model), "max_position_embeddings", None)
+    hf_config = load_model_config(config.model)
+    positions = position_limit(hf_config)
     data, no_data = None, ""
     try:
         data = prepare_data(config, tokenizer, positions)
     except UserError as error:
         no_data = str(error)
-    # Every weight comes from the checkpoint, so the base model's are not read. With LoRA they are: it trains only some.
+    # Every weight comes from the checkpoint, so the base model's are not read. They are where only some are trained:
+    # with LoRA, and in a model with towers.
     lora, seed = config.model.lora, config.run.seed
-    shape = config.model if lora.rank else config.model.model_copy(update={"init": "random", "head": "fresh"})
+    some = lora.rank is not None or hf_config.get_text_config() is not hf_config
+    shape = config.model if some else config.model.model_copy(update={"init": "random", "head": "fresh"})
     pad = int(tokenizer.pad_token_id)
     hf_model: Any = load_model(shape, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
-    adapted = add_lora(hf_model.base_model, lora, seed) if lora.rank else []
+    adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []
     if adapted:
-        Start(checkpoint, manifest).check_base(frozen_fingerprint(hf_model.base_model))
+        Start(checkpoint, manifest).check_base(frozen_fingerprint(text_model(hf_model)))
     trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
     read_weights(trained.model, checkpoint, manifest)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)

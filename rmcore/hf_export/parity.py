@@ -13,12 +13,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.host.command import ExplainedError
+from rmcore.model.classifier import classifier_class, is_made
 
 # The relative error of one rounding. The largest one is 2^-24 in fp32, 2^-8 in bf16 and 2^-4 in e4m3. For bf16 half of
 # it is taken, which makes the check stricter and still leaves 4 sigmas of the largest error.
@@ -57,9 +64,10 @@ def reloaded(directory: Path) -> PreTrainedModel:
 
     Raises ExportError: weights are missing, unexpected or of another shape.
     """
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
+    loader: Any = AutoModelForSequenceClassification
+    if is_made(kind := classifier_class(AutoConfig.from_pretrained(directory))):
+        loader = kind
+    model, info = loader.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     faults = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(faults.values()):
         raise ExportError(f"transformers does not find the weights that it expects in {directory}: {faults}")
@@ -92,7 +100,7 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     alone = torch.tensor([float(model(input_ids=text).logits[0, 0]) for text in texts], dtype=torch.float64)
     hook.remove()
     scale = max(scales)
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     # Padding changes nothing but the order of sums, and all three ways run in fp32: they must agree to its rounding.
     rounding = allowed_difference(torch.float32, layers, scale, alone)
     for side in ("right", "left"):
@@ -116,7 +124,7 @@ def allowed_difference(precision: torch.dtype, layers: int, scale: float, reward
 
 def _padded(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], side: str) -> torch.Tensor:
     longest = max(map(len, token_ids))
-    input_ids = torch.full((len(token_ids), longest), model.config.pad_token_id, device=model.device)
+    input_ids = torch.full((len(token_ids), longest), model.config.get_text_config().pad_token_id, device=model.device)
     mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(token_ids):
         place = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)

@@ -9,6 +9,7 @@ N(0, 1/sqrt(129)).
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory
-from rmcore.model.meta_model import fresh_head, grow, model_on_meta, refuse_unexpected
+from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
+from rmcore.model.meta_model import fresh_head, grow, model_on_meta, refuse_unexpected, set_padding
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
 from rmcore.model.synthetic_model import synthetic_model_config
@@ -51,7 +53,14 @@ def load_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id:
         with torch.no_grad():
             score.weight.copy_(fresh_head(score.in_features, seed))
     turn_dropout_off(model)
-    model.requires_grad_(True)
+    return train_text_only(model)
+
+
+def train_text_only(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, of which the text model and the score head are trained, and no towers."""
+    model.requires_grad_(False)
+    text_model(model).requires_grad_(True)
+    cast(nn.Module, model.score).requires_grad_(True)
     return model
 
 
@@ -64,8 +73,8 @@ def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hf_config = load_model_config(config)
-    rows = hf_config.get_text_config().vocab_size
-    hf_config.num_labels, hf_config.pad_token_id = 1, pad_token_id if pad_token_id < rows else None
+    hf_config.num_labels = 1
+    set_padding(hf_config, pad_token_id if pad_token_id < hf_config.get_text_config().vocab_size else None)
     return hf_config
 
 
@@ -102,9 +111,10 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         raise UserError(unreadable(config, error)) from None
 
 
-def brings_code(config: ModelConfig, hf_config: PretrainedConfig) -> bool:
-    """Whether the model's classes are code of its repository that may run; rmcore then assumes nothing about them."""
-    return config.trust_remote_code and bool(getattr(hf_config, "auto_map", None))
+def position_limit(hf_config: PretrainedConfig) -> int | None:
+    """Most tokens that the model has positions for, where its config states them."""
+    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def random_weights(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> RandomWeights:
@@ -121,7 +131,7 @@ def _random(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> PreT
     """
     source = random_weights(config, hf_config, seed)
     try:
-        if not brings_code(config, hf_config):
+        if not brings_code(hf_config, trust_remote_code=config.trust_remote_code):
             model = model_on_meta(hf_config)
             blank = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
             model.load_state_dict(blank, strict=False, assign=True)
@@ -132,9 +142,7 @@ def _random(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> PreT
     except ValueError as error:
         raise UserError(unreadable(config, error)) from None
     torch.manual_seed(seed)
-    return AutoModelForSequenceClassification.from_config(
-        hf_config, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-    )
+    return new_classifier(hf_config, trust_remote_code=config.trust_remote_code)
 
 
 def refuse_synthetic(config: ModelConfig) -> None:
@@ -145,15 +153,17 @@ def refuse_synthetic(config: ModelConfig) -> None:
 
 def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
     refuse_synthetic(config)
+    own_code = brings_code(hf_config, trust_remote_code=config.trust_remote_code)
+    loader: Any = AutoModelForSequenceClassification if own_code else classifier_class(hf_config)
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = loader.from_pretrained(
             config.name,
             revision=config.revision,
             config=hf_config,
             dtype=torch.float32,
             output_loading_info=True,
-            trust_remote_code=config.trust_remote_code,
             ignore_mismatched_sizes=True,
+            **({"trust_remote_code": True} if own_code else {}),
         )
     except Exception as error:  # safetensors and transformers raise many kinds for files that are not a model
         raise UserError(unreadable(config, error)) from None
@@ -186,12 +196,19 @@ def turn_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the longest list of modules of one class. FSDP shards them and recompute wraps them."""
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the decoder in `model`, of several classes in a hybrid. FSDP shards them and recompute wraps them.
+
+    They are the outermost list that is as long as the text model's config says, or else the longest list.
+    Raises UserError if the model has no list.
+    """
+    whole = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    text = model if whole is None else text_model(whole)
+    lists = [m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
-        raise UserError(f"{type(backbone).__name__} has no list of decoder layers")
-    return max(lists, key=len)
+        raise UserError(f"{type(model).__name__} has no list of decoder layers")
+    count = getattr(getattr(text, "config", None), "num_hidden_layers", None)
+    return next((m for m in lists if len(m) == count), max(lists, key=len))
 
 
 def recompute_activations(backbone: PreTrainedModel, how: str) -> None:

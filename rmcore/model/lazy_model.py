@@ -14,12 +14,13 @@ from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.model import backbone
+from rmcore.model.classifier import brings_code, text_prefix, towers
 from rmcore.model.meta_model import added_rows, fresh_head, grow, model_on_meta, other_heads
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import StoredWeights, WantedRows, is_rewritten, open_weights, weight_files
@@ -52,7 +53,17 @@ class LazyModel:
         model = model_on_meta(self.hf_config)
         grow(model, self.vocabulary, self.pad_token_id)
         backbone.turn_dropout_off(model)
-        return model.requires_grad_(True)
+        return backbone.train_text_only(model)
+
+    def towers(self) -> dict[str, Tensor]:
+        """The weights that take no part in a reward, read whole in fp32; by their names in transformers."""
+        weights = {name: torch.empty(tensor.shape) for name, tensor in towers(self.build()).items()}
+        self.fill({name: (0, weight) for name, weight in weights.items()})
+        return weights
+
+    def prefix(self) -> str:
+        """What the names of the text model's weights begin with in transformers."""
+        return text_prefix(self.build())
 
     @torch.no_grad()
     def fill(self, wanted: WantedRows) -> None:
@@ -87,7 +98,7 @@ def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_toke
         UserError: files are missing or broken, weights are missing or unexpected.
     """
     hf_config = backbone.reward_config(config, pad_token_id)
-    if backbone.brings_code(config, hf_config):
+    if brings_code(hf_config, trust_remote_code=config.trust_remote_code):
         raise NeedsWholeModel("its code comes with it")
     if is_rewritten(hf_config):
         raise NeedsWholeModel(f"transformers rearranges the weights of {hf_config.model_type} while loading")

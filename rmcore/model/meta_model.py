@@ -12,18 +12,19 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rmcore.config import UserError
+from rmcore.model.classifier import decoder_class, new_classifier
 from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
 
 OLD_GPT_NEOX_HEAD = "embed_out.weight"  # the language-model head in GPT-NeoX checkpoints; transformers: lm_head
 
 
 def model_on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The classifier with parameters on meta and real buffers. Raises ValueError if there is no such class."""
+    """The classifier with parameters on meta and real buffers. Raises as `new_classifier`."""
     with parameters_on_meta():
-        return AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
+        return new_classifier(copy.deepcopy(hf_config))
 
 
 @contextmanager
@@ -47,8 +48,8 @@ def other_heads(model: PreTrainedModel) -> set[str]:
     """Names of the weights that a causal language model of this architecture has in addition to the classifier's."""
     with parameters_on_meta():
         try:
-            causal = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
-        except (ValueError, KeyError, AttributeError):
+            causal = decoder_class(type(model.config))._from_config(copy.deepcopy(model.config))
+        except (UserError, ValueError, KeyError, AttributeError):
             return set()
     return (set(causal.state_dict()) - set(model.state_dict())) | {OLD_GPT_NEOX_HEAD}
 
@@ -68,7 +69,12 @@ def grow(model: PreTrainedModel, vocabulary: int, pad_token_id: int) -> None:
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     if vocabulary > embedding.weight.shape[0]:
         model.resize_token_embeddings(vocabulary, pad_to_multiple_of=8, mean_resizing=False)
-    model.config.pad_token_id = pad_token_id
+    set_padding(model.config, pad_token_id)
+
+
+def set_padding(hf_config: PretrainedConfig, pad_token_id: int | None) -> None:
+    """Write the padding token into a config, and into that of its text model, which is where transformers reads it."""
+    hf_config.pad_token_id = hf_config.get_text_config().pad_token_id = pad_token_id
 
 
 def fresh_head(width: int, seed: int) -> Tensor:

@@ -76,7 +76,7 @@ def materialise(model: nn.Module, lazy: LazyModel, device: torch.device, prefix:
 
     Args:
         device: where the rows go: the CPU if they are offloaded.
-        prefix: transformers' name for the engine's `backbone`; empty for a model with transformers' own names.
+        prefix: what transformers' names have in place of the engine's `backbone.`; empty for a model with its own names.
     Raises:
         UserError: a file cannot be read.
     """
@@ -87,7 +87,7 @@ def materialise(model: nn.Module, lazy: LazyModel, device: torch.device, prefix:
     wanted = {}
     for name, weight in weights.items():
         assert isinstance(weight, DTensor)
-        theirs = f"{prefix}.{name.removeprefix('backbone.')}" if prefix and name.startswith("backbone.") else name
+        theirs = f"{prefix}{name.removeprefix('backbone.')}" if prefix and name.startswith("backbone.") else name
         wanted[theirs] = (held(weight).row, weight.to_local())
     lazy.fill(wanted)
     return weights
@@ -103,7 +103,7 @@ def sharded_for_test(model: RewardModel, lazy: LazyModel, mesh: DeviceMesh, worl
     shard(model, mesh, offload=offload)
     register_fsdp_forward_method(model, "reward_alone")  # FSDP's hooks run around this method too
     device = torch.device("cpu") if offload else world.device
-    return materialise(model, lazy, device, model.backbone.base_model_prefix)
+    return materialise(model, lazy, device, lazy.prefix())
 
 
 class FullySharded:

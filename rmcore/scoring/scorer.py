@@ -24,7 +24,7 @@ from rmcore.data.tokens.templates import load_template
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.evaluate import micro_batches
 from rmcore.evaluation.trained import TrainedModel, evaluation_config
-from rmcore.model.backbone import load_model_config
+from rmcore.model.backbone import load_model_config, position_limit
 from rmcore.scoring.normalisation import read_normalisation
 from rmcore.scoring.rows import Rendered, comparison_of
 
@@ -67,8 +67,7 @@ class Scorer:
         self._encoder, self.eos, self.pad = TextEncoder(tokenizer), str(tokenizer.eos_token), str(tokenizer.pad_token)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trained = TrainedModel.load(self.config, tokenizer, device)
-        positions = getattr(hf_config, "max_position_embeddings", None)
-        self.longest = positions if isinstance(positions, int) else 2**31 - 1
+        self.longest = position_limit(hf_config) or 2**31 - 1
         self.path = ""  # the self-test's line on how rewards are computed, set by `choose_path`
 
     @property

@@ -99,6 +99,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
         lines=lines,
         adapted=loaded.adapted,
         base=loaded.base,
+        towers=loaded.towers,
     )
 
 

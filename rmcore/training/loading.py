@@ -13,10 +13,11 @@ The second model is needed because the self-test computes in fp32, and FSDP2 fix
 """
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -24,6 +25,7 @@ from rmcore.checkpoint.resume import Start
 from rmcore.config.schema import Config
 from rmcore.host.memory import return_freed_memory
 from rmcore.model.backbone import check_finite, load_model
+from rmcore.model.classifier import text_model, text_prefix, towers
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
 from rmcore.model.objectives import Objective
@@ -37,7 +39,7 @@ from rmcore.parallel.world import World, broadcast_json, device_mesh, first_erro
 class WholeModel:
     """Every rank has all weights: the tested model is the trained one.
 
-    `adapted`, `base`: see `rmcore.training.run.Run`. `note`: why a model was not sharded although the strategy shards.
+    `adapted`, `base`, `towers`: see `rmcore.training.run.Run`. `note`: why a model was not sharded although the strategy shards.
     """
 
     tested: RewardModel
@@ -46,6 +48,7 @@ class WholeModel:
     adapted: tuple[Adapted, ...]
     base: str
     note: str
+    towers: Mapping[str, Tensor]
     shards: Shards | None = None
 
     def to_train(self) -> RewardModel:
@@ -62,6 +65,7 @@ class ShardedModel:
     hf_config: PretrainedConfig
     parts: LazyModel
     shards: Shards
+    towers: Mapping[str, Tensor]
     adapted: tuple[Adapted, ...] = ()
     base: str = ""
     note: str = ""
@@ -111,12 +115,13 @@ def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedMode
     def read() -> Weights:
         weights = sharded_for_test(model, parts, mesh, world, offload=offload)
         local = {name: cast(DTensor, weight).to_local() for name, weight in weights.items()}
-        prefix = f"{model.backbone.base_model_prefix}."  # the name in the files
+        prefix = text_prefix(skeleton)  # the name in the files
         check_finite(config.model, ((name.replace("backbone.", prefix, 1), rows) for name, rows in local.items()))
         return weights
 
     weights = first_error(world, "reading the weights", read)
-    return ShardedModel(model, type(skeleton), skeleton.config, parts, Shards(mesh, weights))
+    untrained = first_error(world, "reading the weights", lambda: parts.towers() if world.is_main else {})
+    return ShardedModel(model, type(skeleton), skeleton.config, parts, Shards(mesh, weights), untrained)
 
 
 def _load_whole(
@@ -131,17 +136,18 @@ def _load_whole(
     adapted: list[Adapted] = []
     base = ""
     if config.model.lora.rank is not None:
-        backbone = cast(PreTrainedModel, hf_model.base_model)
+        backbone = text_model(hf_model)
         adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, config.model.lora, seed))
         base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
         start.check_base(base)
     model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id).to(world.device)
-    return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, note)
+    untrained = towers(hf_model) if world.is_main else {}
+    return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, note, untrained)
 
 
 def _reward_model(hf_model: PreTrainedModel, objective: Objective, pad_token_id: int) -> RewardModel:
-    backbone, score = cast(PreTrainedModel, hf_model.base_model), cast(nn.Linear, hf_model.score)
-    return RewardModel(backbone, score, pad_token_id=pad_token_id, objective=objective)
+    score = cast(nn.Linear, hf_model.score)
+    return RewardModel(text_model(hf_model), score, pad_token_id=pad_token_id, objective=objective)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -60,6 +60,7 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             metrics=evaluation.metrics if evaluation else None,
         ),
         config_yaml=config.dump_yaml(),
+        towers=run.towers,
     )
     shapes, tensors = run.strategy.shapes(), run.strategy.whole_tensors()
 

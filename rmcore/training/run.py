@@ -5,8 +5,10 @@ Output: a frozen `Run`.
 Example: a run that resumes from step 8 has `position.step == 8`, and `plan.steps_from(8)` are the steps that remain.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.checkpoint.resume import Start
@@ -31,6 +33,7 @@ class Run:
         lines: facts about the run, for the user.
         adapted: the layers that LoRA trains instead of their weights.
         base: with LoRA, the fingerprint of the weights that are not trained.
+        towers: on rank 0, the weights that take no part in a reward; the export writes them as they were.
     """
 
     config: Config
@@ -48,6 +51,7 @@ class Run:
     lines: tuple[str, ...]
     adapted: tuple[Adapted, ...] = ()
     base: str = ""
+    towers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def position(self) -> Moment:

@@ -15,7 +15,7 @@ from rmcore.config import Config
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.host.hub_access import offline_if_unreachable
-from rmcore.model.backbone import load_model_config
+from rmcore.model.backbone import load_model_config, position_limit
 from rmcore.tracking.data_progress import DataProgress
 
 
@@ -25,7 +25,7 @@ def prepared(config: Config) -> tuple[PreTrainedTokenizerFast, PreparedData]:
     tokenizer = load_tokenizer(config, notes.append)
     local = config.model.name == "synthetic" or Path(config.model.name).is_dir()
     with nullcontext() if local else offline_if_unreachable():
-        positions = getattr(load_model_config(config.model), "max_position_embeddings", None)
+        positions = position_limit(load_model_config(config.model))
     with DataProgress() as progress:
         data = prepare_data(config, tokenizer, positions, progress)
     return tokenizer, replace(data, notes=tuple(notes))

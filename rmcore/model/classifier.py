@@ -1,0 +1,158 @@
+"""Finds or makes the sequence-classification class of a decoder, and the part of its model that reads text.
+
+Input: a transformers config. Output: a `*ForSequenceClassification` class. It is transformers' own where there is one.
+Otherwise it is made of the family's base class and a score head, and has the name that transformers would give it.
+Example: OlmoeConfig -> OlmoeForSequenceClassification, made here. Gemma4Config (a text model with towers for images and
+sound) -> Gemma4ForSequenceClassification; its text model is `model.language_model`, and its towers never run.
+
+Other programs know such a class by its name: for an architecture OlmoeForSequenceClassification in config.json, vLLM
+takes its decoder OlmoeForCausalLM and adds the score head. Plain transformers cannot load it.
+"""
+
+from collections.abc import Hashable, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto import modeling_auto as auto
+
+from rmcore.config import UserError
+
+# Mappings of the classes that compute the next token: of plain decoders, then of those with towers.
+_DECODERS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+)
+_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+_ONLY_DECODERS = "rmcore trains causal decoders (Llama, Qwen, Gemma and the like)"
+
+
+class MadeClassifier:
+    """The part of a made class that is the same for every family: a base model, a score head, and transformers'
+    contract of a sequence classifier, as far as rmcore and its export check use it.
+
+    The base model has the attribute's name that the family's checkpoints use. Only its text model runs.
+    """
+
+    base_model_prefix: str
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        setattr(self, self.base_model_prefix, AutoModel.from_config(config))
+        self.score = nn.Linear(config.get_text_config().hidden_size, cast(int, config.num_labels), bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        """The logits [rows, labels] at the last token of each row of `input_ids` that is not padding."""
+        model = cast(PreTrainedModel, self)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        present = {name: value for name, value in given.items() if value is not None}
+        hidden = text_model(model)(input_ids=input_ids, use_cache=False, **present).last_hidden_state
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (places * (input_ids != model.config.get_text_config().pad_token_id)).argmax(-1)
+        logits = self.score(hidden)[torch.arange(len(input_ids), device=last.device), last]
+        return SequenceClassifierOutput(logits=logits)
+
+
+def classifier_class(hf_config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that holds the decoder of `hf_config` and a score head.
+
+    Raises UserError in one sentence for what is not a decoder: its reward could not be read at the last token.
+    """
+    kind = type(hf_config)
+    if getattr(hf_config, "is_encoder_decoder", False) or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(f"{kind.model_type} has an encoder, which reads a text in both directions; {_ONLY_DECODERS}")
+    return _class_of(cast(Hashable, kind))
+
+
+def is_made(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the class was made here, so that plain transformers cannot load its exports."""
+    return MadeClassifier in model_class.__mro__
+
+
+def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """The class with the language-model head, whose checkpoints a reward model starts from.
+
+    Of a decoder with towers it is the class that holds all of them. Raises UserError if there is none.
+    """
+    found = [getattr(auto, mapping)[kind] for mapping in _DECODERS if kind in getattr(auto, mapping, ())]
+    if not found or kind not in auto.MODEL_MAPPING:
+        raise UserError(f"transformers has no decoder for the model type {kind.model_type}; {_ONLY_DECODERS}")
+    return _one(found[-1])
+
+
+@cache
+def _class_of(kind: Any) -> type[PreTrainedModel]:
+    decoder = decoder_class(kind)
+    if kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return _one(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
+    family: Any = next(
+        c for c in decoder.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel
+    )
+    stem = next((decoder.__name__.removesuffix(s) for s in _SUFFIXES if decoder.__name__.endswith(s)), decoder.__name__)
+    attributes = {
+        "__doc__": f"{decoder.__name__} with a score head in place of its language-model head.",
+        # Transformers then treats the class as its own: it renames and fuses weights, and exports no code with it.
+        "__module__": decoder.__module__,
+        "config_class": kind,
+        "base_model_prefix": family.base_model_prefix or "model",
+        "_keys_to_ignore_on_load_unexpected": getattr(decoder, "_keys_to_ignore_on_load_unexpected", None),
+    }
+    return cast(type[PreTrainedModel], type(f"{stem}ForSequenceClassification", (MadeClassifier, family), attributes))
+
+
+def _one(found: Any) -> type[PreTrainedModel]:
+    """A mapping's entry: it may list several classes, of which the first is the plain one."""
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def new_classifier(
+    hf_config: PretrainedConfig, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A classifier with weights as transformers draws them. `trust_remote_code`: its classes may come with it.
+
+    Raises UserError for what is not a decoder, ValueError where the config's sizes do not fit each other.
+    """
+    if brings_code(hf_config, trust_remote_code=trust_remote_code):
+        return AutoModelForSequenceClassification.from_config(hf_config, dtype=dtype, trust_remote_code=True)
+    return classifier_class(hf_config)._from_config(hf_config, dtype=dtype)
+
+
+def brings_code(hf_config: PretrainedConfig, *, trust_remote_code: bool) -> bool:
+    """Whether the model's classes are code of its repository that may run; rmcore then assumes nothing about them."""
+    return trust_remote_code and bool(getattr(hf_config, "auto_map", None))
+
+
+def text_model(hf_model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a classifier that reads text, up to its final hidden states: its base model in most cases.
+
+    Of a model with towers it is the innermost model that holds the token embedding.
+    """
+    base = cast(PreTrainedModel, hf_model.base_model)
+    if base.config.get_text_config() is base.config:
+        return base
+    embedding = base.get_input_embeddings()
+    holders = [m for m in base.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
+    without_head = [m for m in holders if m.get_output_embeddings() is None]
+    return (without_head or [base])[-1]
+
+
+def text_prefix(hf_model: PreTrainedModel) -> str:
+    """What the names of the text model's weights begin with in the classifier, such as "model.language_model."."""
+    text = text_model(hf_model)
+    return next(f"{name}." for name, module in hf_model.named_modules() if cast(nn.Module, module) is text)
+
+
+def towers(hf_model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """The weights that take no part in a reward, by their names in the classifier; none for most decoders.
+
+    They are neither trained nor put on a GPU. Checkpoints do not hold them, and exports do.
+    """
+    trained = (text_prefix(hf_model), "score.")
+    return {name: tensor for name, tensor in hf_model.state_dict().items() if not name.startswith(trained)}
