@@ -159,7 +159,9 @@ class DryRun:
 
 def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel) -> Sizes:
     layers = decoder_layers(model)
-    total, counts = _count(model), [_count(layer) for layer in layers]
+    # Towers are not trained and stay in host memory.
+    total = _count(text_model(model)) + _count(cast(nn.Module, model.score))
+    counts = [_count(layer) for layer in layers]
     matrices = [_matrices(layer) for layer in layers]
     return Sizes(
         total=total,

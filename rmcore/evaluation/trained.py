@@ -76,10 +76,8 @@ class TrainedModel:
 
     def __init__(self, config: Config, hf_model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
         self.config, self.hf_model, self.tokenizer, self.device = config, hf_model, tokenizer, device
-        score = cast(nn.Linear, hf_model.score)
-        self.model = (
-            RewardModel(text_model(hf_model), score, pad_token_id=int(tokenizer.pad_token_id)).to(device).eval()
-        )
+        text, score = text_model(hf_model), cast(nn.Linear, hf_model.score)
+        self.model = RewardModel(text, score, pad_token_id=int(tokenizer.pad_token_id)).to(device).eval()
         self.share = False
 
     @classmethod

@@ -183,7 +183,7 @@ def _write_weights(
         shown = "; ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in wrong[:5])
         raise ExportError(f"{len(wrong)} weights do not fit {package.model_class.__name__}: {shown}")
     floating = all(tensor.is_floating_point() for tensor in skeleton.state_dict().values())
-    if skeleton.is_custom_code() or is_rewritten(config) or not floating:  # transformers must write these itself
+    if skeleton.is_custom_code() or is_rewritten(skeleton) or not floating:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
         state = {name: t.to(package.dtype) if t.is_floating_point() else t for name, t in renamed}
         skeleton.save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)

@@ -100,12 +100,12 @@ def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_toke
     hf_config = backbone.reward_config(config, pad_token_id)
     if brings_code(hf_config, trust_remote_code=config.trust_remote_code):
         raise NeedsWholeModel("its code comes with it")
-    if is_rewritten(hf_config):
-        raise NeedsWholeModel(f"transformers rearranges the weights of {hf_config.model_type} while loading")
     try:
         model = model_on_meta(hf_config)
     except ValueError as error:
         raise UserError(backbone.unreadable(config, error)) from None
+    if is_rewritten(model):
+        raise NeedsWholeModel(f"transformers rearranges the weights of {hf_config.model_type} while loading")
     if len(dict(model.named_parameters(remove_duplicate=False))) > len(dict(model.named_parameters())):
         raise NeedsWholeModel("some of its weights are shared")
     if len(model.state_dict()) > len(dict(model.named_parameters())):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import cached_file
 
 from rmcore.config import UserError
@@ -78,9 +78,9 @@ def weight_files(name: str, revision: str | None) -> list[Path] | None:
     return [Path(str(cached_file(name, file, revision=revision))) for file in listed]
 
 
-def is_rewritten(hf_config: PretrainedConfig) -> bool:
-    """Whether transformers rearranges the weights of this architecture while it loads them, as for fused experts."""
-    return bool(get_checkpoint_conversion_mapping(hf_config.model_type)) or hasattr(hf_config, "quantization_config")
+def is_rewritten(model: PreTrainedModel) -> bool:
+    """Whether transformers renames or fuses the weights of this model while it loads them, as it does for experts."""
+    return bool(get_model_conversion_mapping(model, add_legacy=False)) or hasattr(model.config, "quantization_config")
 
 
 def open_weights(

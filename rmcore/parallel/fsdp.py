@@ -76,7 +76,7 @@ def materialise(model: nn.Module, lazy: LazyModel, device: torch.device, prefix:
 
     Args:
         device: where the rows go: the CPU if they are offloaded.
-        prefix: what transformers' names have in place of the engine's `backbone.`; empty for a model with its own names.
+        prefix: what transformers has in place of the engine's `backbone.`; empty for a model with its names.
     Raises:
         UserError: a file cannot be read.
     """

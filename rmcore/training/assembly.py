@@ -37,7 +37,7 @@ from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.world import World, first_error
 from rmcore.training.agreement import agree, check_same_plan, plan_facts
-from rmcore.training.loading import load
+from rmcore.training.loading import ShardedModel, load
 from rmcore.training.outcome import OUT_OF_MEMORY_FILE
 from rmcore.training.run import Run
 from rmcore.training.run_data import prepared
@@ -99,6 +99,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
         lines=lines,
         adapted=loaded.adapted,
         base=loaded.base,
+        in_parts=isinstance(loaded, ShardedModel),
         towers=loaded.towers,
     )
 

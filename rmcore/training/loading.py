@@ -39,7 +39,8 @@ from rmcore.parallel.world import World, broadcast_json, device_mesh, first_erro
 class WholeModel:
     """Every rank has all weights: the tested model is the trained one.
 
-    `adapted`, `base`, `towers`: see `rmcore.training.run.Run`. `note`: why a model was not sharded although the strategy shards.
+    `adapted`, `base`, `towers`: see `rmcore.training.run.Run`. `note`: why the model was not sharded although the
+    strategy shards.
     """
 
     tested: RewardModel

@@ -79,7 +79,8 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
     waiting = second_group(PATIENCE) if world.size > 1 else None
     temporary = first_error(world, "the export", write, waiting)
     place = Path(broadcast_json(world, str(temporary)))
-    by_parts = broadcast_json(world, config.parallel.traits.shards_weights and _too_large(run.strategy))
+    # A model that was loaded whole, because transformers rearranges its weights, is reloaded whole, too.
+    by_parts = broadcast_json(world, run.in_parts and _too_large(run.strategy))
     try:
         parity = first_error(world, "the export", lambda: _checked(run, package, place, probe, by_parts), waiting)
     except RankError as error:

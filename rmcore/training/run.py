@@ -33,6 +33,7 @@ class Run:
         lines: facts about the run, for the user.
         adapted: the layers that LoRA trains instead of their weights.
         base: with LoRA, the fingerprint of the weights that are not trained.
+        in_parts: whether each rank read only its rows of the weights.
         towers: on rank 0, the weights that take no part in a reward; the export writes them as they were.
     """
 
@@ -51,6 +52,7 @@ class Run:
     lines: tuple[str, ...]
     adapted: tuple[Adapted, ...] = ()
     base: str = ""
+    in_parts: bool = False
     towers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
