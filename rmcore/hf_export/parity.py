@@ -26,13 +26,7 @@ from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.host.command import ExplainedError
 from rmcore.model.classifier import classifier_class, is_made
-
-# The relative error of one rounding. The largest one is 2^-24 in fp32, 2^-8 in bf16 and 2^-4 in e4m3. For bf16 half of
-# it is taken, which makes the check stricter and still leaves 4 sigmas of the largest error.
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float8_e4m3fn: 2.0**-4}
-ROUNDINGS_PER_LAYER = 8  # a decoder layer rounds q, k, v, the attention, its projection, and three results of the MLP
-SIGMAS = 8.0  # standard deviations: for a normal error, one reward in 10^15 would be further off
-FLOOR = 1e-5  # relative to the rewards; sums of thousands of fp32 terms in another order differ by up to this
+from rmcore.model.rounding import UNIT_ROUNDOFF, allowed_difference
 
 
 class ExportError(ExplainedError):
@@ -111,15 +105,6 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     allowed = allowed_difference(precision, layers, scale, alone)
     engine = torch.tensor(list(probe.rewards), dtype=torch.float64)
     return Parity(_compare("reloaded", alone, "the engine's", engine, allowed), allowed)
-
-
-def allowed_difference(precision: torch.dtype, layers: int, scale: float, rewards: torch.Tensor) -> float:
-    """The largest difference of a reward that rounding can explain, given the `scale` of `check_export`."""
-    # n independent roundings, each of relative size u, add up to about sqrt(n) * u. A layer adds its results to the
-    # residual stream, so the n roundings of all layers reach the last hidden state with a weight of about 1.
-    rounding = SIGMAS * UNIT_ROUNDOFF[precision] * (ROUNDINGS_PER_LAYER * layers) ** 0.5 * scale
-    # The roundings inside a sum are not in this count. In fp32 they can be larger than it: hence the floor.
-    return max(rounding, FLOOR * max(1.0, float(rewards.abs().max())))
 
 
 def _padded(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], side: str) -> torch.Tensor:
