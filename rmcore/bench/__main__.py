@@ -17,6 +17,7 @@ COMMANDS = {
     "score": "scoring, compared with transformers' padded forward",
     "serve": "the HTTP service: many clients at once, compared with one",
     "data": "preparing and planning data, compared with datasets.map and TRL",
+    "models": "every decoder of the installed transformers: its path, and whether it can be exported",
     "gpu": "one GPU: exactness, ceilings, training rates compared with a padded loop and TRL",
     "profile": "the time of a training step by kind of work and by operation",
     "checkpoint": "saving and loading 500 MB, compared with dd on the same disk",

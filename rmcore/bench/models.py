@@ -1,19 +1,43 @@
-"""Tries every decoder of the installed transformers with a tiny random model: which path is exact, what is exported.
+"""Tries every decoder of the installed transformers with a tiny random model: its path, and whether it can be exported.
 
-Input: model types, by default all of transformers' mappings of decoders. Output: one line for each, and a table.
-Example: `python -m rmcore.bench models llama jamba` prints for llama "shared, pruned, exported" with the line of the
-self-test.
+Input: model types, by default all of transformers' mappings of decoders. Output: one line for each, and a results file.
+Example: `python -m rmcore.bench models llama` prints `llama: shared, pruned; exported, loads in transformers`.
 
-A tiny config has four layers, of every kind that the family has, and a width of 32. Where sizes depend on each other in
-a way that names do not show, `ODD` has them.
+Each model is written as a checkpoint with its language-model head, loaded as a run loads it, given to the self-test with
+gradients, exported and reloaded. A tiny config has four layers, of every kind that the family has, and a width of 32.
+Where sizes depend on each other in a way that names do not show, `ODD` has them.
 """
 
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
-VOCABULARY = 320
+from rmcore.bench.measure import machine, parser, write_results
+from rmcore.config import UserError
+from rmcore.config.schema import ModelConfig
+from rmcore.data.synthetic import byte_tokenizer
+from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.templates import load_template
+from rmcore.hf_export.directory import Package, export_model
+from rmcore.hf_export.probe import probe_of
+from rmcore.model.backbone import load_model
+from rmcore.model.classifier import classifier_class, decoder_class, is_made, text_model, towers
+from rmcore.model.meta_model import set_padding
+from rmcore.model.reward_model import PADDED, SHARED, RewardModel
+from rmcore.model.selftest import choose_path
+from rmcore.scoring.scorer import pack
+
+CPU = torch.device("cpu")
+VOCABULARY = 264  # the 259 tokens of the byte tokenizer, in a multiple of 8
 LAYERS = 4
 # Small sizes by the names that configs use. A size is set only where the family's own config has an integer there.
 SIZES: dict[str, int] = {
@@ -58,9 +82,186 @@ SIZES: dict[str, int] = {
     "image_size": 16,
     "patch_size": 8,
 }
-# Tokens of images and sounds, and of generation: any ids that the small vocabulary has.
-TOKENS = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
-ODD: dict[str, dict[str, Any]] = {}
+TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}  # of the byte tokenizer
+# Prompts and answers that packing may get wrong: no common prefix, an answer that begins another, one token, many.
+TEXTS = (
+    ("A prompt of some length, longer than any window. ", ("An answer.", "Another one, which is longer.")),
+    ("Short: ", ("y", "yes", "yes, of course", "n", "no", "", "perhaps")),
+    ("", ("one text", "a second text")),
+    ("x", ("", "y")),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one family.
+
+    `outcome`: `exact` (a path was found and the export loads), `refused` (one sentence for the user), `failed` (an error
+    that a user would see as a traceback) or `not tried` (no tiny config). `line`: the self-test's line, or the reason.
+    """
+
+    family: str
+    outcome: str
+    path: str = ""
+    pruned: bool = False
+    export: str = ""
+    line: str = ""
+
+
+def main(arguments: list[str]) -> int:
+    p = parser("models", __doc__)
+    p.add_argument("families", nargs="*", metavar="MODEL_TYPE", help="default: every decoder of transformers")
+    p.add_argument("--out", help="result file; default: rmcore/bench/results/models.json")
+    options = p.parse_args(arguments)
+    began, results = time.perf_counter(), []
+    for family in options.families or families():
+        results.append(tried(family))
+        print(shown(results[-1]), flush=True)
+    counts = Counter(result.outcome for result in results)
+    paths = Counter(result.path for result in results if result.outcome == "exact")
+    print(f"{len(results)} families: {dict(counts)}; paths: {dict(paths)}; {time.perf_counter() - began:.0f} s")
+    record = {"what": "models", "machine": machine(), "transformers": transformers.__version__}
+    record["families"] = [asdict(result) for result in results]
+    if not options.families or options.out:
+        print(f"written: {write_results('models', record, options.out)}")
+    return 0
+
+
+def shown(result: Result) -> str:
+    """One line about a family."""
+    if result.outcome != "exact":
+        return f"{result.family}: {result.outcome}: {result.line}"
+    return f"{result.family}: {result.path}{', pruned' * result.pruned}; {result.export}; {result.line}"
+
+
+def tried(family: str) -> Result:
+    """Build, load, test, export and reload a tiny model of the family."""
+    try:
+        config = tiny_config(family)
+        set_padding(config, TOKENS["pad_token_id"])
+    except Exception as error:  # whatever the family's config class finds wrong with small sizes
+        return Result(family, "not tried", line=one_line(error))
+    try:
+        classifier_class(config)
+    except UserError as error:
+        return Result(family, "refused", line=str(error))
+    with tempfile.TemporaryDirectory(prefix="rmcore-models-") as directory:
+        checkpoint, exported = Path(directory, "checkpoint"), Path(directory, "model")
+        try:
+            torch.manual_seed(0)
+            decoder_class(type(config))._from_config(config, dtype=torch.float32).save_pretrained(checkpoint)
+        except Exception as error:  # sizes that do not fit each other, a package that is not installed
+            return Result(family, "not tried", line=one_line(error))
+        try:
+            return exact(family, checkpoint, exported)
+        except UserError as error:
+            return Result(family, "refused", line=one_line(error, directory))
+        except Exception as error:  # this is what the benchmark looks for
+            return Result(family, "failed", line=f"{type(error).__name__}: {one_line(error, directory)}")
+
+
+def exact(family: str, checkpoint: Path, exported: Path) -> Result:
+    """The path and the export of a checkpoint; raises what a run would raise."""
+    tokenizer = byte_tokenizer()
+    hf_model: Any = load_model(ModelConfig(name=str(checkpoint)), seed=1, vocabulary=len(tokenizer), pad_token_id=0)
+    model = RewardModel(text_model(hf_model), hf_model.score, pad_token_id=0, path=PADDED)
+    data = texts(tokenizer)
+    path, line = choose_path(model, data, [*range(len(data))], CPU, gradients=True)
+    probe = probe_of(model, data, CPU, path == SHARED, torch.float32)
+    state = model.state_dict()
+    package = Package(
+        model_class=type(hf_model),
+        hf_config=hf_model.config,
+        tokenizer=tokenizer,
+        template=load_template("simple_chat", tokenizer),
+        dtype=torch.float32,
+        card="",
+        config_yaml="",
+        towers=towers(hf_model),
+    )
+    export_model({name: tuple(t.shape) for name, t in state.items()}, state.items(), package, exported, probe)
+    where = "loads in vLLM by its decoder's name, and in rmcore" if is_made(type(hf_model)) else "loads in transformers"
+    return Result(family, "exact", path, model.pruned, f"exported, {where}", line)
+
+
+def texts(tokenizer: Any) -> TokenizedComparisons:
+    """`TEXTS` as token ids, each answer with EOS."""
+    ends = [tokenizer.eos_token_id]
+    return pack(
+        [[np.array(tokenizer.encode(prompt + a) + ends, np.int32) for a in answers] for prompt, answers in TEXTS]
+    )
+
+
+def one_line(error: Exception, directory: str | None = None) -> str:
+    """The message of an error without line breaks and temporary paths."""
+    text = " ".join(str(error).split())[:300]
+    return text.replace(directory, "DIR") if directory else text
+
+
+SHARED_KV = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+ODD: dict[str, dict[str, Any]] = {
+    "bamba": {**MAMBA2, "attn_layer_indices": [1, 3]},
+    "codegen": {"n_ctx": 512, "rotary_dim": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "layer_types": ["full_attention"] * LAYERS,
+    },
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
+    "gemma3n_text": {**SHARED_KV, "intermediate_size": [48] * LAYERS, "activation_sparsity_pattern": [0.0] * LAYERS},
+    "gemma4_text": SHARED_KV,
+    "gemma4_unified_text": SHARED_KV,
+    "granitemoehybrid": {**MAMBA2, "layer_types": ["mamba", "attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "ministral": {"head_dim": 8},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8},
+    "mistral4": {"num_key_value_heads": 4},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        "mamba_headdim": 16,
+        "n_mamba_heads": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "hybrid_layer_ids": [1, 3],
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "num_mem_blocks": 1,
+        "use_mamba_kernels": False,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def families() -> list[str]:
@@ -82,6 +283,8 @@ def tiny_config(family: str) -> PretrainedConfig:
 
 def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a config that are to be set, as keyword arguments."""
+    if "kv_lora_rank" in values:  # latent attention has a key for every query head
+        values = {**values, "num_key_value_heads": None}
     layers = next((values[n] for n in SIZES if SIZES[n] is LAYERS and isinstance(values.get(n), int)), None)
     small: dict[str, Any] = {}
     for name, value in values.items():
@@ -89,8 +292,13 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
             small[name] = TOKENS[name]
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             small[name] = 4 + sum(map(ord, name)) % 200
+        elif name == "num_key_value_heads" and value is None:
+            small[name] = 4
+        elif isinstance(value, dict) and "mrope_section" in value:
+            small[name] = {**value, "mrope_section": [2, 1, 1]}
         elif isinstance(value, dict) and "model_type" in value:
-            small[name] = {"model_type": value["model_type"], **_shrunk(value)}
+            kind = value["model_type"]
+            small[name] = {"model_type": kind, **_merged(_shrunk(value), ODD.get(kind, {}))}
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             small[name] = SIZES[name]
         elif isinstance(value, list) and layers and len(value) == layers:
