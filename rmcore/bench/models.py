@@ -3,8 +3,8 @@
 Input: model types, by default all of transformers' mappings of decoders. Output: one line for each, and a results file.
 Example: `python -m rmcore.bench models llama` prints `llama: shared, pruned; exported, loads in transformers`.
 
-Each model is written as a checkpoint with its language-model head, loaded as a run loads it, given to the self-test with
-gradients, exported and reloaded. A tiny config has four layers, of every kind that the family has, and a width of 32.
+Each model is written as a checkpoint with its language-model head, loaded as a run loads it, tested with gradients,
+exported and reloaded. A tiny config has four layers, of every kind that the family has, and a width of 32.
 Where sizes depend on each other in a way that names do not show, `ODD` has them.
 """
 
@@ -96,8 +96,9 @@ TEXTS = (
 class Result:
     """What became of one family.
 
-    `outcome`: `exact` (a path was found and the export loads), `refused` (one sentence for the user), `failed` (an error
-    that a user would see as a traceback) or `not tried` (no tiny config). `line`: the self-test's line, or the reason.
+    `outcome`: `exact` (a path was found and the export loads), `refused` (one sentence for the user), `failed` (an
+    error that a user would see as a traceback) or `not tried` (no tiny config). `line`: the self-test's line, or the
+    reason.
     """
 
     family: str
@@ -120,8 +121,8 @@ def main(arguments: list[str]) -> int:
     counts = Counter(result.outcome for result in results)
     paths = Counter(result.path for result in results if result.outcome == "exact")
     print(f"{len(results)} families: {dict(counts)}; paths: {dict(paths)}; {time.perf_counter() - began:.0f} s")
-    record = {"what": "models", "machine": machine(), "transformers": transformers.__version__}
-    record["families"] = [asdict(result) for result in results]
+    record: dict[str, Any] = {"what": "models", "machine": machine(), "transformers": transformers.__version__}
+    record |= {"families": [asdict(result) for result in results]}
     if not options.families or options.out:
         print(f"written: {write_results('models', record, options.out)}")
     return 0
@@ -186,9 +187,9 @@ def exact(family: str, checkpoint: Path, exported: Path) -> Result:
 
 def texts(tokenizer: Any) -> TokenizedComparisons:
     """`TEXTS` as token ids, each answer with EOS."""
-    ends = [tokenizer.eos_token_id]
+    end = tokenizer.eos_token
     return pack(
-        [[np.array(tokenizer.encode(prompt + a) + ends, np.int32) for a in answers] for prompt, answers in TEXTS]
+        [[np.array(tokenizer.encode(prompt + a + end), np.int32) for a in answers] for prompt, answers in TEXTS]
     )
 
 

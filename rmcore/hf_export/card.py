@@ -22,8 +22,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 USE = """\
 The reward of a text is the model's only logit, without sigmoid or softmax. Only differences between answers to the same
-prompt have a meaning. You may pad on the right, on the left or not at all: the model reads the reward at the last token
-before the padding.
+prompt have a meaning. You may pad on the right or not at all: the model reads the reward at the last token before the
+padding.
 
 With transformers:
 

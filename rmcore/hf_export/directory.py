@@ -134,8 +134,9 @@ def classifier_config(
     if normalisation is not None:
         setattr(config, NORMALISATION, normalisation.stored())
     set_padding(config, tokenizer.pad_token_id)
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.pad_token_id is None or config.pad_token_id in (*eos, tokenizer.eos_token_id):
+    stated = getattr(config.get_text_config(), "eos_token_id", None)
+    eos = stated if isinstance(stated, list) else [stated]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (*eos, tokenizer.eos_token_id):
         raise UserError(
             f"the padding token {tokenizer.pad_token!r} is missing or equals EOS: a program that looks for the last "
             "token before the padding would read the wrong one; give the tokenizer a padding token of its own"

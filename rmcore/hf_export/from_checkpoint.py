@@ -79,7 +79,7 @@ def export(
     if normalisation is not None:
         lines.append(f"held-out rewards: mean {normalisation.mean:.6g}, deviation {normalisation.deviation:.6g}")
     difference = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
-    return [*lines, f"{out}: step {manifest.step}; rewards reloaded by transformers {difference}"]
+    return [*lines, f"{out}: step {manifest.step}; rewards reloaded by transformers {difference}", *parity.notes]
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:

@@ -92,6 +92,8 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             f"model in {directory}: rewards reloaded by transformers{' from shards' if by_parts else ''} differ by "
             f"{parity.difference:.1e} (allowed {parity.allowed:.1e})"
         )
+        for note in parity.notes:
+            tracker.say(note)
     if config.hub.push:
         first_error(
             world, "the push to the hub", lambda: push(directory, config.hub) if world.is_main else None, waiting
