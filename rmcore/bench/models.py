@@ -295,7 +295,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
             small[name] = 4 + sum(map(ord, name)) % 200
         elif name == "num_key_value_heads" and value is None:
             small[name] = 4
-        elif isinstance(value, dict) and "mrope_section" in value:
+        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "mrope_section" in value:
             small[name] = {**value, "mrope_section": [2, 1, 1]}
         elif isinstance(value, dict) and "model_type" in value:
             kind = value["model_type"]

@@ -30,8 +30,8 @@ from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, ch
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
 from rmcore.model.classifier import text_prefix
+from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.meta_model import set_padding
-from rmcore.model.safetensors_weights import is_rewritten
 from rmcore.scoring.normalisation import KEY as NORMALISATION
 from rmcore.scoring.normalisation import Normalisation
 
@@ -184,14 +184,16 @@ def _write_weights(
         shown = "; ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in wrong[:5])
         raise ExportError(f"{len(wrong)} weights do not fit {package.model_class.__name__}: {shown}")
     floating = all(tensor.is_floating_point() for tensor in skeleton.state_dict().values())
-    if skeleton.is_custom_code() or is_rewritten(skeleton) or not floating:  # transformers must write these itself
+    on_disk = stored_shapes(skeleton)
+    special = skeleton.is_custom_code() or hasattr(config, "quantization_config")
+    if special or on_disk is None or not floating:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
         state = {name: t.to(package.dtype) if t.is_floating_point() else t for name, t in renamed}
         skeleton.save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return
     config.architectures, config.dtype = [package.model_class.__name__], package.dtype
     config.save_pretrained(directory)
-    write_weights(directory, expected, package.dtype, renamed, package.max_shard_size)
+    write_weights(directory, on_disk, package.dtype, stored(skeleton, renamed), package.max_shard_size)
 
 
 def _settle(directory: Path) -> None:

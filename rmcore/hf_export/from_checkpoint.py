@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from rmcore.checkpoint import directory
 from rmcore.checkpoint.manifest import FILE, Manifest, check_file, read_manifest
 from rmcore.checkpoint.resume import Start
 from rmcore.checkpoint.shards import Damaged, read_slices
 from rmcore.config import Config, UserError, config_from_values
+from rmcore.config.schema import ModelConfig
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.encoder import TextEncoder
@@ -34,8 +36,10 @@ from rmcore.hf_export.parity import Probe
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.model.backbone import load_model, load_model_config, position_limit
-from rmcore.model.classifier import text_model, towers
+from rmcore.model.classifier import brings_code, text_model, towers
+from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
+from rmcore.model.meta_model import model_on_meta
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.world import running_world
 from rmcore.scoring.normalisation import Normalisation, measure
@@ -132,10 +136,9 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
         data = prepare_data(config, tokenizer, positions)
     except UserError as error:
         no_data = str(error)
-    # Every weight comes from the checkpoint, so the base model's are not read. They are where only some are trained:
-    # with LoRA, and in a model with towers.
+    # Every trained weight comes from the checkpoint. The base model's files are read only if they hold others.
     lora, seed = config.model.lora, config.run.seed
-    some = lora.rank is not None or hf_config.get_text_config() is not hf_config
+    some = lora.rank is not None or holds_others(hf_config, config.model)
     shape = config.model if some else config.model.model_copy(update={"init": "random", "head": "fresh"})
     pad = int(tokenizer.pad_token_id)
     hf_model: Any = load_model(shape, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
@@ -147,6 +150,14 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)
     trained.choose_path(trial)
     return Loaded(trained, template, data, no_data, trial, adapted)
+
+
+def holds_others(hf_config: PretrainedConfig, model: ModelConfig) -> bool:
+    """Whether the model has weights or stored buffers that are not trained."""
+    if brings_code(hf_config, trust_remote_code=model.trust_remote_code):
+        return True
+    skeleton = model_on_meta(hf_config)
+    return bool(towers(skeleton) or stored_buffers(skeleton))
 
 
 def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest) -> None:

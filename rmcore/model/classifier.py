@@ -16,6 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto import modeling_auto as auto
 
@@ -104,7 +108,11 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
         "base_model_prefix": family.base_model_prefix or "model",
         "_keys_to_ignore_on_load_unexpected": getattr(decoder, "_keys_to_ignore_on_load_unexpected", None),
     }
-    return cast(type[PreTrainedModel], type(f"{stem}ForSequenceClassification", (MadeClassifier, family), attributes))
+    name = f"{stem}ForSequenceClassification"
+    # transformers knows some renamings by the name of the class with the language-model head.
+    if (renamings := get_checkpoint_conversion_mapping(decoder.__name__)) is not None:
+        register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
+    return cast(type[PreTrainedModel], type(name, (MadeClassifier, family), attributes))
 
 
 def _one(found: Any) -> type[PreTrainedModel]:

@@ -21,9 +21,10 @@ from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.model import backbone
 from rmcore.model.classifier import brings_code, text_prefix, towers
+from rmcore.model.conversion import CannotConvert
 from rmcore.model.meta_model import added_rows, fresh_head, grow, model_on_meta, other_heads
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
-from rmcore.model.safetensors_weights import StoredWeights, WantedRows, is_rewritten, open_weights, weight_files
+from rmcore.model.safetensors_weights import StoredWeights, WantedRows, open_weights, weight_files
 
 SCORE = "score.weight"
 
@@ -53,6 +54,8 @@ class LazyModel:
         model = model_on_meta(self.hf_config)
         grow(model, self.vocabulary, self.pad_token_id)
         backbone.turn_dropout_off(model)
+        if isinstance(self.source, StoredWeights):
+            self.source.fill({name: (0, buffer) for name, buffer in stored_buffers(model).items()})
         return backbone.train_text_only(model)
 
     def towers(self) -> dict[str, Tensor]:
@@ -90,6 +93,12 @@ class LazyModel:
             raise UserError(f"model.init=random: {error}; it cannot be built in parts, use ddp or zero1") from None
 
 
+def stored_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The buffers that checkpoints hold, such as the biases that balance DeepSeek's experts. They are not trained."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
 def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id: int) -> LazyModel:
     """Read a model's config, and the names and shapes of its weights. Arguments as for `load_model`.
 
@@ -104,12 +113,10 @@ def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_toke
         model = model_on_meta(hf_config)
     except ValueError as error:
         raise UserError(backbone.unreadable(config, error)) from None
-    if is_rewritten(model):
-        raise NeedsWholeModel(f"transformers rearranges the weights of {hf_config.model_type} while loading")
     if len(dict(model.named_parameters(remove_duplicate=False))) > len(dict(model.named_parameters())):
         raise NeedsWholeModel("some of its weights are shared")
-    if len(model.state_dict()) > len(dict(model.named_parameters())):
-        raise NeedsWholeModel("some of its buffers are stored")
+    if any(not buffer.ndim for buffer in stored_buffers(model).values()):
+        raise NeedsWholeModel("some of its stored buffers are scalars")
     backbone.check_score(config, model)
     embedding = _embedding_of(model)
     source: StoredWeights | RandomWeights
@@ -138,7 +145,11 @@ def _stored_weights(config: ModelConfig, model: PreTrainedModel, embedding: str)
         files = weight_files(config.name, config.revision)
         if files is None:
             raise NeedsWholeModel("it has no safetensors files")
+        if hasattr(model.config, "quantization_config"):
+            raise NeedsWholeModel("its weights are quantised")
         return open_weights(files, model, other_heads(model), replaced, embedding)
+    except CannotConvert as reason:
+        raise NeedsWholeModel(str(reason)) from None
     except UserError as error:
         raise UserError(f"model.name {config.name}: {error}") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -9,17 +9,17 @@ Example: `gpt_neox.layers.3.mlp.dense_h_to_4h.weight` [8192, 2048] of pythia-1b 
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import cached_file
 
 from rmcore.config import UserError
+from rmcore.model.conversion import Conversion
 
 WantedRows = Mapping[str, tuple[int, Tensor]]  # name -> (first row, the rows to fill, on any device)
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -36,10 +36,29 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+class StoredExperts(NamedTuple):
+    """A weight whose row e holds expert e: `parts[e]`, one over the other, each a tensor of its own."""
+
+    parts: tuple[tuple[StoredTensor, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0]
+        return (len(self.parts), sum(part.shape[0] for part in first), *first[0].shape[1:])
+
+
+class Copy(NamedTuple):
+    """Rows of a stored tensor, from `first` on, that go into `rows`."""
+
+    source: StoredTensor
+    first: int
+    rows: Tensor
+
+
 class StoredWeights:
     """The weights of a checkpoint under the names that the model gives them."""
 
-    def __init__(self, entries: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, entries: Mapping[str, StoredTensor | StoredExperts]) -> None:
         self._entries = entries
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -48,18 +67,30 @@ class StoredWeights:
 
     def fill(self, wanted: WantedRows) -> None:
         """Read the wanted rows, file by file, and nothing else. Raises UserError when a file has become unreadable."""
-        by_file: dict[Path, list[str]] = {}
-        for name, (_, rows) in wanted.items():
-            if rows.numel():
-                by_file.setdefault(self._entries[name].path, []).append(name)
-        for path, names in by_file.items():
+        by_file: dict[Path, list[Copy]] = {}
+        for name, (first, rows) in wanted.items():
+            for copy in _copies(self._entries[name], first, rows):
+                by_file.setdefault(copy.source.path, []).append(copy)
+        for path, copies in by_file.items():
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in names:
-                        first, rows = wanted[name]
-                        rows.copy_(file.get_slice(self._entries[name].key)[first : first + rows.shape[0]])
+                    for source, first, rows in copies:
+                        rows.copy_(file.get_slice(source.key)[first : first + rows.shape[0]])
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _copies(entry: StoredTensor | StoredExperts, first: int, rows: Tensor) -> Iterator[Copy]:
+    if not rows.numel():
+        return
+    if isinstance(entry, StoredTensor):
+        yield Copy(entry, first, rows)
+        return
+    for row, parts in zip(rows, entry.parts[first : first + rows.shape[0]], strict=True):
+        begin = 0
+        for part in parts:
+            yield Copy(part, 0, row[begin : begin + part.shape[0]])
+            begin += part.shape[0]
 
 
 def weight_files(name: str, revision: str | None) -> list[Path] | None:
@@ -78,11 +109,6 @@ def weight_files(name: str, revision: str | None) -> list[Path] | None:
     return [Path(str(cached_file(name, file, revision=revision))) for file in listed]
 
 
-def is_rewritten(model: PreTrainedModel) -> bool:
-    """Whether transformers renames or fuses the weights of this model while it loads them, as it does for experts."""
-    return bool(get_model_conversion_mapping(model, add_legacy=False)) or hasattr(model.config, "quantization_config")
-
-
 def open_weights(
     files: Iterable[Path], model: PreTrainedModel, heads: set[str], replaced: set[str], grown: str | None = None
 ) -> StoredWeights:
@@ -93,11 +119,14 @@ def open_weights(
         replaced: names of weights that are not read; they may be missing from the checkpoint or have another shape.
         grown: name of the embedding, which may have fewer rows in the checkpoint than in the model.
     Raises:
+        CannotConvert: transformers makes a weight of several others in a way that needs them whole.
         UserError: weights are missing, unexpected, or have another shape or type; one message lists them all.
         OSError, SafetensorError: a file is not a safetensors file.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, StoredTensor | StoredExperts] = {}
+    experts: dict[str, dict[int, dict[int, StoredTensor]]] = {}  # weight -> expert -> part
+    conversion = Conversion(model)
     unexpected, wrong = [], []
     ignored = re.compile("|".join([*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *COMPUTED]))
     for path in files:
@@ -105,15 +134,26 @@ def open_weights(
             for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 stored = file.get_slice(key)
                 shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                name = next((n for n in (key, f"{model.base_model_prefix}.{key}") if n in expected or n in heads), None)
-                if name is None:
+                name, expert, part = conversion.target(key)
+                if name not in expected and name not in heads:
                     unexpected += [] if ignored.search(key) else [key]
+                    continue
+                if expert is not None:
+                    experts.setdefault(name, {}).setdefault(expert, {})[part] = StoredTensor(path, key, shape)
+                    wrong += [] if dtype in FLOATS else [f"{key} in {dtype}"]
                     continue
                 found[name] = StoredTensor(path, key, shape)
                 if name in expected and name not in replaced:
                     fits = shape == expected[name] or (name == grown and shape[1:] == expected[name][1:])
                     wrong += [] if fits else [f"{key} {list(shape)} (expected {list(expected[name])})"]
                     wrong += [] if dtype in FLOATS else [f"{key} in {dtype}"]
+    for name, by_expert in experts.items():
+        fused = StoredExperts(
+            tuple(tuple(tensor for _, tensor in sorted(parts.items())) for _, parts in sorted(by_expert.items()))
+        )
+        shapes = {tuple(part.shape for part in parts) for parts in fused.parts}
+        found[name] = fused
+        wrong += [] if len(shapes) == 1 and fused.shape == expected[name] else [f"the experts of {name}"]
     if grown and grown not in found and getattr(model.config, "tie_word_embeddings", False):
         # A checkpoint whose head is tied to the embedding may hold the weight only under the head's name.
         alike = [found[name] for name in heads if name in found and found[name].shape[1:] == expected[grown][1:]]

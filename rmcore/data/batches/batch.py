@@ -99,14 +99,16 @@ class Judged:
 class RaggedBatch(Judged):
     """One micro batch on one rank, and the labels of its answers.
 
-    `last_token_index_A` are packed rows. `comparisons_C` and `answers_C` (on the host): which comparisons these are,
-    and how many answers each has. `logical_tokens`: what a batch of separate texts would compute.
+    `last_token_index_A` are packed rows, `last_rows_A` the same on the host. `comparisons_C` and `answers_C` (on the
+    host): which comparisons these are, and how many answers each has. `logical_tokens`: what a batch of separate texts
+    would compute.
     """
 
     input_ids_T: Tensor
     position_ids_T: Tensor
     last_token_index_A: Tensor
     layout: AttentionLayout
+    last_rows_A: np.ndarray
     comparisons_C: np.ndarray
     answers_C: np.ndarray
     logical_tokens: int
@@ -173,6 +175,7 @@ def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: b
         input_ids_T=_int64(np.concatenate(ids)),
         position_ids_T=_int64(np.concatenate(positions)),
         last_token_index_A=_int64(np.array(last, dtype=np.int64)),
+        last_rows_A=np.array(last, dtype=np.int64),
         **_tensors(_label_columns(items, answers_C)),
         lists=len(items),
         layout=AttentionLayout(torch.tensor(segments, dtype=torch.int32).reshape(-1, 4)),

@@ -1,0 +1,87 @@
+"""Maps the weights of a checkpoint to those of a model where transformers renames them or fuses experts.
+
+Input: a model, of which only names and shapes are used, and the names in a checkpoint. Output: for each name the
+model's weight, and for one expert's weight its place in the fused one; and back, for an export.
+Example: Qwen3-MoE's checkpoints hold `mlp.experts.7.gate_proj.weight` [I, D] and `mlp.experts.7.up_proj.weight`. The
+model holds `mlp.experts.gate_up_proj` [experts, 2 I, D]: row 7 is the first over the second.
+
+The names are transformers' own (transformers.conversion_mapping). Experts can be read one by one if they are merged
+along the first dimension and their parts joined along the next one. Anything else needs the whole model.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+
+class CannotConvert(Exception):
+    """A weight is made in another way than by merging experts; the message says which one."""
+
+
+class Target(NamedTuple):
+    """Where a stored tensor goes: the model's weight; for one expert's, the expert and the part of its row."""
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+
+
+class Conversion:
+    """The renamings of one model. Raises CannotConvert, on use, for what cannot be read by experts."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+        self._renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
+        self._expected, self._prefix = model.state_dict(), model.base_model_prefix
+
+    def target(self, key: str) -> Target:
+        """The place of the stored tensor `key`; its own name where transformers does not know it."""
+        name, pattern = self._renamed(key, self._renamings, self._converters)
+        if name not in self._expected and key in self._expected:
+            return Target(key)
+        if pattern is None or name not in self._expected:
+            return Target(name)
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        if not _merges_experts(converter):
+            raise CannotConvert(f"transformers makes {name} of several weights while loading")
+        expert = re.search(pattern.replace("*", r"(\d+)"), key)
+        if expert is None:
+            raise CannotConvert(f"{key} does not say of which expert it is")
+        return Target(name, int(expert[1]), list(converter.source_patterns).index(pattern))
+
+    def _renamed(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        return loading.rename_source_key(key, renamings, converters, self._prefix, self._expected)
+
+
+def _merges_experts(converter: Any) -> bool:
+    """Whether a row of the fused weight holds one expert, its parts one over the other."""
+    merge, *rest = converter.operations
+    if not isinstance(merge, loading.MergeModulelist) or merge.dim != 0:
+        return False
+    joined = len(rest) == 1 and isinstance(rest[0], loading.Concatenate) and rest[0].dim == 1
+    return joined or (not rest and len(converter.source_patterns) == 1)
+
+
+def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of an exported checkpoint; None if its weights cannot be written one model weight at a time."""
+    weights = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
+    whole = {name: tuple(tensor.shape) for name, tensor in loading.revert_weight_conversion(model, weights).items()}
+    one_by_one: dict[str, tuple[int, ...]] = {}
+    for name, tensor in stored(model, weights.items()):
+        if name in one_by_one:
+            return None
+        one_by_one[name] = tuple(tensor.shape)
+    return whole if one_by_one == whole else None
+
+
+def stored(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an exported checkpoint, from pairs of a name and a weight of the model, one after the other."""
+    for name, tensor in weights:
+        yield from loading.revert_weight_conversion(model, {name: tensor}).items()

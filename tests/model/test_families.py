@@ -1,0 +1,130 @@
+"""Every decoder of transformers: the classes that rmcore makes, towers, fused experts, and the table of families."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, T5Config
+
+from rmcore.bench.models import exact, families, tiny_config, tried
+from rmcore.config import UserError
+from rmcore.config.schema import ModelConfig
+from rmcore.model.backbone import decoder_layers, load_model
+from rmcore.model.classifier import classifier_class, decoder_class, is_made, text_model, text_prefix, towers
+from rmcore.model.lazy_model import open_lazy_model
+from rmcore.model.meta_model import model_on_meta, set_padding
+
+ARGUMENTS = {"seed": 7, "vocabulary": 270, "pad_token_id": 0}  # 264 rows grow to 272
+# One of each kind: a class of transformers and one made here, experts, towers, latent attention, recurrent layers.
+DOZEN = {
+    "llama": "shared",
+    "granite": "shared",
+    "olmoe": "shared",
+    "qwen3_moe": "shared",
+    "gemma3": "shared",
+    "llama4": None,
+    "deepseek_v3": None,
+    "gemma2": None,
+    "bloom": None,
+    "mamba2": None,
+    "qwen3_5": None,
+    "jamba": None,
+}
+
+
+def some(*names: str, fast: int = 1) -> list:
+    """The families as parameters, of which all but the first ones are slow tests."""
+    names = tuple(dict.fromkeys(names))
+    return [*names[:fast], *(pytest.param(name, marks=pytest.mark.slow) for name in names[fast:])]
+
+
+def stored(family: str, directory: Path) -> Path:
+    """A checkpoint with its language-model head, in several files."""
+    config = tiny_config(family)
+    set_padding(config, 0)
+    torch.manual_seed(3)
+    decoder_class(type(config))._from_config(config).save_pretrained(directory, max_shard_size="50KB")
+    return directory
+
+
+@pytest.mark.parametrize("family", some("olmoe", *DOZEN))
+def test_a_family_of_each_kind_trains_and_exports(family: str) -> None:
+    result = tried(family)
+    assert result.outcome == "exact", result
+    assert DOZEN[family] in (None, result.path), result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+def test_no_family_crashes(family: str) -> None:
+    result = tried(family)
+    assert result.outcome in ("exact", "refused", "not tried"), result
+
+
+def test_a_made_class_is_one_of_transformers_by_name_and_place() -> None:
+    kind = classifier_class(tiny_config("olmoe"))
+    assert kind.__name__ == "OlmoeForSequenceClassification" and is_made(kind) and not kind.is_custom_code()
+    assert classifier_class(tiny_config("olmoe")) is kind
+    assert not is_made(classifier_class(tiny_config("llama")))
+
+
+@pytest.mark.parametrize("config", [BertConfig(), T5Config(), tiny_config("whisper")], ids=lambda c: c.model_type)
+def test_what_is_not_a_decoder_is_refused_in_one_sentence(config) -> None:
+    with pytest.raises(UserError, match=rf"{config.model_type}.*rmcore trains causal decoders") as error:
+        classifier_class(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", some("gemma3", "llama4", "qwen3_5"))
+def test_towers_are_neither_trained_nor_lost(family: str, tmp_path: Path) -> None:
+    base = stored(family, tmp_path / "base")
+    model = load_model(ModelConfig(name=str(base)), **{**ARGUMENTS, "vocabulary": 259})
+    untrained = towers(model)
+    assert untrained and len(decoder_layers(model)) == 4
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith((text_prefix(model), "score."))}
+    assert text_model(model).get_input_embeddings() is model.get_input_embeddings()
+
+    exact(family, base, tmp_path / "model")
+    before, after = (
+        {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in (base, tmp_path / "model")
+    )
+    vision = [name for name in before if "vision" in name or "visual" in name]
+    assert vision and all(torch.equal(before[name], after[name]) for name in vision)
+
+
+@pytest.mark.parametrize(
+    "family", some("qwen3_moe", "deepseek_v3", "mixtral", "olmoe", "gpt_oss", "gemma3", "qwen2_vl", fast=2)
+)
+def test_rows_of_renamed_and_fused_weights_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    """Bit for bit, as three ranks read them; so are the stored buffers."""
+    config = ModelConfig(name=str(stored(family, tmp_path)))
+    whole, lazy = load_model(config, **ARGUMENTS), open_lazy_model(config, **ARGUMENTS)
+    skeleton = lazy.build()
+    found = {name: torch.full(p.shape, torch.nan) for name, p in skeleton.named_parameters()}
+    for rank in range(3):
+        rows = {name: -(-weight.shape[0] // 3) for name, weight in found.items()}
+        lazy.fill({name: (n * rank, found[name][n * rank : n * (rank + 1)]) for name, n in rows.items()})
+    expected = dict(whole.named_parameters())
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+    buffers = dict(skeleton.named_buffers())
+    assert [name for name, buffer in whole.named_buffers() if not torch.equal(buffer, buffers[name])] == []
+
+
+def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
+    base = stored("qwen3_moe", tmp_path)
+    path = next(p for p in base.glob("*.safetensors") if any(".experts.2." in name for name in load_file(p)))
+    tensors = {name: tensor for name, tensor in load_file(path).items() if ".experts.2." not in name}
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"experts of model\.layers\.\d+\.mlp\.experts"):
+        open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS)
+
+
+def test_layers_of_several_classes_are_one_list() -> None:
+    config = tiny_config("jamba")
+    config.num_labels = 1
+    layers = decoder_layers(model_on_meta(config))
+    assert len(layers) == 4 and len({type(layer) for layer in layers}) > 1
