@@ -17,5 +17,4 @@ if [ -z "$python" ]; then
     [ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 exec "$python" -m rmcore.bench gpu "$@"

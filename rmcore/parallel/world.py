@@ -17,7 +17,7 @@ import os
 import random
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +34,7 @@ from rmcore.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
 LEAVING, SAVING = "rmcore-leave", "rmcore-saver"  # names of threads that may wait for unreachable ranks
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the old name works in every version
 LEAVE_SECONDS = 5.0  # longest wait for a failed group to close; a longer one would only delay the end of the job
 
 
@@ -265,6 +266,7 @@ def _environment(name: str, default: int) -> int:
 def _device(local_rank: int, local_size: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    use_expandable_segments(os.environ)
     gpus = torch.cuda.device_count()
     if local_size > gpus:
         raise UserError(
@@ -274,6 +276,16 @@ def _device(local_rank: int, local_size: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch's allocator grow its segments, unless the environment sets the allocator up in another way.
+
+    Every micro batch has other lengths, so that blocks of fixed segments rarely fit again. PyTorch reads the variable
+    at its first allocation on a GPU.
+    """
+    if not any(name in environment for name in ALLOCATOR):
+        environment[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _encode(value: Any) -> torch.Tensor:

@@ -20,6 +20,7 @@ from rmcore.parallel.world import (
     running_world,
     start_world,
     stop_world,
+    use_expandable_segments,
 )
 from tests.harness.ranks import run_ranks
 
@@ -139,3 +140,12 @@ def test_an_impossible_environment_is_refused(
     with pytest.raises(UserError, match=words):
         start_world(30)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_segments_of_gpu_memory_grow_unless_the_user_chose_otherwise(name):
+    empty, chosen = {}, {name: "max_split_size_mb:64"}
+    for environment in (empty, chosen):
+        use_expandable_segments(environment)
+    assert empty == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert chosen == {name: "max_split_size_mb:64"}
