@@ -22,7 +22,8 @@ from transformers import AttentionInterface
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.pruning import LAYOUT, ScoredRows
+from rmcore.model.layout_context import current_layout
+from rmcore.model.pruning import current_scored_rows
 from rmcore.ops.gather_prefix import gather_prefix_kv
 from rmcore.ops.ragged_attention import ragged_attention
 
@@ -53,13 +54,15 @@ def attention_forward(
     unsupported = [name for name in ("softcap", "s_aux", "position_bias", "alibi") if kwargs.get(name) is not None]
     if attention_mask is not None or dropout or unsupported:
         raise UnsupportedAttention(", ".join(unsupported) or "an attention mask or dropout")
-    layout: AttentionLayout | ScoredRows = kwargs[LAYOUT]
+    layout = current_layout()
+    if layout is None:
+        raise UnsupportedAttention("attention outside a packed forward")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or 0
     # squeeze, not [0]: the backward of an index fills a tensor with zeros and copies the gradient into it.
     query_THK, key_TGK, value_TGK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if isinstance(layout, ScoredRows):
-        layout.attended.append(layout.attend(query_THK, key_TGK, value_TGK, scale, window).flatten(1).unsqueeze(0))
+    if scored := current_scored_rows():
+        scored.attended.append(scored.attend(query_THK, key_TGK, value_TGK, scale, window).flatten(1).unsqueeze(0))
         # The layer's code reshapes this to [1, T, any]; a hook then gives the output projection the stored result.
         return value.new_empty(1, value.shape[2], 1, 1), None
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):

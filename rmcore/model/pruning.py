@@ -15,6 +15,9 @@ forward passes the rows:
 A layer with another structure fails or gives other rewards; the start-up self-test then turns pruning off.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +28,9 @@ from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.backbone import decoder_layers
+from rmcore.model.layout_context import current_layout
 
-ROWS = "rmcore_scored_rows"  # the keyword that carries the rows through a Hugging Face model's forward
-LAYOUT = "rmcore_layout"  # the keyword that carries the batch's layout
+_ROWS: ContextVar[Tensor | None] = ContextVar("rmcore_scored_rows", default=None)
 
 # The names that transformers' decoders give to the parts.
 ATTENTION = ("self_attn", "attention", "attn")
@@ -94,8 +97,26 @@ def scored_attention(query_AHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, visi
     return out.permute(2, 0, 1, 3).reshape(answers, heads, size).to(value_TGK.dtype)
 
 
+@contextmanager
+def only_rows(rows_A: Tensor) -> Iterator[None]:
+    """Forwards within compute the last layer for the rows `rows_A` only."""
+    token = _ROWS.set(rows_A)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+_SCORED: ContextVar[ScoredRows | None] = ContextVar("rmcore_pruned_layer", default=None)
+
+
+def current_scored_rows() -> ScoredRows | None:
+    """What the attention of the pruned last layer computes, or None in every other layer."""
+    return _SCORED.get()
+
+
 class Pruning:
-    """Hooks on the last decoder layer of `backbone`, inactive until a forward passes `ROWS`.
+    """Hooks on the last decoder layer of `backbone`, inactive except within `only_rows`.
 
     Raises ValueError if a part of the layer is missing, so that there is nothing to hook.
     """
@@ -116,16 +137,18 @@ class Pruning:
     def _enter(
         self, layer: nn.Module, arguments: tuple, keywords: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        if keywords.get(ROWS) is None:
+        rows_A, layout = _ROWS.get(), current_layout()
+        if rows_A is None or layout is None:
             return None
-        self._scored = ScoredRows(keywords[LAYOUT], keywords[ROWS])
+        self._scored = ScoredRows(layout, rows_A)
+        _SCORED.set(self._scored)
         self._all_rows = arguments[0] if arguments else keywords["hidden_states"]
-        rows = self._all_rows.index_select(1, self._scored.rows_A)
-        keywords = {**keywords, LAYOUT: self._scored}
+        rows = self._all_rows.index_select(1, rows_A)
         return ((rows, *arguments[1:]), keywords) if arguments else ((), {**keywords, "hidden_states": rows})
 
     def _leave(self, layer: nn.Module, arguments: tuple, output: Any) -> None:
         self._all_rows = self._scored = None
+        _SCORED.set(None)
 
     def _whole_input(self, norm: nn.Module, arguments: tuple) -> tuple | None:
         return None if self._scored is None else (self._all_rows, *arguments[1:])

@@ -8,6 +8,7 @@ The score head is applied inside forward because the module that owns a weight m
 it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `PADDED`; the self-test chooses one.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
+from rmcore.model.layout_context import packed_layout
 from rmcore.model.objectives import Objective
-from rmcore.model.pruning import LAYOUT, ROWS, Pruning
+from rmcore.model.pruning import Pruning, only_rows
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -101,14 +103,12 @@ class RewardModel(nn.Module):
 
     def packed_hidden(self, batch: RaggedBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
-        rows = {ROWS: batch.last_token_index_A} if self.pruned else {}
-        return self.backbone(
-            input_ids=batch.input_ids_T.unsqueeze(0),
-            position_ids=batch.position_ids_T.unsqueeze(0),
-            use_cache=False,
-            **{LAYOUT: batch.layout},
-            **rows,
-        ).last_hidden_state.squeeze(0)
+        with packed_layout(batch.layout), only_rows(batch.last_token_index_A) if self.pruned else nullcontext():
+            return self.backbone(
+                input_ids=batch.input_ids_T.unsqueeze(0),
+                position_ids=batch.position_ids_T.unsqueeze(0),
+                use_cache=False,
+            ).last_hidden_state.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
