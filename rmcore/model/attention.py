@@ -62,9 +62,7 @@ def attention_forward(
     # squeeze, not [0]: the backward of an index fills a tensor with zeros and copies the gradient into it.
     query_THK, key_TGK, value_TGK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if scored := current_scored_rows():
-        scored.attended.append(scored.attend(query_THK, key_TGK, value_TGK, scale, window).flatten(1).unsqueeze(0))
-        # The layer's code reshapes this to [1, T, any]; a hook then gives the output projection the stored result.
-        return value.new_empty(1, value.shape[2], 1, 1), None
+        return scored.attend(query_THK, key_TGK, value_TGK, scale, window).unsqueeze(0), None
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
         out_THK = _varlen(query_THK, key_TGK, value_TGK, layout, scale, window)
     elif query.is_cuda:

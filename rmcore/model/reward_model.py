@@ -82,7 +82,7 @@ class RewardModel(nn.Module):
     def forward(self, batch: RaggedBatch) -> Output:
         hidden_TD = self.padded_hidden(batch) if self.path == PADDED else self.packed_hidden(batch)
         scored_A = batch.last_token_index_A
-        if self.pruned:  # hidden_TD then holds only these rows, in this order
+        if self.pruned and self._pruning and not self._pruning.spreads:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
         objective = self.objective
         fused = slice(None if objective.fused else 0)  # without pairs, the op only gathers the rewards
