@@ -8,8 +8,9 @@ The score head is applied inside forward because the module that owns a weight m
 it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `PADDED`; the self-test chooses one.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
 from rmcore.model.layout_context import packed_layout
+from rmcore.model.masks import Grid, masked, prepare
 from rmcore.model.objectives import Objective
 from rmcore.model.pruning import Pruning, only_rows
 from rmcore.ops.pairwise import pairwise_loss
@@ -71,16 +73,31 @@ class RewardModel(nn.Module):
         """Whether the last layer has the parts that `rmcore.model.pruning` needs; the self-test checks exactness."""
         return self._pruning is not None
 
-    def use(self, path: str, *, pruned: bool = False) -> None:
+    def use(self, path: str, *, pruned: bool = False, masked: bool = False) -> None:
         """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
 
         pruned: run the last layer on the scored tokens only (ignored by the padded path).
+        masked: share prompts through the model's own attention and masks (ignored by the other paths).
         """
         self.path, self.pruned = path, pruned and self.can_prune and path != PADDED
-        self.backbone.set_attn_implementation(self._own_attention if path == PADDED else NAME)
+        self.masked = masked and path == SHARED
+        self.backbone.set_attn_implementation(self._own_attention if path == PADDED or self.masked else NAME)
+        if self.masked:
+            prepare(self.backbone)
+
+    @staticmethod
+    def ways(paths: Sequence[str]) -> list[dict[str, Any]]:
+        """The arguments of `use` to try, fastest first."""
+        return [
+            {"path": path, "pruned": pruned, "masked": masked}
+            for path in paths
+            for masked in ([False, True] if path == SHARED else [False])
+            for pruned in (True, False)
+        ]
 
     def forward(self, batch: RaggedBatch) -> Output:
-        hidden_TD = self.padded_hidden(batch) if self.path == PADDED else self.packed_hidden(batch)
+        by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
+        hidden_TD = by_path.get(self.path, self.packed_hidden)(batch)
         scored_A = batch.last_token_index_A
         if self.pruned and self._pruning and not self._pruning.spreads:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
@@ -109,6 +126,23 @@ class RewardModel(nn.Module):
                 position_ids=batch.position_ids_T.unsqueeze(0),
                 use_cache=False,
             ).last_hidden_state.squeeze(0)
+
+    def masked_hidden(self, batch: RaggedBatch) -> Tensor:
+        """The same through the model's own attention, with each comparison as a row of a rectangle, and masks."""
+        grid = Grid.of(batch)
+        cells_A = grid.cells(batch.last_token_index_A)
+        with masked(grid), only_rows(cells_A) if self.pruned else nullcontext():
+            hidden = self.backbone(
+                input_ids=batch.input_ids_T[grid.row_CL.clamp(min=0)],
+                attention_mask=torch.ones_like(grid.row_CL),
+                position_ids=grid.position_CL,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden.squeeze(0) if hidden.shape[:2] != grid.row_CL.shape else self.packed_order(hidden, batch)
+
+    def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
+        """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [C, L, ...]."""
+        return values[Grid.of(batch).row_CL >= 0] if self.masked else values.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
