@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import AttentionLayout
+from rmcore.model.attention_terms import Terms
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.layout_context import current_layout
 
 # The names that transformers' decoders give to the parts.
 ATTENTION = ("self_attn", "attention", "attn", "self_attention", "multi_head_attention")
@@ -43,37 +43,42 @@ QUERY = ("q_proj", "q_b_proj")
 class ScoredRows:
     """What the attention of the last layer computes: only the rows `rows_A` of the packed row attend."""
 
-    layout: AttentionLayout
     rows_A: Tensor
     attended: tuple[Tensor, Tensor] | None = None  # the result [A, H, V], and the same spread over T rows
 
-    def attend(self, query_THK: Tensor, key_TGK: Tensor, value_TGV: Tensor, scale: float, window: int) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_TGK: Tensor, value_TGV: Tensor, layout: AttentionLayout, terms: Terms
+    ) -> Tensor:
         """Attention from the scored rows, spread over the T rows: [T, H, V]; see `scored_attention`."""
         query_AHK = query_THK.index_select(0, self.rows_A)
-        visible_AT = self.visible(key_TGK.shape[0], window)
-        out_AHV = scored_attention(query_AHK, key_TGK, value_TGV, visible_AT, scale)
+        visible_AT, behind_AT = self.visible(key_TGK.shape[0], layout, terms.window)
+        out_AHV = scored_attention(query_AHK, key_TGK, value_TGV, visible_AT, behind_AT, terms)
         self.attended = out_AHV, spread(out_AHV, self.rows_A, key_TGK.shape[0])
         return self.attended[1]
 
-    def visible(self, tokens: int, window: int) -> Tensor:
-        """The rows that each scored row sees, bool [A, T]: its segment's prefix, and the segment up to itself."""
-        segments_S4 = self.layout.segments_on(self.rows_A.device)
+    def visible(self, tokens: int, layout: AttentionLayout, window: int) -> tuple[Tensor, Tensor]:
+        """The rows that each scored row sees, bool [A, T]: its segment's prefix, and the segment up to itself.
+
+        And how far back along the text each of them is [A, T], 0 for the scored row itself.
+        """
+        segments_S4 = layout.segments_on(self.rows_A.device)
         starts_S = segments_S4[:, 0].contiguous()
         own_A4 = segments_S4[torch.searchsorted(starts_S, self.rows_A.to(starts_S.dtype), right=True) - 1]
         start_A, prefix_start_A, prefix_end_A = (own_A4[:, column : column + 1] for column in (0, 2, 3))
         row_T, last_A = torch.arange(tokens, device=self.rows_A.device), self.rows_A[:, None]
         in_prefix_AT = (row_T >= prefix_start_A) & (row_T < prefix_end_A)
         in_own_AT = (row_T >= start_A) & (row_T <= last_A)
-        if not window:
-            return in_prefix_AT | in_own_AT
-        # The distance back along the text: within the segment the difference of the rows; for the prefix, the rows of
-        # the segment up to the scored one, plus the distance to the end of the prefix.
+        # Within the segment the difference of the rows; for the prefix, the rows of the segment up to the scored one,
+        # plus the distance to the end of the prefix.
         behind_AT = torch.where(in_own_AT, last_A - row_T, last_A - start_A + prefix_end_A - row_T)
-        return (in_prefix_AT | in_own_AT) & (behind_AT < window)
+        visible_AT = in_prefix_AT | in_own_AT
+        return (visible_AT & (behind_AT < window) if window else visible_AT), behind_AT
 
 
-def scored_attention(query_AHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, visible_AT: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v from A queries to the rows of T that each may see; [A, H, K] in value's dtype.
+def scored_attention(
+    query_AHK: Tensor, key_TGK: Tensor, value_TGV: Tensor, visible_AT: Tensor, behind_AT: Tensor, terms: Terms
+) -> Tensor:
+    """softmax(scale q k^T) v from A queries to the rows of T that each may see; [A, H, V] in value's dtype.
 
     One matrix product computes the scores of every query with all T keys, and a mask hides the invisible ones. That
     takes 4 A T H K operations, about a hundredth of the layer's projections, and needs no loop over answers. Sums run
@@ -82,21 +87,22 @@ def scored_attention(query_AHK: Tensor, key_TGK: Tensor, value_TGK: Tensor, visi
     answers, heads, size = query_AHK.shape
     tokens, groups = key_TGK.shape[:2]
     share = heads // groups
-    if query_AHK.is_cuda and value_TGK.dtype != torch.float64 and answers:
-        query, key, value = (x.to(value_TGK.dtype).transpose(0, 1) for x in (query_AHK, key_TGK, value_TGK))
+    if query_AHK.is_cuda and value_TGV.dtype != torch.float64 and answers and terms.plain:
+        query, key, value = (x.to(value_TGV.dtype).transpose(0, 1) for x in (query_AHK, key_TGK, value_TGV))
         key, value = (x.repeat_interleave(share, 0) if share > 1 else x for x in (key, value))
-        out = F.scaled_dot_product_attention(query[None], key[None], value[None], visible_AT[None, None], scale=scale)
+        mask = visible_AT[None, None]
+        out = F.scaled_dot_product_attention(query[None], key[None], value[None], mask, scale=terms.scale)
         return out.squeeze(0).transpose(0, 1)
     wide = torch.float64 if query_AHK.dtype == torch.float64 else torch.float32
     with torch.autocast(query_AHK.device.type, enabled=False):
         # The `share` query heads of a key head are rows of one product: [G, share * A, K] @ [G, K, T].
-        key_GTK, value_GTK = (x.to(wide).transpose(0, 1) for x in (key_TGK, value_TGK))
+        key_GTK, value_GTV = (x.to(wide).transpose(0, 1) for x in (key_TGK, value_TGV))
         query = query_AHK.to(wide).view(answers, groups, share, size).permute(1, 2, 0, 3)
-        scores = query.reshape(groups, share * answers, size) @ key_GTK.mT * scale
-        scores = scores.view(groups, share, answers, tokens).masked_fill(~visible_AT, -torch.inf)
-        probabilities = scores.softmax(-1).view(groups, share * answers, tokens)
-        out = (probabilities @ value_GTK).view(groups, share, answers, size)
-    return out.permute(2, 0, 1, 3).reshape(answers, heads, size).to(value_TGK.dtype)
+        scores = query.reshape(groups, share * answers, size) @ key_GTK.mT * terms.scale
+        scores_HAT = terms.adjusted(scores.view(heads, answers, tokens), behind_AT).masked_fill(~visible_AT, -torch.inf)
+        p_HAT = terms.softmax(scores_HAT)
+        out = (p_HAT.view(groups, share * answers, tokens) @ value_GTV).view(groups, share, answers, -1)
+    return out.permute(2, 0, 1, 3).reshape(answers, heads, -1).to(value_TGV.dtype)
 
 
 _ROWS: ContextVar[Tensor | None] = ContextVar("rmcore_scored_rows", default=None)
@@ -172,8 +178,7 @@ class Pruning:
         self._shape, self._projected = everything.shape[:2], False
         rows = self._take(everything)
         self._known = [(rows, lambda: everything)]
-        layout = current_layout()
-        _SCORED.set(None if layout is None else ScoredRows(layout, self._rows_A))
+        _SCORED.set(ScoredRows(self._rows_A))
         return ((rows, *arguments[1:]), keywords) if arguments else ((), {**keywords, "hidden_states": rows})
 
     def _leave(self, layer: nn.Module, arguments: tuple, output: Any) -> Any:
