@@ -34,7 +34,8 @@ class Grid:
     row_CL: Tensor  # int64: the packed row of each cell, -1 for empty cells
     position_CL: Tensor  # int64: positions in the text
     start_CL: Tensor  # int64: the column where the segment of each cell begins
-    prefix_end_CL: Tensor  # int64: the cells of columns 0 .. prefix_end are also visible
+    prefix_start_CL: Tensor  # int64: the columns prefix_start .. prefix_end are also visible
+    prefix_end_CL: Tensor
 
     @classmethod
     def of(cls, batch: RaggedBatch) -> "Grid":
@@ -46,16 +47,17 @@ class Grid:
         longest = max(row[-1][1] - row[0][0] for row in rows)
         column_L = torch.arange(longest)
         row_CL = torch.full((len(rows), longest), -1)
-        start_CL, prefix_end_CL = column_L.repeat(len(rows), 1), torch.zeros_like(row_CL)
+        start_CL, prefix_start_CL, prefix_end_CL = column_L.repeat(3, len(rows), 1)
         for place, row in enumerate(rows):
             origin = row[0][0]
             row_CL[place, : row[-1][1] - origin] = torch.arange(origin, row[-1][1])
-            for start, end, _, prefix_end in row:
-                start_CL[place, start - origin : end - origin] = start - origin
-                prefix_end_CL[place, start - origin : end - origin] = prefix_end - origin
-        row_CL, start_CL, prefix_end_CL = (x.to(device) for x in (row_CL, start_CL, prefix_end_CL))
+            for start, end, prefix_start, prefix_end in row:
+                own = slice(start - origin, end - origin)
+                start_CL[place, own] = start - origin
+                prefix_start_CL[place, own], prefix_end_CL[place, own] = prefix_start - origin, prefix_end - origin
+        row_CL = row_CL.to(device)
         position_CL = batch.position_ids_T[row_CL.clamp(min=0)].where(row_CL >= 0, column_L.to(device))
-        return cls(row_CL, position_CL, start_CL, prefix_end_CL)
+        return cls(row_CL, position_CL, *(x.to(device) for x in (start_CL, prefix_start_CL, prefix_end_CL)))
 
     def cells(self, rows_A: Tensor) -> Tensor:
         """The numbers of the cells of packed rows, in the flattened grid."""
@@ -66,7 +68,8 @@ class Grid:
 
         def visible(comparison: Any, head: Any, query: Any, key: Any) -> Any:
             own = (key >= self.start_CL[comparison, query]) & (key <= query)
-            prompt = key < self.prefix_end_CL[comparison, query]
+            prompt = key >= self.prefix_start_CL[comparison, query]
+            prompt = prompt & (key < self.prefix_end_CL[comparison, query])
             position = self.position_CL
             return (own | prompt) & sees(comparison, head, position[comparison, query], position[comparison, key])
 

@@ -144,7 +144,7 @@ class Pruning:
         layer = decoder_layers(backbone)[-1]
         attention = attention_of(layer)
         # GPT-2 and its like give their final states the shape of their input, which takes as many rows.
-        self.spreads = "output_shape" in inspect.getsource(type(backbone).forward)
+        self.spreads = "output_shape" in _source(type(backbone).forward)
         self._rows_A: Tensor | None = None  # set while the layer's forward runs
         self._shape = torch.Size()  # of the layer's input without its last dimension: [1, T], or [C, L] with masks
         self._known: list[tuple[Tensor, Callable[[], Tensor]]] = []  # values of the scored rows -> those of all rows
@@ -244,5 +244,12 @@ def attention_of(layer: nn.Module) -> nn.Module:
     raise ValueError(f"{type(layer).__name__} has no {' or '.join(ATTENTION)}")
 
 
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # made at run time
+        return ""
+
+
 def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.numel() == other.numel() and one.data_ptr() == other.data_ptr()
+    return one.numel() == other.numel() and one.untyped_storage()._cdata == other.untyped_storage()._cdata
