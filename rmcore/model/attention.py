@@ -82,9 +82,8 @@ def _chunk(module: nn.Module) -> int | None:
     """The chunk that a layer's queries are confined to, in tokens (Llama 4); None in other layers."""
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds is None or layer is None or kinds[layer] != "chunked_attention":
-        return None
-    return config.attention_chunk_size
+    chunks = kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
+    return getattr(config, "attention_chunk_size", None) if chunks else None
 
 
 @lru_cache(maxsize=2)  # the layers of one forward

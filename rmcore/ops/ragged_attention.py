@@ -131,7 +131,8 @@ def _scores(
     queries_HLK: Tensor, keys_HMK: Tensor, ahead_LM: Tensor, scale: float, softcap: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor | float]:
     """The scores [H, L, M] before the softmax, and their derivative with respect to scale * q k^T."""
-    scores_HLM, derivative = queries_HLK @ keys_HMK.mT * scale, 1.0
+    scores_HLM = queries_HLK @ keys_HMK.mT * scale
+    derivative: Tensor | float = 1.0
     if softcap > 0:
         bent_HLM = torch.tanh(scores_HLM / softcap)
         scores_HLM, derivative = softcap * bent_HLM, 1 - bent_HLM.square()
