@@ -61,6 +61,8 @@ def attention_forward(
     unsupported = [name for name in ("position_bias", "alibi") if kwargs.get(name) is not None]
     if attention_mask is not None or dropout or unsupported:
         raise UnsupportedAttention(", ".join(unsupported) or "an attention mask or dropout")
+    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        query = query * _temperature(module, layout, query)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     terms = Terms(scale, sliding_window or 0, softcap or 0.0, s_aux)
     if chunk := _chunk(module):
@@ -84,6 +86,23 @@ def _chunk(module: nn.Module) -> int | None:
     kinds = getattr(config, "layer_types", None)
     chunks = kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
     return getattr(config, "attention_chunk_size", None) if chunks else None
+
+
+def _temperature(module: Any, layout: AttentionLayout, query: Tensor) -> Tensor | float:
+    """By how much the queries [1, H, T, K] of Llama 4's layers without rotation are off, [T, 1].
+
+    These layers scale a query by its number in the row, which is its position only in a row of one text. The scale is
+    1 for the first `floor_scale` tokens (8192).
+    """
+    if query.shape[2] < module.floor_scale:
+        return 1.0
+    row_T = torch.arange(query.shape[2])
+    position_T = torch.cat([torch.arange(d - c, d - c + b - a) for a, b, c, d in layout.segments_S4.tolist()])
+    wrong_T, right_T = (
+        torch.log1p(torch.floor((place.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        for place in (row_T, position_T)
+    )
+    return (right_T / wrong_T)[:, None].to(query.device, query.dtype)
 
 
 @lru_cache(maxsize=2)  # the layers of one forward

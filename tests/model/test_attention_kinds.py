@@ -74,10 +74,11 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "latent attention": ("DeepseekV3Config", {**MLA, **EXPERTS}, FAST),
     "latent attention without low-rank queries": ("DeepseekV2Config", {**MLA, **EXPERTS, "q_lora_rank": None}, FAST),
     "latent attention of MiniCPM": ("MiniCPM3Config", MLA, FAST),
-    "chunks": (
+    "chunks, and queries scaled by their position": (
         "Llama4TextConfig",
         {**GROUPED, **EXPERTS, "head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 8}
-        | {"layer_types": ["chunked_attention", "full_attention", "chunked_attention"]},
+        | {"layer_types": ["chunked_attention", "full_attention", "chunked_attention"]}
+        | {"no_rope_layers": [1, 0, 1], "floor_scale": 16, "attn_scale": 0.5},
         FAST,
     ),
     "layers that drop keywords": ("StableLmConfig", GROUPED, FAST),
@@ -169,7 +170,7 @@ def test_rewards_and_gradients_equal_the_padded_oracle(kind, dtype, pruned):
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
-@pytest.mark.parametrize("kind", ["layers that drop keywords", "chunks", "sinks and windows", "ALiBi"])
+@pytest.mark.parametrize("kind", ["layers that drop keywords", "sinks and windows", "ALiBi"])
 def test_recompute_changes_no_gradient(kind, how):
     """The layers run again in the backward, outside the forward: they see its layout."""
     batch = build_batch(odd_items(), range(8))
