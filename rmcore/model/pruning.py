@@ -179,7 +179,12 @@ class Pruning:
         rows = self._take(everything)
         self._known = [(rows, lambda: everything)]
         _SCORED.set(ScoredRows(self._rows_A))
-        return ((rows, *arguments[1:]), keywords) if arguments else ((), {**keywords, "hidden_states": rows})
+        if not arguments:
+            return (), {**keywords, "hidden_states": rows}
+        # Gemma 4 gives its layers one more input for each token.
+        per_token = [isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == self._shape for x in arguments]
+        others = (self._take(x) if take else x for x, take in zip(arguments[1:], per_token[1:], strict=True))
+        return (rows, *others), keywords
 
     def _leave(self, layer: nn.Module, arguments: tuple, output: Any) -> Any:
         rows_A, self._rows_A, self._known = self._rows_A, None, []

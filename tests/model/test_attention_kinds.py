@@ -92,6 +92,13 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
         {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
         FAST,
     ),
+    "shared keys, and inputs of each layer": (
+        "Gemma4TextConfig",
+        {**GROUPED, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 7}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "num_kv_shared_layers": 2}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+        FAST,
+    ),
     "GPT-2": ("GPT2Config", GPT, FAST),
     "CTRL": ("CTRLConfig", {**GPT, "dff": 48}, FAST),
     "one key head": ("GPTBigCodeConfig", GPT, FAST),
@@ -99,6 +106,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "ALiBi": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}, MASKS),
     "ALiBi of Falcon": ("FalconConfig", {**SMALL, "alibi": True, "multi_query": False}, MASKS),
     "rotation of Falcon": ("FalconConfig", {**SMALL, "alibi": False}, MASKS),
+    "local layers of GPT-Neo": (
+        "GPTNeoConfig",
+        {**SMALL, "num_layers": 3, "num_heads": 4, "window_size": 64, "attention_types": [[["global", "local"], 1]]}
+        | {"num_layers": 2, "num_hidden_layers": 2},
+        MASKS,
+    ),
     "rotation of GPT-J": ("GPTJConfig", GPT, MASKS),
     "rotation of CodeGen": ("CodeGenConfig", GPT, MASKS),
     "sinusoids": (
