@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
+from rmcore.model.grid import Grid
 from rmcore.model.layout_context import packed_layout
-from rmcore.model.masks import Grid, masked, prepare
+from rmcore.model.masks import prepare
 from rmcore.model.objectives import Objective
 from rmcore.model.pruning import Pruning, only_rows
 from rmcore.ops.pairwise import pairwise_loss
@@ -131,7 +132,7 @@ class RewardModel(nn.Module):
         """The same through the model's own attention, with each comparison as a row of a rectangle, and masks."""
         grid = Grid.of(batch)
         cells_A = grid.cells(batch.last_token_index_A)
-        with masked(grid), only_rows(cells_A) if self.pruned else nullcontext():
+        with packed_layout(grid), only_rows(cells_A) if self.pruned else nullcontext():
             hidden = self.backbone(
                 input_ids=batch.input_ids_T[grid.row_CL.clamp(min=0)],
                 attention_mask=torch.ones_like(grid.row_CL),

@@ -105,6 +105,11 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "gated attention": ("AfmoeConfig", {**GROUPED, **EXPERTS, "head_dim": 8, "sliding_window": 7}, FAST),
     "ALiBi": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}, MASKS),
     "ALiBi of Falcon": ("FalconConfig", {**SMALL, "alibi": True, "multi_query": False}, MASKS),
+    "ALiBi of MPT": (
+        "MptConfig",
+        {"d_model": 32, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2, "max_seq_len": 96, "vocab_size": 61},
+        MASKS,
+    ),
     "rotation of Falcon": ("FalconConfig", {**SMALL, "alibi": False}, MASKS),
     "local layers of GPT-Neo": (
         "GPTNeoConfig",
@@ -131,8 +136,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     ),
     "masks that depend on values": ("DogeConfig", {**GROUPED, "keep_window_size": 64}, MASKS),
 }
-# Kinds whose last layer has another structure, so that it runs on all tokens: CTRL's attention gets them three times.
-UNPRUNED = {"CTRL"}
+# Kinds whose last layer runs on all tokens. CTRL's attention gets them three times, MPT's one comparison at a time.
+UNPRUNED = {"CTRL", "ALiBi of MPT"}
 
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32) -> Scored:
@@ -183,14 +188,14 @@ def test_rewards_and_gradients_equal_the_padded_oracle(kind, dtype, pruned):
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
-@pytest.mark.parametrize("kind", ["layers that drop keywords", "sinks and windows", "ALiBi"])
+@pytest.mark.parametrize("kind", ["layers that drop keywords", "sinks and windows", "ALiBi", "ALiBi of MPT"])
 def test_recompute_changes_no_gradient(kind, how):
     """The layers run again in the backward, outside the forward: they see its layout."""
     batch = build_batch(odd_items(), range(8))
     plain, recomputed = (reward_model(tiny(kind), SHARED) for _ in range(2))
     recompute_activations(recomputed.backbone, how)
     for model in (plain, recomputed):
-        model.use(SHARED, pruned=True, masked=KINDS[kind][2])
+        model.use(SHARED, pruned=kind not in UNPRUNED, masked=KINDS[kind][2])
         model.train()
         model(batch).loss_sum.backward()
     assert current_layout() is None
