@@ -101,8 +101,8 @@ def scored_attention(
         scores = query.reshape(groups, share * answers, size) @ key_GTK.mT * terms.scale
         scores_HAT = terms.adjusted(scores.view(heads, answers, tokens), behind_AT).masked_fill(~visible_AT, -torch.inf)
         p_HAT = terms.softmax(scores_HAT)
-        out = (p_HAT.view(groups, share * answers, tokens) @ value_GTV).view(groups, share, answers, -1)
-    return out.permute(2, 0, 1, 3).reshape(answers, heads, -1).to(value_TGV.dtype)
+        out = (p_HAT.view(groups, share * answers, tokens) @ value_GTV).view(groups, share, answers, value_TGV.shape[2])
+    return out.permute(2, 0, 1, 3).reshape(answers, heads, value_TGV.shape[2]).to(value_TGV.dtype)
 
 
 _ROWS: ContextVar[Tensor | None] = ContextVar("rmcore_scored_rows", default=None)

@@ -9,7 +9,7 @@ it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `P
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +121,7 @@ class RewardModel(nn.Module):
 
     def packed_hidden(self, batch: RaggedBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
-        with packed_layout(batch.layout), only_rows(batch.last_token_index_A) if self.pruned else nullcontext():
+        with packed_layout(batch.layout), self._only(batch.last_token_index_A):
             return self.backbone(
                 input_ids=batch.input_ids_T.unsqueeze(0),
                 position_ids=batch.position_ids_T.unsqueeze(0),
@@ -131,8 +131,7 @@ class RewardModel(nn.Module):
     def masked_hidden(self, batch: RaggedBatch) -> Tensor:
         """The same through the model's own attention, with each comparison as a row of a rectangle, and masks."""
         grid = Grid.of(batch)
-        cells_A = grid.cells(batch.last_token_index_A)
-        with packed_layout(grid), only_rows(cells_A) if self.pruned else nullcontext():
+        with packed_layout(grid), self._only(grid.cells(batch.last_token_index_A)):
             hidden = self.backbone(
                 input_ids=batch.input_ids_T[grid.row_CL.clamp(min=0)],
                 attention_mask=torch.ones_like(grid.row_CL),
@@ -140,6 +139,10 @@ class RewardModel(nn.Module):
                 use_cache=False,
             ).last_hidden_state
         return hidden.squeeze(0) if hidden.shape[:2] != grid.row_CL.shape else self.packed_order(hidden, batch)
+
+    def _only(self, rows_A: Tensor) -> AbstractContextManager[None]:
+        """In a rank without work one row goes through a pruned last layer, so that its experts have zero gradients."""
+        return only_rows(rows_A if rows_A.numel() else rows_A.new_zeros(1)) if self.pruned else nullcontext()
 
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
         """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [C, L, ...]."""

@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8}),
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
     "gpt2": ("GPT2Config", {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96}),
     "bloom": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}),
 }

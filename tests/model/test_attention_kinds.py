@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import AutoModel
 
-import rmcore.model.attention as attention
 from rmcore.data.batches.batch import build_batch
 from rmcore.model.attention import Terms, chunked, composed_attention
 from rmcore.model.backbone import recompute_activations, turn_dropout_off
@@ -256,31 +254,6 @@ def test_composition_scored_rows_and_op_agree(terms):
     for out in (ours, few):
         for mine, other in zip(torch.autograd.grad(out, leaves, weight), theirs, strict=True):
             assert_close(mine, other, 1e-12, "gradients")
-
-
-def test_half_precision_on_a_gpu_pads_the_smaller_heads(monkeypatch):
-    """The kernel for CUDA has one head size. A stand-in with its contract computes what the op computes."""
-
-    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-        assert q.shape[2] == k.shape[2] == v.shape[2] and max_k == int(cu_k.diff().max())
-        outputs = []
-        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
-            behind = (d - c) - (b - a) + torch.arange(b - a)[:, None] - torch.arange(d - c)
-            visible = (behind >= 0) & ((behind <= window_size[0]) | torch.tensor(window_size[0] < 0))
-            one, keys, values = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
-            out = F.scaled_dot_product_attention(one, keys, values, visible, scale=scale, enable_gqa=enable_gqa)
-            outputs.append(out[0].transpose(0, 1))
-        return torch.cat(outputs)
-
-    monkeypatch.setattr(attention, "_varlen_kernel", lambda: (kernel, True))
-    layout = build_batch(odd_items(), range(8)).layout.for_varlen()
-    for swap in (False, True):
-        for window in (0, 5):
-            q, k, v = random_qkv(int(layout.segments_S4[:, 1].max()))
-            if swap:  # values larger than keys
-                q, k = q[..., :4], k[..., :4]
-            ours = attention._varlen(q, k, v, layout, Terms(0.3, window))
-            assert_close(ours, ragged_attention(q, k, v, layout.segments_S4, 0.3, window), 1e-12, (swap, window))
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 100])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rmcore.data.batches.batch import build_batch
+from rmcore.model.attention_terms import Terms
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.pruning import scored_attention
 from rmcore.model.reward_model import PACKED, PADDED, SHARED
@@ -92,7 +93,7 @@ def test_the_last_layer_sees_only_the_scored_rows():
 
 
 def test_a_rank_without_work_has_zero_gradients():
-    for family in ("gpt_neox", "llama"):
+    for family in ("gpt_neox", "llama", "mixtral"):
         model = pruned_model(tiny_model(family))
         model(build_batch(Items(), [])).loss_sum.backward()
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -135,7 +136,7 @@ def test_scored_attention_is_the_softmax_over_visible_rows():
     key, value = torch.randn(2, 9, 2, 8, generator=generator, dtype=torch.float64)
     visible = torch.rand(3, 9, generator=generator) < 0.5
     visible[:, 0] = True
-    ours = scored_attention(query, key, value, visible, 0.3)
+    ours = scored_attention(query, key, value, visible, torch.zeros(3, 9), Terms(0.3))
     for answer in range(3):
         for head in range(4):
             rows = visible[answer].nonzero()[:, 0]
