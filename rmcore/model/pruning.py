@@ -192,7 +192,8 @@ class Pruning:
         if rows_A is None or output is None or not self.spreads:  # None: the layer failed
             return None
         states, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        states = spread(states[0], rows_A, self._shape.numel()).unflatten(0, self._shape)
+        # Not a view: FSDP2's hooks at the layer's output do not survive a change in place of a view.
+        states = spread(states[0], rows_A, self._shape.numel()).unflatten(0, self._shape).clone()
         return states if rest is None else (states, *rest)
 
     def _before_attention(self, module: nn.Module, arguments: tuple, output: Any) -> None:
