@@ -122,14 +122,14 @@ class Spoiled(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason", "without_backward"),
+    ("spoil", "reason", "masked_without_backward"),
     [
-        (Spoiled.apply, "gradients differ from the plain backward's", SHARED),
-        (lambda out: out + 1e-9 * out.sum(0, keepdim=True), "a reward depends on tokens of another text", PADDED),
+        (Spoiled.apply, "gradients differ from the plain backward's", False),
+        (lambda out: out + 1e-9 * out.sum(0, keepdim=True), "a reward depends on tokens of another text", True),
     ],
     ids=["wrong backward", "leak below the rounding of the rewards"],
 )
-def test_the_self_test_sees_what_the_rewards_do_not_show(monkeypatch, spoil, reason, without_backward):
+def test_the_self_test_sees_what_the_rewards_do_not_show(monkeypatch, spoil, reason, masked_without_backward):
     import rmcore.model.attention as attention
 
     right = attention.ragged_attention
@@ -140,7 +140,8 @@ def test_the_self_test_sees_what_the_rewards_do_not_show(monkeypatch, spoil, rea
         assert path == SHARED and model.masked, line  # the model's own attention
         assert line.count(reason) == 2, line  # pruned and whole
         assert all(parameter.grad is None for parameter in model.parameters())
-        assert choose_path(model, odd_items(), [*numbers], CPU)[0] == without_backward
+        assert choose_path(model, odd_items(), [*numbers], CPU)[0] == SHARED
+        assert model.masked == masked_without_backward
 
 
 @pytest.mark.parametrize("family", EXACT_SHARED)
