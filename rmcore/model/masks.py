@@ -1,4 +1,4 @@
-"""Shared prompts through a model's own attention: each comparison is a row of a rectangle, with a mask.
+"""Shared prompts through a model's own attention: on a rectangle of whole comparisons, with masks.
 
 Input: a forward of a grid (rmcore.model.grid) within `packed_layout(grid)`. Output: masks and ALiBi biases in which
 each token sees the tokens of its own text only, at their positions in that text.
@@ -37,7 +37,7 @@ def prepare(backbone: Any) -> None:
     if hasattr(backbone, "build_mpt_alibi_tensor"):
         for block in backbone.blocks:
             if not hasattr(block.attn.forward, "rmcore"):
-                block.attn.forward = _one_comparison_at_a_time(block.attn.forward)
+                block.attn.forward = _one_row_at_a_time(block.attn.forward)
 
 
 def _masks_by_position(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,22 +53,22 @@ def _masks_by_position(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _alibi_by_position(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The bias [C * H, 1, L] of each key: that of the column that is its position."""
+    """The bias [R * H, 1, L] of each key: that of the column that is its position."""
 
     @wraps(original)
     def alibi(*arguments: Any, **keywords: Any) -> Tensor:
         bias = original(*arguments, **keywords)
         if grid := current_grid():
-            comparisons, length = grid.position_CL.shape
-            bias = bias.view(comparisons, -1, length)
-            bias = bias.gather(2, grid.position_CL[:, None].expand_as(bias)).view(-1, 1, length)
+            rows, length = grid.position_RL.shape
+            bias = bias.view(rows, -1, length)
+            bias = bias.gather(2, grid.position_RL[:, None].expand_as(bias)).view(-1, 1, length)
         return bias
 
     alibi.rmcore = True  # type: ignore[attr-defined]
     return alibi
 
 
-def _one_comparison_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
+def _one_row_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
     """MPT's attention, whose ALiBi bias [H, 1, positions] is the same for all rows of a batch."""
 
     @wraps(original)
@@ -79,10 +79,10 @@ def _one_comparison_at_a_time(original: Callable[..., Any]) -> Callable[..., Any
         if grid is None:
             return original(hidden_states, position_bias=position_bias, attention_mask=attention_mask, **keywords)
         bias = position_bias[..., -hidden_states.shape[1] :]
-        rows = zip(hidden_states.split(1), grid.position_CL, attention_mask.split(1), strict=True)
+        inputs = zip(hidden_states.split(1), grid.position_RL, attention_mask.split(1), strict=True)
         outputs = [
             original(row, position_bias=bias[..., position_L], attention_mask=mask, **keywords)[0]
-            for row, position_L, mask in rows
+            for row, position_L, mask in inputs
         ]
         return torch.cat(outputs), None
 

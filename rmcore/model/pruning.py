@@ -146,7 +146,7 @@ class Pruning:
         # GPT-2 and its like give their final states the shape of their input, which takes as many rows.
         self.spreads = "output_shape" in _source(type(backbone).forward)
         self._rows_A: Tensor | None = None  # set while the layer's forward runs
-        self._shape = torch.Size()  # of the layer's input without its last dimension: [1, T], or [C, L] with masks
+        self._shape = torch.Size()  # of the layer's input without its last dimension: [1, T], or [R, L] in a grid
         self._known: list[tuple[Tensor, Callable[[], Tensor]]] = []  # values of the scored rows -> those of all rows
         self._projected = False  # whether the output projection has taken the scored rows
         layer.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -164,7 +164,7 @@ class Pruning:
                 module.register_forward_hook(self._query_output)
 
     def _take(self, everything: Tensor) -> Tensor:
-        """The scored rows of [1, T, ...] or [C, L, ...]: [1, A, ...]."""
+        """The scored rows of [1, T, ...] or [R, L, ...]: [1, A, ...]."""
         assert self._rows_A is not None
         return everything.flatten(0, 1).index_select(0, self._rows_A).unsqueeze(0)
 

@@ -129,24 +129,24 @@ class RewardModel(nn.Module):
             ).last_hidden_state.squeeze(0)
 
     def masked_hidden(self, batch: RaggedBatch) -> Tensor:
-        """The same through the model's own attention, with each comparison as a row of a rectangle, and masks."""
+        """The same through the model's own attention, on a rectangle of whole comparisons, with masks."""
         grid = Grid.of(batch)
         with packed_layout(grid), self._only(grid.cells(batch.last_token_index_A)):
             hidden = self.backbone(
-                input_ids=batch.input_ids_T[grid.row_CL.clamp(min=0)],
-                attention_mask=torch.ones_like(grid.row_CL),
-                position_ids=grid.position_CL,
+                input_ids=batch.input_ids_T[grid.token_RL.clamp(min=0)],
+                attention_mask=torch.ones_like(grid.token_RL),
+                position_ids=grid.position_RL,
                 use_cache=False,
             ).last_hidden_state
-        return hidden.squeeze(0) if hidden.shape[:2] != grid.row_CL.shape else self.packed_order(hidden, batch)
+        return hidden.squeeze(0) if hidden.shape[:2] != grid.token_RL.shape else self.packed_order(hidden, batch)
 
     def _only(self, rows_A: Tensor) -> AbstractContextManager[None]:
         """In a rank without work one row goes through a pruned last layer, so that its experts have zero gradients."""
         return only_rows(rows_A if rows_A.numel() else rows_A.new_zeros(1)) if self.pruned else nullcontext()
 
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
-        """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [C, L, ...]."""
-        return values[Grid.of(batch).row_CL >= 0] if self.masked else values.squeeze(0)
+        """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...]."""
+        return values[Grid.of(batch).token_RL >= 0] if self.masked else values.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""

@@ -13,6 +13,7 @@ from transformers import AutoModel
 from rmcore.data.batches.batch import build_batch
 from rmcore.model.attention import Terms, chunked, composed_attention
 from rmcore.model.backbone import recompute_activations, turn_dropout_off
+from rmcore.model.grid import Grid
 from rmcore.model.layout_context import current_layout, packed_layout
 from rmcore.model.pruning import ScoredRows
 from rmcore.model.reward_model import PADDED, SHARED
@@ -22,9 +23,11 @@ from tests.harness.oracle import (
     BOUND,
     GROUPED,
     SMALL,
+    Items,
     Scored,
     Wide,
     assert_close,
+    item,
     odd_items,
     padded,
     reward_model,
@@ -134,7 +137,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     ),
     "masks that depend on values": ("DogeConfig", {**GROUPED, "keep_window_size": 64}, MASKS),
 }
-# Kinds whose last layer runs on all tokens. CTRL's attention gets them three times, MPT's one comparison at a time.
+# Kinds whose last layer runs on all tokens. CTRL's attention gets them three times, MPT's one row at a time.
 UNPRUNED = {"CTRL", "ALiBi of MPT"}
 
 
@@ -272,3 +275,18 @@ def test_chunks_are_those_of_the_positions(size):
     assert torch.equal(seen(chunked(batch.layout, size)), seen(batch.layout) & (chunk[:, None] == chunk))
     plan = chunked(batch.layout.for_varlen(), size).gather
     assert plan is not None and int(plan.cu_q[-1]) == batch.computed_tokens
+
+
+def test_a_grid_has_at_most_twice_the_cells_of_its_tokens():
+    """Short comparisons share a row, so that one long comparison does not make the rectangle large."""
+    items = Items([item(90, 5, 5, seed=1), *(item(8, 2, 2, seed=seed) for seed in range(2, 22))])
+    batch = build_batch(items, range(len(items)))
+    grid = Grid.of(batch)
+    assert grid.token_RL.shape == (4, 100) and grid.token_RL.numel() <= 2 * batch.computed_tokens + 100
+    real = grid.token_RL >= 0
+    assert torch.equal(grid.token_RL[real], torch.arange(batch.computed_tokens))
+    assert torch.equal(grid.position_RL[real], batch.position_ids_T)
+
+    model = reward_model(tiny("rotation of GPT-J"), SHARED)
+    model.use(SHARED, pruned=True, masked=True)
+    assert_close(model(batch).rewards_A, torch.cat(padded(tiny("rotation of GPT-J"), items)[1]), 5e-5, "rewards")
