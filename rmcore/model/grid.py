@@ -27,6 +27,7 @@ class Grid:
     start_RL: Tensor  # int64: the column where the segment of each cell begins
     prefix_start_RL: Tensor  # int64: the columns prefix_start .. prefix_end are also visible
     prefix_end_RL: Tensor
+    cell_T: Tensor  # int64: the number of the cell, in the flattened grid, of each token
 
     @classmethod
     def of(cls, batch: RaggedBatch) -> "Grid":
@@ -52,13 +53,10 @@ class Grid:
                 own = slice(start - origin, end - origin)
                 start_RL[place, own] = start - origin
                 prefix_start_RL[place, own], prefix_end_RL[place, own] = prefix_start - origin, prefix_end - origin
+        cell_T = (token_RL.flatten() >= 0).nonzero().squeeze(1)  # the grid is filled in the packed order
         token_RL = token_RL.to(device)
         position_RL = batch.position_ids_T[token_RL.clamp(min=0)].where(token_RL >= 0, 0)
-        return cls(token_RL, position_RL, *(x.to(device) for x in (start_RL, prefix_start_RL, prefix_end_RL)))
-
-    def cells(self, rows_A: Tensor) -> Tensor:
-        """The numbers of the cells of packed rows, in the flattened grid."""
-        return (self.token_RL.flatten() >= 0).nonzero().squeeze(1)[rows_A]  # the grid is filled in the packed order
+        return cls(token_RL, position_RL, *(x.to(device) for x in (start_RL, prefix_start_RL, prefix_end_RL, cell_T)))
 
     def by_position(self, sees: Callable[..., Any]) -> Callable[..., Any]:
         """A mask function of columns: the key belongs to the text of the query, and `sees` their positions."""

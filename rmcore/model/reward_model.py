@@ -100,7 +100,7 @@ class RewardModel(nn.Module):
         by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
         hidden_TD = by_path.get(self.path, self.packed_hidden)(batch)
         scored_A = batch.last_token_index_A
-        if self.pruned and self._pruning and not self._pruning.spreads:  # hidden_TD has only these rows, in this order
+        if self._returns_scored_rows:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
         objective = self.objective
         fused = slice(None if objective.fused else 0)  # without pairs, the op only gathers the rewards
@@ -131,14 +131,19 @@ class RewardModel(nn.Module):
     def masked_hidden(self, batch: RaggedBatch) -> Tensor:
         """The same through the model's own attention, on a rectangle of whole comparisons, with masks."""
         grid = Grid.of(batch)
-        with packed_layout(grid), self._only(grid.cells(batch.last_token_index_A)):
+        with packed_layout(grid), self._only(grid.cell_T[batch.last_token_index_A]):
             hidden = self.backbone(
                 input_ids=batch.input_ids_T[grid.token_RL.clamp(min=0)],
                 attention_mask=torch.ones_like(grid.token_RL),
                 position_ids=grid.position_RL,
                 use_cache=False,
             ).last_hidden_state
-        return hidden.squeeze(0) if hidden.shape[:2] != grid.token_RL.shape else self.packed_order(hidden, batch)
+        return hidden.squeeze(0) if self._returns_scored_rows else self.packed_order(hidden, batch)
+
+    @property
+    def _returns_scored_rows(self) -> bool:
+        """Whether the backbone returns [1, A, D]."""
+        return self.pruned and self._pruning is not None and not self._pruning.spreads
 
     def _only(self, rows_A: Tensor) -> AbstractContextManager[None]:
         """In a rank without work one row goes through a pruned last layer, so that its experts have zero gradients."""
@@ -146,7 +151,7 @@ class RewardModel(nn.Module):
 
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
         """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...]."""
-        return values[Grid.of(batch).token_RL >= 0] if self.masked else values.squeeze(0)
+        return values.flatten(0, 1)[Grid.of(batch).cell_T] if self.masked else values.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
