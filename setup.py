@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "rmcore" / "__init__.py").read_text()).group(1)
+SCHEMAS = re.search(r"^SCHEMAS = (\d+)", (ROOT / "rmcore" / "ops" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
 SERVE = ["fastapi", "uvicorn", "prometheus_client"]
 
@@ -28,7 +29,7 @@ def find_program(name: str) -> str | None:
 
 
 class BuildKernels(build_ext):
-    """Runs CMake and writes rmcore_cpu_<instruction set>_torch<version>.so where rmcore/ops looks for it."""
+    """Runs CMake and writes rmcore_cpu_<instruction set>_torch<version>_schemas<n>.so where rmcore/ops looks for it."""
 
     def run(self) -> None:
         inplace = self.inplace or getattr(self, "editable_mode", False)
@@ -47,7 +48,8 @@ class BuildKernels(build_ext):
             raise RuntimeError("cmake not found (pip install cmake)")
         capability = torch.backends.cpu.get_cpu_capability()
         capability = capability if capability in ("AVX512", "AVX2") else "DEFAULT"
-        name = f"rmcore_cpu_{capability.lower()}_torch{'.'.join(torch.__version__.split('.')[:2])}"
+        minor_version = ".".join(torch.__version__.split(".")[:2])
+        name = f"rmcore_cpu_{capability.lower()}_torch{minor_version}_schemas{SCHEMAS}"
         build = Path(self.build_temp).resolve() / name
         configure = [
             cmake,

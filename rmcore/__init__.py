@@ -6,7 +6,7 @@ Names of arrays and tensors end in letters that give their dimensions: `hidden_T
     C  comparisons of a batch         D  model width             L  queries of one segment
     A  answers                        H  query heads             M  keys, gathered for one segment or for all
     P  pairs (winner, loser)          G  key and value heads     W  weights (parameters of a model)
-    Q  ties                           K  size of a head
+    Q  ties                           K  size of a head       V  size of a value head, where it differs
 
 A digit is a dimension of that size: `segments_S4`. In words: a comparison is a prompt and its answers, a pair is two
 of its answers of which one is preferred.

@@ -32,7 +32,7 @@ from rmcore.bench.gpu_trl import python_with_trl, trl_run
 from rmcore.bench.measure import machine, parser, write_results
 from rmcore.data.batches.batch import AttentionLayout, build_batch
 from rmcore.model.attention import attention_forward
-from rmcore.model.pruning import LAYOUT
+from rmcore.model.layout_context import packed_layout
 from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from rmcore.model.selftest import choose_path
 from rmcore.parallel.world import World, running_world
@@ -176,8 +176,9 @@ def random_inputs(
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, layout: AttentionLayout) -> None:
-    arguments: dict[str, Any] = {LAYOUT: layout}
-    torch.autograd.grad(attention_forward(torch.nn.Module(), q, k, v, None, **arguments)[0], (q, k, v), upstream)
+    with packed_layout(layout):
+        out = attention_forward(torch.nn.Module(), q, k, v, None)[0]
+    torch.autograd.grad(out, (q, k, v), upstream)
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -32,7 +32,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.classifier import new_classifier, text_model
 from rmcore.model.meta_model import set_padding
-from rmcore.model.pruning import ATTENTION, OUTPUT, QUERY, part
+from rmcore.model.pruning import OUTPUT, QUERY, attention_of
 from rmcore.model.reward_model import SHARED, RewardModel
 
 RECOMPUTES = ("none", "selective", "full")  # the fastest first
@@ -186,11 +186,11 @@ def _attention_widths(hf_config: PretrainedConfig) -> tuple[int, int]:
 def _keys_and_values(layer: nn.Module, whole: int) -> int:
     """Elements of the matrices that all tokens need in the last layer: attention's, without output and query."""
     try:
-        attention = part(layer, ATTENTION)
-        others = [part(attention, OUTPUT), *(getattr(attention, name) for name in QUERY if hasattr(attention, name))]
+        attention = attention_of(layer)
     except ValueError:  # the layer cannot be pruned
         return whole
-    return _matrices(attention) - sum(_matrices(module) for module in others)
+    others = [module for name, module in attention.named_children() if name in (*OUTPUT, *QUERY)]
+    return _matrices(attention) - sum(map(_matrices, others))
 
 
 def _matrices(module: nn.Module) -> int:

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace rmcore {
@@ -20,11 +21,14 @@ std::tuple<at::Tensor, at::Tensor> pairwise_backward(const at::Tensor& grad_rewa
 
 // ragged_attention.cpp; the contract is rmcore/ops/ragged_attention.py
 std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                     const at::Tensor& segments, double scale, int64_t window);
+                                                     const at::Tensor& segments, double scale, int64_t window,
+                                                     double softcap, const std::optional<at::Tensor>& sinks,
+                                                     const std::optional<at::Tensor>& slopes);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(const at::Tensor& grad_out, const at::Tensor& q,
                                                                   const at::Tensor& k, const at::Tensor& v,
                                                                   const at::Tensor& log_sum,
                                                                   const at::Tensor& segments, double scale,
-                                                                  int64_t window);
+                                                                  int64_t window, double softcap,
+                                                                  const std::optional<at::Tensor>& slopes);
 
 }  // namespace rmcore

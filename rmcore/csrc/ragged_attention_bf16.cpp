@@ -113,15 +113,15 @@ struct Call {
 
 void forward_task(const Call& call, const PackedGroup& group, int64_t g, const at::Tensor& out,
                   const at::Tensor& log_sum) {
-  const PairShape shape(group.packed, call.q.size(2));
+  const PairShape shape(group.packed, call.q.size(2)), shape_v(group.packed, call.v.size(2));
   Scratch<Pair> words;
   Scratch<float> numbers;
   const PackedHead keys(words, HeadView(call.k, g), group, shape, false);
-  const PackedHead values(words, HeadView(call.v, g), group, shape, true);
+  const PackedHead values(words, HeadView(call.v, g), group, shape_v, true);
   Pair* queries = words.take(kStrip * shape.depth);
   Pair* chance = words.take(kStrip * shape.wide);
   float* scores = numbers.take(kStrip * shape.width);
-  float* result = numbers.take(kStrip * shape.ld);
+  float* result = numbers.take(kStrip * shape_v.ld);
   for (int64_t h = g * call.share; h < (g + 1) * call.share; ++h) {
     const HeadView q(call.q, h), o(out, h);
     float* sums = log_sum.mutable_data_ptr<float>() + h;
@@ -139,9 +139,9 @@ void forward_task(const Call& call, const PackedGroup& group, int64_t g, const a
           sums[(row + r) * call.q.size(1)] = top + std::log(sum);
           inverse[r] = 1.0f / sum;
         }
-        times_rows(strip, shape.hd, chance, shape.wide, values.rows, shape.ld, result);
+        times_rows(strip, shape_v.hd, chance, shape.wide, values.rows, shape_v.ld, result);
         for (int64_t r = 0; r < strip.count; ++r)
-          o.store(row + r, 1, shape.hd, inverse[r], result + r * shape.ld, shape.ld);
+          o.store(row + r, 1, shape_v.hd, inverse[r], result + r * shape_v.ld, shape_v.ld);
       }
     }
   }
@@ -149,17 +149,20 @@ void forward_task(const Call& call, const PackedGroup& group, int64_t g, const a
 
 struct Buffers {
   float *scores, *grad, *grad_q;             // of a strip [kStrip, width] and [kStrip, ld]
-  float *grad_k, *grad_v;                    // [rows, ld]
+  float *grad_k, *grad_v;                    // [rows, ld] of keys and of values
   Pair *lines_q, *lines_out;                 // of a block [kBlock, depth], along the head
   Pair *rows_q, *rows_out;                   // the same along the rows [kBlock / 2, ld]
   Pair *chance, *grad_scores, *strip_scores; // P and dS along the queries [kBlock / 2, width], dS of a strip along keys
 
-  Buffers(Scratch<float>& numbers, Scratch<Pair>& words, const PairShape& s) {
+  Buffers(Scratch<float>& numbers, Scratch<Pair>& words, const PairShape& s, const PairShape& s_v) {
     for (float** p : {&scores, &grad}) *p = numbers.take(kStrip * s.width);
     grad_q = numbers.take(kStrip * s.ld);
-    for (float** p : {&grad_k, &grad_v}) *p = numbers.take(s.rows * s.ld);
-    for (Pair** p : {&lines_q, &lines_out}) *p = words.take(kBlock * s.depth);
-    for (Pair** p : {&rows_q, &rows_out}) *p = words.take(kBlock / 2 * s.ld);
+    grad_k = numbers.take(s.rows * s.ld);
+    grad_v = numbers.take(s.rows * s_v.ld);
+    lines_q = words.take(kBlock * s.depth);
+    lines_out = words.take(kBlock * s_v.depth);
+    rows_q = words.take(kBlock / 2 * s.ld);
+    rows_out = words.take(kBlock / 2 * s_v.ld);
     for (Pair** p : {&chance, &grad_scores}) *p = words.take(kBlock / 2 * s.width);
     strip_scores = words.take(kStrip * s.wide);
   }
@@ -167,14 +170,14 @@ struct Buffers {
 
 // The gradients of one block of queries: dq is written to the result, dK and dV are added to the buffers.
 void backward_block(const Call& call, const Strip& block, const Group& packed_group, const Segment& given,
-                    const Segment& packed, const PairShape& shape, const PackedHead& keys, const PackedHead& values,
-                    const float* log_sum, const HeadView& dq, const Buffers& b) {
+                    const Segment& packed, const PairShape& shape, const PairShape& shape_v, const PackedHead& keys,
+                    const PackedHead& values, const float* log_sum, const HeadView& dq, const Buffers& b) {
   for (int64_t r0 = 0; r0 < block.count; r0 += kStrip) {
     const Strip strip(packed, packed_group, block.first + r0, std::min(kStrip, block.count - r0), 0);
     const int64_t row = given.query_start + strip.first;
     const Pair* queries = b.lines_q + r0 * shape.depth;
-    against_keys(strip, shape.depth, b.lines_out + r0 * shape.depth, shape.depth, values.columns, shape.ldt, b.grad,
-                 shape.width);
+    against_keys(strip, shape_v.depth, b.lines_out + r0 * shape_v.depth, shape_v.depth, values.columns, shape.ldt,
+                 b.grad, shape.width);
     const int64_t end = visible_scores(strip, given, packed, shape, queries, keys.columns, b.scores);
     for (int64_t r = 0; r < strip.count; ++r) {
       softmax_backward(b.scores + r * shape.width, b.grad + r * shape.width, end, call.scale,
@@ -193,18 +196,18 @@ void backward_block(const Call& call, const Strip& block, const Group& packed_gr
     times_rows(strip, shape.hd, b.strip_scores, shape.wide, keys.rows, shape.ld, b.grad_q);
     dq.store(row, strip.count, shape.hd, call.scale, b.grad_q, shape.ld);
   }
-  add_to_keys(block, shape.hd, packed.prefix(), 0, b.chance, shape.width, b.rows_out, shape.ld, b.grad_v);
+  add_to_keys(block, shape_v.hd, packed.prefix(), 0, b.chance, shape.width, b.rows_out, shape_v.ld, b.grad_v);
   add_to_keys(block, shape.hd, packed.prefix(), 0, b.grad_scores, shape.width, b.rows_q, shape.ld, b.grad_k);
 }
 
 void backward_task(const Call& call, const PackedGroup& group, int64_t g, const at::Tensor& grad_out,
                    const at::Tensor& log_sum, const std::array<at::Tensor, 3>& grads) {
-  const PairShape shape(group.packed, call.q.size(2));
+  const PairShape shape(group.packed, call.q.size(2)), shape_v(group.packed, call.v.size(2));
   Scratch<Pair> words;
   Scratch<float> numbers;
   const PackedHead keys(words, HeadView(call.k, g), group, shape, true);
-  const PackedHead values(words, HeadView(call.v, g), group, shape, false);
-  const Buffers b(numbers, words, shape);
+  const PackedHead values(words, HeadView(call.v, g), group, shape_v, false);
+  const Buffers b(numbers, words, shape, shape_v);
   for (int64_t h = g * call.share; h < (g + 1) * call.share; ++h) {
     const HeadView q(call.q, h), grad(grad_out, h), dq(grads[0], h);
     for (size_t i = 0; i < group.given.size(); ++i) {
@@ -213,19 +216,19 @@ void backward_task(const Call& call, const PackedGroup& group, int64_t g, const 
       for (int64_t first = 0; first < length; first += kBlock) {
         const Strip block(packed, group.packed, first, std::min(kBlock, length - first), 0);
         load_pairs(q, given.query_start + first, block.count, shape.hd, b.lines_q, shape.depth);
-        load_pairs(grad, given.query_start + first, block.count, shape.hd, b.lines_out, shape.depth);
+        load_pairs(grad, given.query_start + first, block.count, shape_v.hd, b.lines_out, shape_v.depth);
         pair_rows(b.lines_q, block.count, shape.depth, b.rows_q, shape.ld);
-        pair_rows(b.lines_out, block.count, shape.depth, b.rows_out, shape.ld);
-        backward_block(call, block, group.packed, given, packed, shape, keys, values,
+        pair_rows(b.lines_out, block.count, shape_v.depth, b.rows_out, shape_v.ld);
+        backward_block(call, block, group.packed, given, packed, shape, shape_v, keys, values,
                        log_sum.const_data_ptr<float>() + h, dq, b);
       }
     }
   }
   for (size_t i = 0; i < group.given.size(); ++i) {
     const int64_t row = group.given[i].query_start, count = group.given[i].query_end - row;
-    const int64_t from = group.packed.segments[i].query_start * shape.ld;
-    HeadView(grads[1], g).store(row, count, shape.hd, call.scale, b.grad_k + from, shape.ld);
-    HeadView(grads[2], g).store(row, count, shape.hd, 1.0f, b.grad_v + from, shape.ld);
+    const int64_t from = group.packed.segments[i].query_start;
+    HeadView(grads[1], g).store(row, count, shape.hd, call.scale, b.grad_k + from * shape.ld, shape.ld);
+    HeadView(grads[2], g).store(row, count, shape_v.hd, 1.0f, b.grad_v + from * shape_v.ld, shape_v.ld);
   }
 }
 

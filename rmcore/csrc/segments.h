@@ -86,17 +86,19 @@ class Scratch {
 };
 
 struct Shape {
-  int64_t hd, ld;     // head size, and the same rounded up to whole vectors
+  int64_t hd, ld;      // size of a query and key head, and the same rounded up to whole vectors
+  int64_t hd_v, ld_v;  // the same of a value head
   int64_t rows, ldt;  // rows of the group, and the row length of a transposed [hd, rows] with room to read past its end
   int64_t width;      // row length of the scores: the longest key sequence with room for whole vectors and a strip
 };
 
 template <typename T>
-Shape shape_of(const Group& group, int64_t hd) {
+Shape shape_of(const Group& group, int64_t hd, int64_t hd_v) {
   const int64_t rows = group.end - group.start;
   int64_t ldt = round_up(rows, lanes<T>()) + lanes<T>();
   if (ldt % 256 == 0) ldt += lanes<T>();  // rows a page apart would share the same cache sets
-  return {hd, round_up(hd, lanes<T>()), rows, ldt, round_up(rows, lanes<T>()) + 2 * lanes<T>()};
+  return {hd, round_up(hd, lanes<T>()), hd_v, round_up(hd_v, lanes<T>()),
+          rows, ldt, round_up(rows, lanes<T>()) + 2 * lanes<T>()};
 }
 
 // A strip: `count` queries of a segment from `first` on, and the key columns [begin, end) that any of them sees.

@@ -1,18 +1,19 @@
 """Attention over a packed row in which answers share their prompt: each query sees its own text and nothing else.
 
-Input: what a Hugging Face attention layer passes to an attention function (query [1, H, T, K], key and value
-[1, G, T, K]), and the batch's `AttentionLayout`. Output: the attention output [1, T, H, K], as those layers expect it.
+Input: what a Hugging Face attention layer passes to an attention function (query [1, H, T, K], key [1, G, T, K], value
+[1, G, T, V]), and the batch's `AttentionLayout`. Output: the attention output [1, T, H, V], as those layers expect it.
 Example: the row [p0 p1 | a | b] (a prompt of 2 tokens, answers a and b) has the segments (0, 3, 0, 0) and (3, 4, 0, 2).
 a sees p0 p1 a; b sees p0 p1 b, never a.
 
 It is exact: attention is causal, so the hidden states of p0 p1 do not depend on a or b. Three implementations compute
 the same function: the op `ragged_attention` (CPU), `varlen_attn` with the shared keys gathered once for each answer
-(CUDA in half precision), and one PyTorch call per segment (CUDA in other precisions).
+(CUDA in half precision), and one composition of PyTorch calls per segment (CUDA in other precisions, and with soft
+capping or sinks).
 """
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rmcore.data.batches.batch import AttentionLayout
+from rmcore.model.attention_terms import Terms
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.pruning import LAYOUT, ScoredRows
+from rmcore.model.layout_context import current_layout
+from rmcore.model.pruning import current_scored_rows
 from rmcore.ops.gather_prefix import gather_prefix_kv
 from rmcore.ops.ragged_attention import ragged_attention
 
@@ -42,33 +45,86 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention-function contract (AttentionInterface) for packed rows.
 
-    query [1, H, T, K]; key, value [1, G, T, K] with H a multiple of G (grouped-query attention). `sliding_window` is
-    the number of keys that a query sees along its own text, itself included. Raises UnsupportedAttention for a mask,
-    dropout, soft capping, attention sinks or a position bias; the start-up self-test then chooses a slower path.
+    query [1, H, T, K]; key [1, G, T, K] and value [1, G, T, V] with H a multiple of G (grouped-query attention).
+    `sliding_window` is the number of keys that a query sees along its own text, itself included; `s_aux` the sinks [H].
+    Raises UnsupportedAttention for a mask, dropout or a position bias; the start-up self-test then chooses another way.
     """
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias", "alibi") if kwargs.get(name) is not None]
+    layout = current_layout()
+    if layout is None:
+        raise UnsupportedAttention("attention outside a packed forward")
+    unsupported = [name for name in ("position_bias", "alibi") if kwargs.get(name) is not None]
     if attention_mask is not None or dropout or unsupported:
         raise UnsupportedAttention(", ".join(unsupported) or "an attention mask or dropout")
-    layout: AttentionLayout | ScoredRows = kwargs[LAYOUT]
+    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        query = query * _temperature(module, layout, query)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    window = sliding_window or 0
+    terms = Terms(scale, sliding_window or 0, softcap or 0.0, s_aux)
+    if chunk := _chunk(module):
+        layout = chunked(layout, chunk)
     # squeeze, not [0]: the backward of an index fills a tensor with zeros and copies the gradient into it.
-    query_THK, key_TGK, value_TGK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if isinstance(layout, ScoredRows):
-        layout.attended.append(layout.attend(query_THK, key_TGK, value_TGK, scale, window).flatten(1).unsqueeze(0))
-        # The layer's code reshapes this to [1, T, any]; a hook then gives the output projection the stored result.
-        return value.new_empty(1, value.shape[2], 1, 1), None
-    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
-        out_THK = _varlen(query_THK, key_TGK, value_TGK, layout, scale, window)
+    query_THK, key_TGK, value_TGV = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if scored := current_scored_rows():
+        out_THV = scored.attend(query_THK, key_TGK, value_TGV, layout, terms)
+    elif value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and terms.plain:
+        out_THV = _varlen(query_THK, key_TGK, value_TGV, layout, terms)
     elif query.is_cuda:
-        out_THK = composed_attention(query_THK, key_TGK, value_TGK, layout.segments_S4, scale, window)
+        out_THV = composed_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
     else:
-        out_THK = ragged_attention(query_THK, key_TGK, value_TGK, layout.segments_S4, scale, window)
-    return out_THK.unsqueeze(0), None
+        out_THV = ragged_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
+    return out_THV.unsqueeze(0), None
+
+
+def _chunk(module: nn.Module) -> int | None:
+    """The chunk that a layer's queries are confined to, in tokens (Llama 4); None in other layers."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    chunks = kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
+    return getattr(config, "attention_chunk_size", None) if chunks else None
+
+
+def _temperature(module: Any, layout: AttentionLayout, query: Tensor) -> Tensor | float:
+    """By how much the queries [1, H, T, K] of Llama 4's layers without rotation are off, [T, 1].
+
+    These layers scale a query by its number in the row, which is its position only in a row of one text. The scale is
+    1 for the first `floor_scale` tokens (8192).
+    """
+    if query.shape[2] < module.floor_scale:
+        return 1.0
+    row_T = torch.arange(query.shape[2])
+    position_T = torch.cat([torch.arange(d - c, d - c + b - a) for a, b, c, d in layout.segments_S4.tolist()])
+    wrong_T, right_T = (
+        torch.log1p(torch.floor((place.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        for place in (row_T, position_T)
+    )
+    return (right_T / wrong_T)[:, None].to(query.device, query.dtype)
+
+
+@lru_cache(maxsize=2)  # the layers of one forward
+def chunked(layout: AttentionLayout, size: int) -> AttentionLayout:
+    """The layout in which a token sees only the tokens of its own chunk of `size` positions.
+
+    Example: a segment of 5 rows with a prefix of 2 has the positions 2 .. 7. With a size of 4 it becomes a segment of
+    the positions 2 and 3, which sees the prefix, and one of the positions 4 .. 7, which sees itself.
+    """
+    pieces = []
+    for start, end, prefix_start, prefix_end in layout.segments_S4.tolist():
+        prefix = prefix_end - prefix_start
+        origin = start - prefix  # the row of position 0, if the prefix lay before the segment
+        for first in range(prefix // size * size, prefix + end - start, size):
+            begin, stop = max(start, origin + first), min(end, origin + first + size)
+            seen = (min(prefix_start + first, prefix_end), prefix_end) if first < prefix else (begin, begin)
+            pieces.append((begin, stop, *seen))
+    found = AttentionLayout(torch.tensor(pieces, dtype=torch.int32).reshape(-1, 4))
+    if layout.device_segments_S4 is None:
+        return found
+    device = layout.device_segments_S4.device
+    return found.for_varlen().mapped(lambda index: index.to(device, non_blocking=True))
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -86,24 +142,44 @@ def compile_layers(backbone: nn.Module) -> None:
 
 
 def composed_attention(
-    query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, segments_S4: Tensor, scale: float, window: int
+    query_THK: Tensor,
+    key_TGK: Tensor,
+    value_TGV: Tensor,
+    segments_S4: Tensor,
+    scale: float,
+    window: int,
+    softcap: float = 0.0,
+    sinks_H: Tensor | None = None,
+    slopes_H: Tensor | None = None,
 ) -> Tensor:
-    """The same function by one call of PyTorch's own attention per segment. Any device, any floating dtype."""
+    """The same function by one call of PyTorch's own attention per segment. Any device, any floating dtype.
+
+    Soft cap, sinks and slopes take products and a softmax in fp32 (fp64 for fp64 input) instead.
+    """
     outputs = []
-    grouped = query_THK.shape[1] != key_TGK.shape[1]
+    terms = Terms(scale, window, softcap, sinks_H, slopes_H)
+    share = query_THK.shape[1] // key_TGK.shape[1]
     for start, end, prefix_start, prefix_end in segments_S4.tolist():
-        query, key, value = query_THK[start:end], key_TGK[start:end], value_TGK[start:end]
+        query, key, value = query_THK[start:end], key_TGK[start:end], value_TGV[start:end]
         prefix = prefix_end - prefix_start
         if prefix:
             key = torch.cat([key_TGK[prefix_start:prefix_end], key])
-            value = torch.cat([value_TGK[prefix_start:prefix_end], value])
-        mask = None
-        if prefix or 0 < window < end - start:
-            ahead = prefix + torch.arange(end - start, device=query.device)[:, None]
-            ahead = ahead - torch.arange(key.shape[0], device=query.device)[None, :]
-            mask = (ahead >= 0) & (ahead < window) if window else ahead >= 0
+            value = torch.cat([value_TGV[prefix_start:prefix_end], value])
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+        behind = prefix + torch.arange(end - start, device=query.device)[:, None]
+        behind = behind - torch.arange(key.shape[0], device=query.device)[None, :]
+        visible = (behind >= 0) & (behind < window) if window else behind >= 0
+        if terms.plain:
+            mask = visible if prefix or 0 < window < end - start else None
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=share > 1
+            )
+        else:
+            wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+            with torch.autocast(query.device.type, enabled=False):
+                k, v = (x.to(wide).repeat_interleave(share, 1) for x in (k, v))
+                scores = terms.adjusted(q[0].to(wide) @ k[0].mT * scale, behind).masked_fill(~visible, -torch.inf)
+                out = (terms.softmax(scores) @ v).to(value.dtype)
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
@@ -118,31 +194,34 @@ def _varlen_kernel() -> tuple[Callable[..., Any], bool]:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _varlen(
-    query_THK: Tensor, key_TGK: Tensor, value_TGK: Tensor, layout: AttentionLayout, scale: float, window: int
-) -> Tensor:
+def _varlen(query_THK: Tensor, key_TGK: Tensor, value_TGV: Tensor, layout: AttentionLayout, terms: Terms) -> Tensor:
     """One kernel call for all segments: queries in place, keys and values gathered as [prefix, own rows] per segment.
 
     The kernel aligns causal masks of unequal lengths at the bottom right, which is what [prefix, own rows] needs.
     Windows are right because the gathered keys are contiguous. The gather's backward sums the gradients that the
-    answers contribute to the prefix.
+    answers contribute to the prefix. The kernel has one head size; the smaller ones are padded with zeros (MLA has
+    K = 192 and V = 128), which changes no score and adds zeros to the output, cut off again.
     """
     varlen_attn, takes_groups = _varlen_kernel()
     plan = layout.gather
     if plan is None:
         raise ValueError("the batch has no gather plan: use RaggedBatch.on to move a batch")
     # Under autocast the rotary embedding makes queries and keys fp32, while values stay in half precision.
-    query_THK, key_TGK = query_THK.to(value_TGK.dtype), key_TGK.to(value_TGK.dtype)
-    key, value = gather_prefix_kv(key_TGK, value_TGK, plan)
+    query_THK, key_TGK = query_THK.to(value_TGV.dtype), key_TGK.to(value_TGV.dtype)
+    size, size_v = query_THK.shape[2], value_TGV.shape[2]
+    if size != size_v:
+        query_THK, key_TGK = (F.pad(x, (0, max(0, size_v - size))) for x in (query_THK, key_TGK))
+        value_TGV = F.pad(value_TGV, (0, max(0, size - size_v)))
+    key, value = gather_prefix_kv(key_TGK, value_TGV, plan)
     groups = query_THK.shape[1] // key.shape[1]
     extra = {}
     if groups > 1 and takes_groups:
         extra["enable_gqa"] = True
     elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    window_size = (window - 1 if window else -1, 0)
+    window_size = (terms.window - 1 if terms.window else -1, 0)
     query_THK = query_THK.contiguous()
-    return varlen_attn(
+    out_THV = varlen_attn(
         query_THK,
         key,
         value,
@@ -150,7 +229,8 @@ def _varlen(
         plan.cu_k,
         plan.max_q,
         plan.max_k,
-        scale=scale,
+        scale=terms.scale,
         window_size=window_size,
         **extra,
     )
+    return out_THV[..., :size_v] if size_v < size else out_THV

@@ -8,7 +8,9 @@ The score head is applied inside forward because the module that owns a weight m
 it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `PADDED`; the self-test chooses one.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,11 @@ from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
+from rmcore.model.grid import Grid
+from rmcore.model.layout_context import packed_layout
+from rmcore.model.masks import prepare
 from rmcore.model.objectives import Objective
-from rmcore.model.pruning import LAYOUT, ROWS, Pruning
+from rmcore.model.pruning import Pruning, only_rows
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -69,18 +74,33 @@ class RewardModel(nn.Module):
         """Whether the last layer has the parts that `rmcore.model.pruning` needs; the self-test checks exactness."""
         return self._pruning is not None
 
-    def use(self, path: str, *, pruned: bool = False) -> None:
+    def use(self, path: str, *, pruned: bool = False, masked: bool = False) -> None:
         """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
 
         pruned: run the last layer on the scored tokens only (ignored by the padded path).
+        masked: share prompts through the model's own attention and masks (ignored by the other paths).
         """
         self.path, self.pruned = path, pruned and self.can_prune and path != PADDED
-        self.backbone.set_attn_implementation(self._own_attention if path == PADDED else NAME)
+        self.masked = masked and path == SHARED
+        self.backbone.set_attn_implementation(self._own_attention if path == PADDED or self.masked else NAME)
+        if self.masked:
+            prepare(self.backbone)
+
+    @staticmethod
+    def ways(paths: Sequence[str]) -> list[dict[str, Any]]:
+        """The arguments of `use` to try, fastest first."""
+        return [
+            {"path": path, "pruned": pruned, "masked": masked}
+            for path in paths
+            for masked in ([False, True] if path == SHARED else [False])
+            for pruned in (True, False)
+        ]
 
     def forward(self, batch: RaggedBatch) -> Output:
-        hidden_TD = self.padded_hidden(batch) if self.path == PADDED else self.packed_hidden(batch)
+        by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
+        hidden_TD = by_path.get(self.path, self.packed_hidden)(batch)
         scored_A = batch.last_token_index_A
-        if self.pruned:  # hidden_TD then holds only these rows, in this order
+        if self._returns_scored_rows:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
         objective = self.objective
         fused = slice(None if objective.fused else 0)  # without pairs, the op only gathers the rewards
@@ -101,14 +121,37 @@ class RewardModel(nn.Module):
 
     def packed_hidden(self, batch: RaggedBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
-        rows = {ROWS: batch.last_token_index_A} if self.pruned else {}
-        return self.backbone(
-            input_ids=batch.input_ids_T.unsqueeze(0),
-            position_ids=batch.position_ids_T.unsqueeze(0),
-            use_cache=False,
-            **{LAYOUT: batch.layout},
-            **rows,
-        ).last_hidden_state.squeeze(0)
+        with packed_layout(batch.layout), self._only(batch.last_token_index_A):
+            return self.backbone(
+                input_ids=batch.input_ids_T.unsqueeze(0),
+                position_ids=batch.position_ids_T.unsqueeze(0),
+                use_cache=False,
+            ).last_hidden_state.squeeze(0)
+
+    def masked_hidden(self, batch: RaggedBatch) -> Tensor:
+        """The same through the model's own attention, on a rectangle of whole comparisons, with masks."""
+        grid = Grid.of(batch)
+        with packed_layout(grid), self._only(grid.cell_T[batch.last_token_index_A]):
+            hidden = self.backbone(
+                input_ids=batch.input_ids_T[grid.token_RL.clamp(min=0)],
+                attention_mask=torch.ones_like(grid.token_RL),
+                position_ids=grid.position_RL,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden.squeeze(0) if self._returns_scored_rows else self.packed_order(hidden, batch)
+
+    @property
+    def _returns_scored_rows(self) -> bool:
+        """Whether the backbone returns [1, A, D]."""
+        return self.pruned and self._pruning is not None and not self._pruning.spreads
+
+    def _only(self, rows_A: Tensor) -> AbstractContextManager[None]:
+        """In a rank without work one row goes through a pruned last layer, so that its experts have zero gradients."""
+        return only_rows(rows_A if rows_A.numel() else rows_A.new_zeros(1)) if self.pruned else nullcontext()
+
+    def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
+        """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...]."""
+        return values.flatten(0, 1)[Grid.of(batch).cell_T] if self.masked else values.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""

@@ -5,8 +5,8 @@ Output: the fastest of shared, packed and padded whose rewards equal those of th
 text by itself, and in which no reward depends on a token of another text; and one line about it. Before training, the
 gradients must be equal too. The last layer is pruned (rmcore.model.pruning) where that is exact too.
 Example: Llama -> ("shared", "attention shared: rewards equal the plain forward's to 2.4e-07 and gradients to 3.1e-07,
-last layer on scored tokens only"). Bloom, whose own attention computes its ALiBi bias -> ("padded", "... not shared:
-KeyError ...").
+last layer on scored tokens only"). Jamba, which has state-space layers -> ("padded", "... not shared: rewards differ
+from the plain forward's by 8.3e-02 ...").
 
 A wrong fast path never trains: rmcore takes a slower one, or stops.
 """
@@ -63,11 +63,12 @@ def choose_path(
     backward = BackwardTest(model, data, numbers, device, half, compare=gradients)
     refused = []
     paths = PATHS if wanted == "auto" else [wanted]
-    for path, pruned in [(path, pruned) for path in paths for pruned in (True, False)]:
-        model.use(path, pruned=pruned)
-        if model.pruned != pruned:
+    for way in model.ways(paths):
+        model.use(**way)
+        path, pruned = model.path, model.pruned
+        if pruned != way["pruned"]:
             continue
-        name = f"{path}, last layer on scored tokens" if pruned else path
+        name = ", ".join([path, *["by masks"] * model.masked, *["last layer on scored tokens"] * pruned])
         batch = build_batch(data, numbers, share=path == SHARED).on(device)
         try:
             with torch.no_grad(), half or nullcontext():
@@ -88,7 +89,7 @@ def choose_path(
         except Exception as error:  # an architecture may raise anything for a path; the next one is tried
             refused.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
-        part = ", last layer on scored tokens only" if pruned else ""
+        part = ", by masks" * model.masked + ", last layer on scored tokens only" * pruned
         return path, "; ".join([f"attention {path}: {found}{part}", *(f"not {reason}" for reason in refused)])
     raise UserError(
         f"{type(model.backbone).__name__}: no path is exact with model.attention={wanted}: " + "; ".join(refused)
@@ -148,7 +149,7 @@ class BackwardTest:
         for answer, rows in enumerate(text_rows(batch)):
             with torch.enable_grad(), self._half or nullcontext(), _embedded(self._model) as embedded:
                 reward = self._model(batch).rewards_A[answer]
-                gradient = torch.autograd.grad(reward, embedded)[0][0]
+                gradient = self._model.packed_order(torch.autograd.grad(reward, embedded)[0], batch)
             others = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
             others[rows] = False
             if (leak := float(gradient[others].abs().sum())) != 0.0:

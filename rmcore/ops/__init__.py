@@ -41,6 +41,7 @@ TRITON = {
     "gather_prefix_backward": ("rmcore.ops.gather_prefix_triton", "backward"),
 }
 MODES = ("fused", "reference")
+SCHEMAS = 2  # raised when the schema of an op changes: a library of another schema would end the process
 _overrides: list[torch.library.Library] = []
 _triton_kernels = torch.library.Library("rmcore", "IMPL")
 
@@ -48,13 +49,13 @@ _triton_kernels = torch.library.Library("rmcore", "IMPL")
 def cpu_library() -> Path:
     """The library with the C++ kernels for this machine and this torch; the file may not exist.
 
-    Compiled code fits one instruction set and one minor version of torch, so its name contains both:
-    rmcore_cpu_avx512_torch2.13.so.
+    Compiled code fits one instruction set, one minor version of torch and the schemas of the ops, so its name contains
+    all three: rmcore_cpu_avx512_torch2.13_schemas2.so.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     capability = capability if capability in ("AVX512", "AVX2") else "DEFAULT"
     minor_version = ".".join(torch.__version__.split(".")[:2])
-    return Path(__file__).parent / f"rmcore_cpu_{capability.lower()}_torch{minor_version}.so"
+    return Path(__file__).parent / f"rmcore_cpu_{capability.lower()}_torch{minor_version}_schemas{SCHEMAS}.so"
 
 
 @functools.cache

@@ -3,13 +3,16 @@ rmcore with it.
 """
 
 from collections.abc import Sequence
-from types import MethodType
+from types import MethodType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rmcore.data.tokens.comparisons import TokenizedComparison
@@ -38,10 +41,11 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8}),
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
     "gpt2": ("GPT2Config", {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96}),
     "bloom": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}),
 }
-# The families whose attention can share a prompt exactly.
+# The families that share a prompt by the attention function, and whose code computes in fp64 what it gets in fp64.
 EXACT_SHARED = ["gpt_neox", "llama", "mistral", "mistral_window", "qwen2", "qwen3", "gpt2"]
 # fp64: 3 layers of sums of about 100 terms, each rounded at 1.1e-16, through gradients of order 10. fp32: at 6e-8.
 BOUND = {torch.float64: 1e-12, torch.float32: 5e-5}
@@ -76,7 +80,40 @@ def _rms_norm_in_its_own_dtype(module: torch.nn.Module, hidden: Tensor) -> Tenso
     return module.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
 
 
-def reward_model(model: PreTrainedModel, path: str) -> RewardModel:
+class Wide(TorchFunctionMode):
+    """Within, what transformers' code computes in fp32 whatever its input is, is computed in fp64.
+
+    Norms, softmax and rotations there round to fp32, which would hide errors below 1e-7 in fp64.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.float:
+            return args[0].double()
+        args, kwargs = tree_map(
+            lambda value: torch.float64 if value is torch.float32 else value, (list(args), kwargs or {})
+        )
+        if function is torch.full and isinstance(args[1], float):
+            kwargs.setdefault("dtype", torch.float64)
+        return function(*args, **kwargs)
+
+
+class Scored(torch.nn.Module):
+    """A decoder and a score head; with the logits of a sequence-classification model, which not every family has."""
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        super().__init__()
+        size = backbone.config.get_text_config().hidden_size
+        self.base_model, self.score = backbone, torch.nn.Linear(size, 1, bias=False, dtype=backbone.dtype)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
+        hidden = self.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        ).last_hidden_state
+        last = attention_mask.sum(1) - 1
+        return SimpleNamespace(logits=self.score(hidden[torch.arange(len(last)), last]))
+
+
+def reward_model(model: PreTrainedModel | Scored, path: str) -> RewardModel:
     return RewardModel(model.base_model, model.score, pad_token_id=PAD, path=path)
 
 
@@ -126,7 +163,7 @@ def odd_items() -> Items:
     return Items(cases.values())
 
 
-def padded(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, list[Tensor]]:
+def padded(model: PreTrainedModel | Scored, items: Sequence[Item]) -> tuple[Tensor, list[Tensor]]:
     """The summed Bradley-Terry loss and each comparison's rewards, by the plain padded forward of transformers."""
     texts = [np.concatenate([one.prefix, tail]) for one in items for tail in one.tails]
     longest = max(map(len, texts))

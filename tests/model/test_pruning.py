@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rmcore.data.batches.batch import build_batch
+from rmcore.model.attention_terms import Terms
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.pruning import scored_attention
 from rmcore.model.reward_model import PACKED, PADDED, SHARED
@@ -35,7 +36,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("path", [SHARED, PACKED])
-@pytest.mark.parametrize("family", [family for family in EXACT_SHARED if family != "gpt2"])
+@pytest.mark.parametrize("family", EXACT_SHARED)
 def test_pruned_equals_the_padded_oracle(family, path):
     """odd_items() has answers that are scored at the same row, and scored rows inside a prefix."""
     items = odd_items()
@@ -92,7 +93,7 @@ def test_the_last_layer_sees_only_the_scored_rows():
 
 
 def test_a_rank_without_work_has_zero_gradients():
-    for family in ("gpt_neox", "llama"):
+    for family in ("gpt_neox", "llama", "mixtral"):
         model = pruned_model(tiny_model(family))
         model(build_batch(Items(), [])).loss_sum.backward()
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -112,14 +113,21 @@ def test_a_forward_that_fails_leaves_no_state_behind():
     assert_close(model(batch).rewards_A, torch.cat(rewards), BOUND[torch.float32], "rewards")
 
 
-@pytest.mark.parametrize("family, pruned", [("gpt_neox", True), ("qwen3", True), ("gpt2", False)])
-def test_the_self_test_prunes_where_that_is_exact(family, pruned):
-    """GPT-2's own code needs as many final states as tokens: its last layer is not pruned, and the line says so."""
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3", "gpt2"])
+def test_the_self_test_prunes_where_that_is_exact(family):
     model = reward_model(tiny_model(family), PADDED)
     path, line = choose_path(model, odd_items(), [0, 6], CPU, gradients=True)
-    assert (path, model.pruned) == (SHARED, pruned)
-    assert ("last layer on scored tokens only" in line) == pruned
-    assert ("not shared, last layer on scored tokens: RuntimeError" in line) != pruned
+    assert (path, model.pruned) == (SHARED, True)
+    assert "last layer on scored tokens only" in line and "not " not in line
+
+
+def test_the_self_test_does_not_prune_a_layer_that_computes_in_its_own_code_before_attention():
+    """Then no module can be run again on all tokens; the line gives the reason."""
+    model = reward_model(tiny_model("llama"), PADDED)
+    model.backbone.layers[-1].register_forward_pre_hook(lambda _, arguments: (arguments[0] * 1, *arguments[1:]))
+    path, line = choose_path(model, odd_items(), [0, 6], CPU, gradients=True)
+    assert (path, model.pruned) == (SHARED, False)
+    assert "not shared, last layer on scored tokens: ValueError: no module of the last layer" in line
 
 
 def test_scored_attention_is_the_softmax_over_visible_rows():
@@ -128,7 +136,7 @@ def test_scored_attention_is_the_softmax_over_visible_rows():
     key, value = torch.randn(2, 9, 2, 8, generator=generator, dtype=torch.float64)
     visible = torch.rand(3, 9, generator=generator) < 0.5
     visible[:, 0] = True
-    ours = scored_attention(query, key, value, visible, 0.3)
+    ours = scored_attention(query, key, value, visible, torch.zeros(3, 9), Terms(0.3))
     for answer in range(3):
         for head in range(4):
             rows = visible[answer].nonzero()[:, 0]

@@ -82,15 +82,15 @@ def test_the_self_test_finds_an_exact_path(family):
     path, line = choose_path(
         ours, items, trial_comparisons(np.array([one.tokens for one in items])), CPU, gradients=True
     )
-    assert path == (SHARED if family in EXACT_SHARED else PADDED)
+    assert path == SHARED and ours.masked == (family == "bloom")
     assert line.startswith(f"attention {path}: ") and "\n" not in line
     out = ours(build_batch(items, range(len(items)), share=path == SHARED))
     assert_close(out.rewards_A, torch.cat(rewards), BOUND[torch.float32], family)
 
 
 def test_a_chosen_path_that_is_not_exact_is_an_error():
-    with pytest.raises(UserError, match=r"model\.attention=shared"):
-        choose_path(reward_model(tiny_model("bloom"), PADDED), odd_items(), [0, 1], CPU, wanted=SHARED)
+    with pytest.raises(UserError, match=r"model\.attention=packed"):
+        choose_path(reward_model(tiny_model("bloom"), PADDED), odd_items(), [0, 1], CPU, wanted=PACKED)
 
 
 def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
@@ -122,14 +122,14 @@ class Spoiled(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason", "without_backward"),
+    ("spoil", "reason", "masked_without_backward"),
     [
-        (Spoiled.apply, "gradients differ from the plain backward's", SHARED),
-        (lambda out: out + 1e-9 * out.sum(0, keepdim=True), "a reward depends on tokens of another text", PADDED),
+        (Spoiled.apply, "gradients differ from the plain backward's", False),
+        (lambda out: out + 1e-9 * out.sum(0, keepdim=True), "a reward depends on tokens of another text", True),
     ],
     ids=["wrong backward", "leak below the rounding of the rewards"],
 )
-def test_the_self_test_sees_what_the_rewards_do_not_show(monkeypatch, spoil, reason, without_backward):
+def test_the_self_test_sees_what_the_rewards_do_not_show(monkeypatch, spoil, reason, masked_without_backward):
     import rmcore.model.attention as attention
 
     right = attention.ragged_attention
@@ -137,9 +137,11 @@ def test_the_self_test_sees_what_the_rewards_do_not_show(monkeypatch, spoil, rea
     for numbers in ([0, 1], range(8)):
         model = reward_model(tiny_model("llama"), PADDED)
         path, line = choose_path(model, odd_items(), [*numbers], CPU, gradients=True)
-        assert path == PADDED and line.count(reason) == 4, line  # shared and packed, each pruned and whole
+        assert path == SHARED and model.masked, line  # the model's own attention
+        assert line.count(reason) == 2, line  # pruned and whole
         assert all(parameter.grad is None for parameter in model.parameters())
-        assert choose_path(model, odd_items(), [*numbers], CPU)[0] == without_backward
+        assert choose_path(model, odd_items(), [*numbers], CPU)[0] == SHARED
+        assert model.masked == masked_without_backward
 
 
 @pytest.mark.parametrize("family", EXACT_SHARED)

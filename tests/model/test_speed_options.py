@@ -53,6 +53,7 @@ def test_compiled_layers_compute_the_same(monkeypatch):
 def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """As torch.nn.attention.varlen.varlen_attn is documented: each sequence causal, aligned at the bottom right."""
     assert window_size[1] == 0
+    assert query.shape[2] == key.shape[2] == value.shape[2]  # the kernel has one head size
     out = []
     for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
         assert q1 - q0 <= max_q and k1 - k0 <= max_k
@@ -67,20 +68,21 @@ def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, e
 
 @pytest.mark.parametrize("takes_groups", [True, False], ids=["gqa", "repeated"])
 @pytest.mark.parametrize("window", [0, 5])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups, window, takes_groups):
+@pytest.mark.parametrize("groups, size_v", [(1, 8), (2, 8), (2, 6), (1, 12)])
+def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups, size_v, window, takes_groups):
     monkeypatch.setattr(attention, "_varlen_kernel", lambda: (kernel, takes_groups))
     layout = build_batch(odd_items(), range(8)).layout
     rows = int(layout.segments_S4[-1, 1])
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(rows, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     key, value = (
-        torch.randn(rows, 4 // groups, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv"
+        torch.randn(rows, 4 // groups, size, generator=generator, dtype=torch.float64, requires_grad=True)
+        for size in (8, size_v)
     )
-    upstream = torch.randn(rows, 4, 8, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(rows, 4, size_v, generator=generator, dtype=torch.float64)
     results = []
     for out in (
-        attention._varlen(query, key, value, layout.for_varlen(), 0.3, window),
+        attention._varlen(query, key, value, layout.for_varlen(), attention.Terms(0.3, window)),
         composed_attention(query, key, value, layout.segments_S4, 0.3, window),
     ):
         results.append([out, *torch.autograd.grad((out * upstream).sum(), (query, key, value))])

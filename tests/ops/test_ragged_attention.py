@@ -37,26 +37,45 @@ def answers_of(comparisons: Comparisons):
         start = at
 
 
-def random_qkv(comparisons, heads, kv_heads, size, dtype=torch.float32, seed=0):
-    """q stored head by head, k and v as halves of one tensor: strides as in a model."""
+def random_qkv(comparisons, heads, kv_heads, size, dtype=torch.float32, seed=0, size_v=None):
+    """q stored head by head, k and v as parts of one tensor: strides as in a model."""
     tokens = sum(prefix + sum(tails) for prefix, tails in comparisons)
+    size_v = size if size_v is None else size_v
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(heads, tokens, size, generator=generator).to(dtype).transpose(0, 1)
-    k, v = torch.randn(tokens, kv_heads, 2 * size, generator=generator).to(dtype).chunk(2, -1)
-    grad_out = torch.randn(tokens, heads, size, generator=generator).to(dtype)
+    k, v = torch.randn(tokens, kv_heads, size + size_v, generator=generator).to(dtype).split([size, size_v], -1)
+    grad_out = torch.randn(tokens, heads, size_v, generator=generator).to(dtype)
     return q, k, v, grad_out
 
 
-def unshared(q, k, v, grad_out, comparisons, scale, window, dtype):
-    """(out, dq, dk, dv) by scaled_dot_product_attention on each answer's whole text, in `dtype`."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
-    out = torch.zeros(q.shape, dtype=dtype)
+def eager(q, k, v, mask, distance, scale, softcap, sinks, slopes):
+    """Attention [1, H, L, V] as transformers' own code writes it for Gemma 2, gpt-oss and Bloom."""
+    share = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(share, 1).mT * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if slopes is not None:
+        scores = scores - slopes.to(q.dtype)[:, None, None] * distance
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(1, -1, scores.shape[2], 1)], -1)
+    return scores.softmax(-1)[..., : k.shape[2]] @ v.repeat_interleave(share, 1)
+
+
+def unshared(q, k, v, grad_out, comparisons, scale, window, dtype, softcap=0.0, sinks=None, slopes=None):
+    """(out, dq, dk, dv, maybe dsinks) by PyTorch's attention on each answer's whole text, in `dtype`."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v, *([] if sinks is None else [sinks]))]
+    out = torch.zeros(grad_out.shape, dtype=dtype)
     total = torch.zeros((), dtype=torch.float64)
     for rows, seen_before in answers_of(comparisons):
-        q_HLK, k_HLK, v_HLK = (t[rows].transpose(0, 1)[None] for t in leaves)
+        q_HLK, k_HLK, v_HLV = (t[rows].transpose(0, 1)[None] for t in leaves[:3])
         distance = torch.arange(len(rows))[:, None] - torch.arange(len(rows))[None]
         mask = (distance >= 0) & (distance < window) if window else distance >= 0
-        answer = F.scaled_dot_product_attention(q_HLK, k_HLK, v_HLK, attn_mask=mask, scale=scale, enable_gqa=True)
+        if softcap or sinks is not None or slopes is not None:
+            sink = None if sinks is None else leaves[3]
+            answer = eager(q_HLK, k_HLK, v_HLV, mask, distance, scale, softcap, sink, slopes)
+        else:
+            answer = F.scaled_dot_product_attention(q_HLK, k_HLK, v_HLV, attn_mask=mask, scale=scale, enable_gqa=True)
         answer = answer[0].transpose(0, 1)[seen_before:]
         rows = rows[seen_before:]
         out[rows] = answer.detach()
@@ -64,26 +83,34 @@ def unshared(q, k, v, grad_out, comparisons, scale, window, dtype):
     return out, *torch.autograd.grad(total, leaves)
 
 
-def packed(q, k, v, grad_out, segments, scale, window):
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = ragged_attention(*leaves, segments, scale, window)
+def packed(q, k, v, grad_out, segments, scale, window, softcap=0.0, sinks=None, slopes=None):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, *([] if sinks is None else [sinks]))]
+    out = ragged_attention(*leaves[:3], segments, scale, window, softcap, *(leaves[3:] or [None]), slopes)
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
 
 
-def assert_no_worse(comparisons, heads, kv_heads, size, dtype, window, seed=0):
-    q, k, v, grad_out = random_qkv(comparisons, heads, kv_heads, size, dtype, seed)
+def assert_no_worse(
+    comparisons, heads, kv_heads, size, dtype, window, seed=0, size_v=None, softcap=0.0, sinks=False, slopes=False
+):
+    q, k, v, grad_out = random_qkv(comparisons, heads, kv_heads, size, dtype, seed, size_v)
     scale = size**-0.5
-    exact = unshared(q, k, v, grad_out, comparisons, scale, window, torch.float64)
-    theirs = unshared(q, k, v, grad_out, comparisons, scale, window, dtype)
-    ours = packed(q, k, v, grad_out, segments_of(comparisons), scale, window)
+    more = {
+        "softcap": softcap,
+        "sinks": torch.linspace(-1, 2, heads).to(dtype) if sinks else None,
+        "slopes": 0.5 ** torch.arange(1, heads + 1) if slopes else None,
+    }
+    exact = unshared(q, k, v, grad_out, comparisons, scale, window, torch.float64, **more)
+    theirs = unshared(q, k, v, grad_out, comparisons, scale, window, dtype, **more)
+    ours = packed(q, k, v, grad_out, segments_of(comparisons), scale, window, **more)
     # The terms that each result sums: dq and dk go through dS = P (dO v - sum), where terms of this size cancel.
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     largest_q, largest_k, largest_v, largest_grad = (
         t.double().abs().max() if t.numel() else 0 for t in (q, k, v, grad_out)
     )
     ds = size * largest_grad * largest_v * scale
-    terms = (largest_v, ds * largest_k, ds * largest_q, largest_grad)
-    for what, mine, other, truth, term in zip(("out", "dq", "dk", "dv"), ours, theirs, exact, terms, strict=True):
+    terms = (largest_v, ds * largest_k, ds * largest_q, largest_grad, len(q) * ds)
+    names = ("out", "dq", "dk", "dv", "dsinks")
+    for what, mine, other, truth, term in zip(names, ours, theirs, exact, terms, strict=False):
         assert mine.dtype == dtype and mine.shape == truth.shape
         if mine.numel() == 0:
             continue
@@ -91,7 +118,28 @@ def assert_no_worse(comparisons, heads, kv_heads, size, dtype, window, seed=0):
         # result as it is stored. PyTorch's fp64 is the oracle itself: there, two random walks of the roundings of the
         # 271 terms that a row of the longest prompt adds up, 2 x 17.
         slack = (34 if dtype == torch.float64 else 4) * wide * term + torch.finfo(dtype).eps * truth.abs().max()
+        if what == "dsinks":  # sum(P * dP) is computed from the output as it is stored, with one rounding per row
+            slack = slack + torch.finfo(dtype).eps * len(q) ** 0.5 * size * largest_grad * largest_v
         assert (mine.double() - truth).abs().max() <= 2 * (other.double() - truth).abs().max() + slack, what
+
+
+# Each alone and all together: value heads of another size, soft cap, sinks, ALiBi.
+MORE = {
+    "smaller values": {"size_v": 12},
+    "larger values": {"size_v": 40},
+    "odd values": {"size_v": 7},
+    "soft cap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "ALiBi": {"slopes": True},
+    "all": {"size_v": 20, "softcap": 2.0, "sinks": True, "slopes": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("more", MORE.values(), ids=MORE)
+def test_error_with_more_terms(mode, more, window, dtype):
+    assert_no_worse(MIXED, 4, 2, 32, dtype, window, **more)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -113,12 +161,13 @@ def test_long_prompt(mode):
     size=st.sampled_from([1, 8, 20, 32]),
     window=st.sampled_from([0, 0, 1, 7, 16, 33]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    more=st.sampled_from([{}, *MORE.values()]),
 )
 @pytest.mark.parametrize("which", ops.MODES)
-def test_any_segments(which, comparisons, kv_heads, share, size, window, dtype):
+def test_any_segments(which, comparisons, kv_heads, share, size, window, dtype, more):
     ops.use(which)
     try:
-        assert_no_worse(comparisons, kv_heads * share, kv_heads, size, dtype, window, seed=size)
+        assert_no_worse(comparisons, kv_heads * share, kv_heads, size, dtype, window, seed=size, **more)
     finally:
         ops.use("fused")
 
@@ -160,20 +209,27 @@ def test_reruns_and_threads_give_the_same_bits(mode):
 @pytest.mark.parametrize("window", [0, 3])
 def test_gradcheck(mode, window):
     comparisons: Comparisons = [(4, [3, 2]), (0, [2, 1])]
-    q, k, v, _ = random_qkv(comparisons, 4, 2, 3, torch.float64)
-    leaves = tuple(t.detach().clone().requires_grad_() for t in (q, k, v))
-    segments = segments_of(comparisons)
-    assert torch.autograd.gradcheck(lambda *qkv: ragged_attention(*qkv, segments, 0.5, window), leaves)
+    q, k, v, _ = random_qkv(comparisons, 4, 2, 3, torch.float64, size_v=2)
+    sinks = torch.linspace(-1, 1, 4, dtype=torch.float64)
+    leaves = tuple(t.detach().clone().requires_grad_() for t in (q, k, v, sinks))
+    segments, slopes = segments_of(comparisons), torch.linspace(0.1, 0.4, 4)
+
+    def attention(q, k, v, sinks):
+        return ragged_attention(q, k, v, segments, 0.5, window, 1.5, sinks, slopes)
+
+    assert torch.autograd.gradcheck(attention, leaves)
+    assert torch.autograd.gradcheck(lambda *qkv: ragged_attention(*qkv, segments, 0.5, window), leaves[:3])
 
 
-def test_opcheck(mode):
-    q, k, v, grad_out = random_qkv([(4, [3, 2])], 4, 2, 8)
+@pytest.mark.parametrize("more", [(0.0, None, None), (1.5, torch.ones(4), torch.ones(4) / 2)], ids=["plain", "all"])
+def test_opcheck(mode, more):
+    q, k, v, grad_out = random_qkv([(4, [3, 2])], 4, 2, 8, size_v=6)
     segments = segments_of([(4, [3, 2])])
     leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
-    torch.library.opcheck(torch.ops.rmcore.ragged_attention.default, (*leaves, segments, 0.5, 0))
-    _, log_sum = torch.ops.rmcore.ragged_attention(q, k, v, segments, 0.5, 0)
+    torch.library.opcheck(torch.ops.rmcore.ragged_attention.default, (*leaves, segments, 0.5, 0, *more))
+    _, log_sum = torch.ops.rmcore.ragged_attention(q, k, v, segments, 0.5, 0, *more)
     backward = torch.ops.rmcore.ragged_attention_backward.default
-    torch.library.opcheck(backward, (grad_out, q, k, v, log_sum, segments, 0.5, 0))
+    torch.library.opcheck(backward, (grad_out, q, k, v, log_sum, segments, 0.5, 0, more[0], more[2]))
 
 
 def test_compile_and_mixed_dtypes(mode):
@@ -231,7 +287,12 @@ def test_wrong_inputs_are_refused(mode):
     for changed in (
         (q[:, :3], k, v, segments, 0.5, 0),  # 3 heads over 2
         (q[:5], k, v, segments, 0.5, 0),
-        (q, k, v[..., :4], segments, 0.5, 0),
+        (q, k[..., :4], v, segments, 0.5, 0),
+        (q, k, v[:, :1], segments, 0.5, 0),
+        (q, k, v, segments, 0.5, 0, -1.0),
+        (q, k, v, segments, 0.5, 0, float("nan")),
+        (q, k, v, segments, 0.5, 0, 0.0, torch.ones(2)),
+        (q, k, v, segments, 0.5, 0, 0.0, None, torch.ones(4, dtype=torch.int64)),
         (q.long(), k, v, segments, 0.5, 0),
         (q, k, v.to("meta"), segments, 0.5, 0),
         (q, k, v, segments.long(), 0.5, 0),

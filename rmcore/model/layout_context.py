@@ -1,0 +1,57 @@
+"""The layout of the packed row that a forward computes, for functions that run deep inside a Hugging Face model.
+
+Input: `with packed_layout(layout):` around the model's forward. Output: `current_layout()` within it; or, if the model
+computes a grid in place of a packed row, `current_grid()`.
+Example: StableLM's layers do not hand unknown keywords to their attention; `attention_forward` reads the layout here.
+
+The value belongs to the thread (or task) that set it, so two threads may compute with one model. A backward may run in
+a thread of its own: what it computes again gets the layout from `recompute_contexts`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+from rmcore.data.batches.batch import AttentionLayout
+from rmcore.model.grid import Grid
+
+_LAYOUT: ContextVar[AttentionLayout | Grid | None] = ContextVar("rmcore_layout", default=None)
+
+
+@contextmanager
+def packed_layout(layout: AttentionLayout | Grid | None) -> Iterator[None]:
+    """Within, `current_layout()` or `current_grid()` returns `layout`; None: the batch is neither."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def current_layout() -> AttentionLayout | None:
+    """The layout of the packed row that this thread computes, or None outside a packed forward."""
+    layout = _LAYOUT.get()
+    return layout if isinstance(layout, AttentionLayout) else None
+
+
+def current_grid() -> Grid | None:
+    """The grid that this thread computes, or None outside such a forward."""
+    layout = _LAYOUT.get()
+    return layout if isinstance(layout, Grid) else None
+
+
+def recompute_contexts(
+    contexts: Callable[[], tuple[AbstractContextManager, AbstractContextManager]] | None = None,
+) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of torch.utils.checkpoint: what the backward computes again sees the layout of the forward.
+
+    contexts: another `context_fn`, whose two contexts apply too.
+    """
+    forward, again = contexts() if contexts else (nullcontext(), nullcontext())
+    return forward, _with_layout(_LAYOUT.get(), again)
+
+
+@contextmanager
+def _with_layout(layout: AttentionLayout | Grid | None, inner: AbstractContextManager) -> Iterator[None]:
+    with packed_layout(layout), inner:
+        yield
