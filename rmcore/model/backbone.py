@@ -21,6 +21,7 @@ from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory
 from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
+from rmcore.model.layout_context import recompute_contexts
 from rmcore.model.meta_model import fresh_head, grow, model_on_meta, refuse_unexpected, set_padding
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
@@ -219,9 +220,8 @@ def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
     """
     if how == "none":
         return
-    arguments: dict = {"use_reentrant": False}
-    if how == "selective":
-        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+    selective = partial(create_selective_checkpoint_contexts, _keep_matmuls) if how == "selective" else None
+    arguments = {"use_reentrant": False, "context_fn": partial(recompute_contexts, selective)}
     if hasattr(backbone, "activation_checkpointing_enable"):  # its name in newer transformers
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:

@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
+from rmcore.model.layout_context import packed_layout
 from rmcore.model.objectives import Objective
 from rmcore.model.pruning import LAYOUT, ROWS, Pruning
+from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -57,6 +59,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.backbone, self.score = backbone, score
         self.pad_token_id, self.objective = pad_token_id, objective
+        substitute_scans(backbone)
         self._own_attention = backbone.config._attn_implementation
         try:
             self._pruning: Pruning | None = Pruning(backbone)
@@ -102,13 +105,14 @@ class RewardModel(nn.Module):
     def packed_hidden(self, batch: RaggedBatch) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
         rows = {ROWS: batch.last_token_index_A} if self.pruned else {}
-        return self.backbone(
-            input_ids=batch.input_ids_T.unsqueeze(0),
-            position_ids=batch.position_ids_T.unsqueeze(0),
-            use_cache=False,
-            **{LAYOUT: batch.layout},
-            **rows,
-        ).last_hidden_state.squeeze(0)
+        with packed_layout(batch.layout):
+            return self.backbone(
+                input_ids=batch.input_ids_T.unsqueeze(0),
+                position_ids=batch.position_ids_T.unsqueeze(0),
+                use_cache=False,
+                **{LAYOUT: batch.layout},
+                **rows,
+            ).last_hidden_state.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
