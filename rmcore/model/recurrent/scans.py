@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 # Tokens of a chunk in PyTorch, where time and memory within chunks grow with their size: in Kimi's rule by a factor of
 # the head size more.
-DELTA_CHUNK, KIMI_CHUNK, MAMBA2_CHUNK = 32, 16, 32
+DELTA_CHUNK, KIMI_CHUNK, MAMBA2_CHUNK, XLSTM_CHUNK = 32, 16, 32, 64
 # A recurrence that PyTorch computes token by token takes as many steps as its longest piece, so few rectangles are best.
 TOKEN_BY_TOKEN = 256
 
@@ -218,6 +218,39 @@ def wkv(
         return output, torch.stack(final, 1) if keep else None
 
     return scan_of(layout, TOKEN_BY_TOKEN, key.device).run([key, value, real], step), None
+
+
+def mlstm(
+    original: Function,
+    layout: AttentionLayout,
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    c_initial: None = None,
+    n_initial: None = None,
+    m_initial: None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """xLSTM's matrix memory (Beck et al., arXiv 2405.04517): query, key [1, H, T, K]; value [1, H, T, V]; gates [1, H, T].
+
+    Its state consists of the memory [B, H, K, V], the normaliser [B, H, K] and the stabiliser [B, H, 1], flattened to
+    [B, H, K V + K + 1].
+    """
+    sizes = [key.shape[-1] * value.shape[-1], key.shape[-1], 1]
+
+    def step(inputs: list[Tensor], batch: Batch, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+        start = [None] * 3
+        if state is not None:
+            memory, *rest = state.split(sizes, -1)
+            start = [memory.unflatten(-1, (key.shape[-1], value.shape[-1])), *rest]
+        output, (memory, *rest) = original(layer, *(x.transpose(1, 2) for x in inputs), *start, **options)
+        return output.transpose(1, 2), torch.cat([memory.flatten(2), *rest], -1) if keep else None
+
+    rows = [tensor.transpose(1, 2) for tensor in (query, key, value, igate, fgate)]
+    return scan_of(layout, XLSTM_CHUNK, query.device).run(rows, step).transpose(1, 2), None
 
 
 def lightning_attention(

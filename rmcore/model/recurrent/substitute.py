@@ -29,6 +29,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("RecurrentGemmaRglru", "_rnn_scan"): scans.linear_recurrence,
+    ("xLSTMBackend", "forward"): scans.mlstm,
     ("MiniMaxLightningAttention", "forward"): scans.lightning_attention,
 }
 
