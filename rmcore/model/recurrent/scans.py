@@ -22,11 +22,14 @@ from rmcore.model.recurrent.pieces import Batch, arrange, restore, scan_of, wind
 
 Function = Callable[..., Any]
 
-# Tokens of a chunk in PyTorch, where time and memory within chunks grow with their size: in Kimi's rule by a factor of
-# the head size more.
-DELTA_CHUNK, KIMI_CHUNK, MAMBA2_CHUNK, XLSTM_CHUNK = 32, 16, 32, 64
-# A recurrence that PyTorch computes token by token takes as many steps as its longest piece, so few rectangles are best.
-TOKEN_BY_TOKEN = 256
+# Tokens. In PyTorch, the work within a chunk grows with its size, and in Kimi's rule the memory too, so that small
+# chunks are faster than those that transformers chooses for its GPU kernels.
+CHUNK, KIMI_CHUNK = 32, 16
+
+
+def _grain(rows: Tensor) -> int:
+    """Tokens by which the lengths of a rectangle's pieces may differ: on a GPU, few large calls are best."""
+    return 256 if rows.is_cuda else CHUNK
 
 
 def causal_conv(
@@ -62,7 +65,7 @@ def delta_rule(
     query, key [1, T, H, K]; value [1, T, G, V]; g [1, T, G], or [1, T, H, K] in Kimi's; beta [1, T, G]. States
     [B, G, K, V].
     """
-    chunk = KIMI_CHUNK if g.dim() == 4 else DELTA_CHUNK
+    chunk = KIMI_CHUNK if g.dim() == 4 else CHUNK
     kernel = query.is_cuda and importlib.util.find_spec("fla") is not None  # takes pieces of any length as one row
 
     def step(inputs: list[Tensor], batch: Batch, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +83,7 @@ def delta_rule(
             **form,
         )
 
-    scan = scan_of(layout, 0 if kernel else chunk, query.device)
+    scan = scan_of(layout, 0 if kernel else _grain(query), query.device)
     return scan.run([query, key, value, g, beta], step), None
 
 
@@ -134,7 +137,7 @@ def selective_scan(
     # At least in fp32, in which the kernel keeps the state: the tokens that write and read it would round it.
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     rows = [tensor.transpose(1, 2).to(wide) for tensor in (hidden_states, dt, B, C)]
-    out = scan_of(layout, TOKEN_BY_TOKEN, hidden_states.device).run(rows, step).transpose(1, 2)
+    out = scan_of(layout, _grain(hidden_states), hidden_states.device).run(rows, step).transpose(1, 2)
     if D is not None:
         out = out + hidden_states * D[:, None]
     return out if z is None else out * F.silu(z)
@@ -160,7 +163,7 @@ def chunk_scan(
     hidden_states [1, T, H, P]; dt [1, T, H]; A [H]; B, C [1, T, G, N]. States [B, H, P, N].
     """
     if not hidden_states.is_cuda:
-        chunk_size = min(chunk_size, MAMBA2_CHUNK)
+        chunk_size = min(chunk_size, CHUNK)
 
     def step(inputs: list[Tensor], batch: Batch, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         x, time, write, read = inputs
@@ -169,7 +172,7 @@ def chunk_scan(
         )
         return out if keep else (out, None)
 
-    return scan_of(layout, chunk_size, hidden_states.device).run([hidden_states, dt, B, C], step)
+    return scan_of(layout, _grain(hidden_states), hidden_states.device).run([hidden_states, dt, B, C], step)
 
 
 def linear_recurrence(
@@ -190,7 +193,7 @@ def linear_recurrence(
         output, final = original(layer, x, gate, never, state, **options)
         return output, final if keep else None
 
-    scan = scan_of(layout, TOKEN_BY_TOKEN, hidden_states.device)
+    scan = scan_of(layout, _grain(hidden_states), hidden_states.device)
     return scan.run([hidden_states, recurrent_gate * ~reset], step), None
 
 
@@ -217,7 +220,7 @@ def wkv(
         output, final = original(time_decay, time_first, k, v, start, keep)
         return output, torch.stack(final, 1) if keep else None
 
-    return scan_of(layout, TOKEN_BY_TOKEN, key.device).run([key, value, real], step), None
+    return scan_of(layout, _grain(key), key.device).run([key, value, real], step), None
 
 
 def mlstm(
@@ -250,7 +253,7 @@ def mlstm(
         return output.transpose(1, 2), torch.cat([memory.flatten(2), *rest], -1) if keep else None
 
     rows = [tensor.transpose(1, 2) for tensor in (query, key, value, igate, fgate)]
-    return scan_of(layout, XLSTM_CHUNK, query.device).run(rows, step).transpose(1, 2), None
+    return scan_of(layout, _grain(query), query.device).run(rows, step).transpose(1, 2), None
 
 
 def lightning_attention(

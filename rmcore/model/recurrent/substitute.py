@@ -73,7 +73,8 @@ def _watch_windows(backbone: nn.Module) -> None:
         else:
             width, tokens = 2, 1  # RWKV's shift by one token, [1, T, D]
             causal = isinstance(module, nn.ZeroPad2d) and module.padding == (0, 0, 1, -1)
-        if causal:
+        if causal and not hasattr(module, "rmcore_window"):
+            module.rmcore_window = width
             module.register_forward_pre_hook(partial(_widen, width, tokens))
             module.register_forward_hook(partial(_narrow, width, tokens))
 
