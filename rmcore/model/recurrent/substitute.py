@@ -11,6 +11,7 @@ from functools import partial
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rmcore.model.layout_context import current_layout, packed_layout
@@ -52,6 +53,8 @@ def _substitute(owner: Any, name: str, scan: Callable[..., Any]) -> None:
     if hasattr(original, "rmcore_original"):
         return
 
+    scan = torch.compiler.disable(scan)  # its calls depend on lengths that change with every batch
+
     @functools.wraps(original)
     def chosen(*arguments: Any, **keywords: Any) -> Any:
         layout = current_layout()
@@ -79,6 +82,7 @@ def _watch_windows(backbone: nn.Module) -> None:
             module.register_forward_hook(partial(_narrow, width, tokens))
 
 
+@torch.compiler.disable
 def _widen(width: int, tokens: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor] | None:
     layout, rows = current_layout(), arguments[0]
     if layout is None:
@@ -87,6 +91,7 @@ def _widen(width: int, tokens: int, module: nn.Module, arguments: tuple[Tensor, 
     return (arrange(rows.movedim(tokens, 0), places).movedim(0, tokens),)
 
 
+@torch.compiler.disable
 def _narrow(width: int, tokens: int, module: nn.Module, arguments: tuple, output: Tensor) -> Tensor | None:
     layout = current_layout()
     if layout is None:
