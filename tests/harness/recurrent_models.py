@@ -1,15 +1,15 @@
-"""Tiny models of every family whose layers are recurrent, as a classifier that runs them as transformers does."""
+"""Tiny sequence-classification models of every family whose layers are recurrent."""
 
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
 
 import torch
 import transformers
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rmcore.model.backbone import turn_dropout_off
+from rmcore.model.classifier import new_classifier
 from tests.harness.double import InDouble
-from tests.harness.oracle import GROUPED, PAD, SMALL
+from tests.harness.oracle import GROUPED, SMALL
 
 FOUR = {**SMALL, "num_hidden_layers": 4}
 GROUPED_FOUR = {**GROUPED, "num_hidden_layers": 4, "head_dim": 8}
@@ -59,18 +59,6 @@ RECURRENT = {
             "head_dim": 8,
             "n_group": 1,
             "topk_group": 1,
-        },
-    ),
-    "glm5_next": (
-        "Glm5NextTextConfig",
-        {
-            **SMALL,
-            **KIMI,
-            **EXPERTS,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 4,
-            "layer_types": ["linear_attention"] * 3,
-            "mlp_layer_types": ["dense", "sparse", "dense"],
         },
     ),
     # Mamba 1
@@ -177,31 +165,17 @@ RECURRENT = {
     "rwkv": ("RwkvConfig", {**SMALL, "attention_hidden_size": 32, "context_length": 96}),
     "xlstm": ("xLSTMConfig", {**SMALL, "num_heads": 4, "chunk_size": 16}),
 }
+# One family for each kind of recurrent layer.
+KINDS = ["qwen3_5", "kimi_linear", "mamba", "mamba2", "minimax", "recurrent_gemma", "lfm2", "rwkv", "xlstm"]
 
 
-class Classifier(nn.Module):
-    """A base model, and the score of the last token of each text."""
-
-    def __init__(self, base_model: nn.Module) -> None:
-        super().__init__()
-        self.base_model = base_model
-        weight = next(base_model.parameters())
-        self.score = nn.Linear(base_model.config.hidden_size, 1, bias=False, dtype=weight.dtype)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        hidden = self.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
-        ).last_hidden_state
-        return SimpleNamespace(logits=self.score(hidden[torch.arange(len(hidden)), attention_mask.sum(1) - 1]))
-
-
-def recurrent_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Classifier:
+def recurrent_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model of the family with random weights and without dropout; in fp64, run it within `precision(dtype)`."""
     config_class, arguments = RECURRENT[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**arguments)
     config._experts_implementation = "eager"  # the one that computes in fp64, too
-    model = Classifier(transformers.AutoModel.from_config(config, dtype=dtype))
+    model = new_classifier(config, dtype)
     for parameter in model.parameters():
         parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
     turn_dropout_off(model)

@@ -64,7 +64,13 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     """Two ranks differ from one only by the order of fp32 sums (1e-5, see tests/training/test_world_sizes.py)."""
     config_class, arguments = RECURRENT["qwen3_5"]
     tokenizer = byte_tokenizer()
-    sizes = {**arguments, "max_position_embeddings": 512, "vocab_size": len(tokenizer), "pad_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {
+        **arguments,
+        "max_position_embeddings": 512,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     getattr(transformers, config_class)(**sizes).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     model = f"model.name={tmp_path / 'model'}"

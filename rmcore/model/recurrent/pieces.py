@@ -50,7 +50,9 @@ def pieces(layout: AttentionLayout) -> list[Piece]:
     for start, end, prefix_start, prefix_end in segments:
         if prefix_end > prefix_start:
             if prefix_start not in prompts or shared[prefix_start] != prefix_end:
-                raise ValueError("a recurrent layer needs answers that share the start of a text, all to the same token")
+                raise ValueError(
+                    "a recurrent layer needs answers that share the start of a text, all to the same token"
+                )
             found.append(Piece(start, end, prompts[prefix_start]))
         elif start in shared:
             found.append(Piece(start, shared[start]))

@@ -32,6 +32,11 @@ def _grain(rows: Tensor) -> int:
     return 256 if rows.is_cuda else CHUNK
 
 
+def takes_bounds(rows: Tensor) -> bool:
+    """Whether the delta rules are those of flash-linear-attention, which take pieces of any length as one row."""
+    return rows.is_cuda and importlib.util.find_spec("fla") is not None
+
+
 def causal_conv(
     original: Function, layout: AttentionLayout, hidden_states: Tensor, weight: Tensor, *rest: Any, **options: Any
 ) -> Tensor:
@@ -66,7 +71,7 @@ def delta_rule(
     [B, G, K, V].
     """
     chunk = KIMI_CHUNK if g.dim() == 4 else CHUNK
-    kernel = query.is_cuda and importlib.util.find_spec("fla") is not None  # takes pieces of any length as one row
+    kernel = takes_bounds(query)
 
     def step(inputs: list[Tensor], batch: Batch, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         q, k, v, decay, rate = inputs
@@ -92,10 +97,10 @@ def selective_scan(
     layout: AttentionLayout,
     hidden_states: Tensor,
     dt: Tensor,
-    A: Tensor,  # noqa: N803 (the names of the source)
-    B: Tensor,  # noqa: N803
-    C: Tensor,  # noqa: N803
-    D: Tensor | None = None,  # noqa: N803
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
@@ -148,9 +153,9 @@ def chunk_scan(
     layout: AttentionLayout,
     hidden_states: Tensor,
     dt: Tensor,
-    A: Tensor,  # noqa: N803
-    B: Tensor,  # noqa: N803
-    C: Tensor,  # noqa: N803
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
     chunk_size: int,
     *,
     initial_states: None = None,
@@ -167,9 +172,7 @@ def chunk_scan(
 
     def step(inputs: list[Tensor], batch: Batch, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         x, time, write, read = inputs
-        out = original(
-            x, time, A, write, read, chunk_size, initial_states=state, return_final_states=keep, **options
-        )
+        out = original(x, time, A, write, read, chunk_size, initial_states=state, return_final_states=keep, **options)
         return out if keep else (out, None)
 
     return scan_of(layout, _grain(hidden_states), hidden_states.device).run([hidden_states, dt, B, C], step)

@@ -7,8 +7,8 @@ packed forward that name runs `delta_rule`, anywhere else the function itself.
 
 import functools
 import sys
-from functools import partial
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
