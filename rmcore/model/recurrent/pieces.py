@@ -3,7 +3,7 @@
 Input: the batch's `AttentionLayout`.
 Output: `pieces(layout)`: each prompt that several answers share is one piece, and so is each continuation of it. `Scan`
 runs a function over them: first over the pieces that start from the zero state, then over those that start from the
-final state of another one. `Window` does the same for layers that look back over a fixed number of tokens.
+final state of another one. `window_of` arranges the row for layers that look back over a fixed number of tokens.
 Example: segments (0, 5, 0, 0) and (5, 6, 0, 3), a prompt of 3 tokens with tails of 2 and 1, are the pieces [0, 3) from
 zero, and [3, 5) and [5, 6) from the final state of [0, 3).
 
@@ -51,7 +51,7 @@ def pieces(layout: AttentionLayout) -> list[Piece]:
         if prefix_end > prefix_start:
             if prefix_start not in prompts or shared[prefix_start] != prefix_end:
                 raise ValueError(
-                    "a recurrent layer needs answers that share the start of a text, all to the same token"
+                    "the answers of a prompt share it in different ways: recurrent layers need one point where it ends"
                 )
             found.append(Piece(start, end, prompts[prefix_start]))
         elif start in shared:

@@ -1,9 +1,9 @@
 """Recurrences over packed rows: for each kind of layer, a function that replaces the one transformers calls.
 
-Input: the function of transformers that is replaced, the batch's `AttentionLayout`, and what a layer passes to it, with
-a packed row as its only sequence. Output: what it returns for a packed row, without a final state.
-Example: the gated delta rule of the row [p0 p1 | a | b] scans p0 p1 once, from a zero state, and then a and b as a batch
-of two, both from the state after p1.
+Input: the function of transformers that is replaced, the batch's `AttentionLayout`, and what a layer passes to it for
+a packed row. Output: what the function returns for a packed row, without a final state.
+Example: the gated delta rule of the row [p0 p1 | a | b] scans p0 p1 once, from a zero state, and then a and b as a
+batch of two, both from the state after p1.
 
 The replaced function computes each batch of pieces, so transformers' own arithmetic (PyTorch, or the packages that
 transformers uses on a GPU) runs on fewer tokens. Nothing here has been run on a GPU yet.
@@ -240,10 +240,10 @@ def mlstm(
     m_initial: None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """xLSTM's matrix memory (Beck et al., arXiv 2405.04517): query, key [1, H, T, K]; value [1, H, T, V]; gates [1, H, T].
+    """xLSTM's matrix memory (Beck et al., arXiv 2405.04517).
 
-    Its state consists of the memory [B, H, K, V], the normaliser [B, H, K] and the stabiliser [B, H, 1], flattened to
-    [B, H, K V + K + 1].
+    query, key [1, H, T, K]; value [1, H, T, V]; igate, fgate [1, H, T]. A state is the memory [B, H, K, V], the
+    normaliser [B, H, K] and the stabiliser [B, H, 1], flattened to [B, H, K V + K + 1].
     """
     sizes = [key.shape[-1] * value.shape[-1], key.shape[-1], 1]
 

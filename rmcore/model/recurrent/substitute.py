@@ -68,7 +68,7 @@ def _substitute(owner: Any, name: str, scan: Callable[..., Any]) -> None:
 
 
 def _watch_windows(backbone: nn.Module) -> None:
-    """Hooks on the modules whose outputs depend on the last few tokens of a text, where a layer calls them as modules."""
+    """Put hooks on the modules that look back over a few tokens, for the layers that call them as modules."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1:
             (width,), tokens = module.kernel_size, 2  # [1, D, T]
@@ -77,7 +77,7 @@ def _watch_windows(backbone: nn.Module) -> None:
             width, tokens = 2, 1  # RWKV's shift by one token, [1, T, D]
             causal = isinstance(module, nn.ZeroPad2d) and module.padding == (0, 0, 1, -1)
         if causal and not hasattr(module, "rmcore_window"):
-            module.rmcore_window = width
+            setattr(module, "rmcore_window", width)  # noqa: B010 (an int, not a module)
             module.register_forward_pre_hook(partial(_widen, width, tokens))
             module.register_forward_hook(partial(_narrow, width, tokens))
 
