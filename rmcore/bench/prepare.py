@@ -4,7 +4,7 @@ Input: a tokenizer file, and files of preference rows (JSON lines, also .gz): pr
 chosen and rejected only.
 Output: OUT/data/NAME.jsonl, the first rows whose texts have fewer than 1,024 tokens, as whole texts; and
 OUT/models/NAME, random weights under a fixed seed, with the tokenizer.
-Example: --rows hh256=hh.jsonl.gz tldr256=tldr.jsonl.gz -> 256 pairs each, and three models.
+Example: --rows hh256=hh.jsonl.gz tldr256=tldr.jsonl.gz -> 256 pairs each, and four models.
 """
 
 import gzip
@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
+)
 
 from rmcore.bench.measure import parser
 
@@ -57,7 +63,11 @@ def main(arguments: list[str]) -> int:
 
 
 def write_models(folder: Path, tokenizer: Any) -> None:
-    """Two Pythia shapes and a small Llama, each in a directory with its tokenizer."""
+    """Two Pythia shapes, a small Llama and a small Qwen3.5, each in a directory with its tokenizer.
+
+    Qwen3.5's widths are in the proportions of its 9B model: three layers of four are gated delta nets, whose keys have
+    half and whose values have all of the width; an attention head has a quarter of it.
+    """
     common: dict[str, Any] = {
         "vocab_size": 50304,
         "max_position_embeddings": 2048,
@@ -76,6 +86,19 @@ def write_models(folder: Path, tokenizer: Any) -> None:
             num_attention_heads=8,
             num_key_value_heads=4,
             intermediate_size=688,
+            **common,
+        ),
+        "qwen3_5-small": Qwen3_5TextConfig(
+            hidden_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=64,
+            intermediate_size=768,
+            linear_num_key_heads=2,
+            linear_key_head_dim=64,
+            linear_num_value_heads=4,
+            linear_value_head_dim=64,
             **common,
         ),
     }

@@ -9,6 +9,8 @@ fp32 is compared with TRL's fp32, bf16 with the better of TRL's two precisions. 
 activations, `best` does not (both are compared in steady state, without the first steps), `grouped` does not and
 batches rows of similar length (compared over the whole epoch, because its first steps hold the longest rows).
 
+With --paths, rmcore also runs with `model.attention=packed` or `padded`, and its own pairs per second are compared.
+
 rmcore and TRL get the same rows, model, precision, batch and threads. Each run is a process of its own. The arms
 alternate within each repetition, so that a slow hour of the machine slows all of them.
 """
@@ -30,6 +32,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--peers", help="virtual environment that has trl; without it only rmcore runs")
     p.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     p.add_argument("--arms", nargs="+", default=list(TRL_ARMS), choices=TRL_ARMS, help="settings of TRL to run")
+    p.add_argument("--paths", nargs="*", default=[], choices=["packed", "padded"], help="slower paths of rmcore to run")
     p.add_argument("--repeat", type=int, default=3)
     p.add_argument("--batch", type=int, default=8, help="pairs per step")
     p.add_argument("--threads", type=int, default=2)
@@ -42,20 +45,21 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parsed(arguments)
-    children: dict[str, list[str]] = {"rmcore": own_child("rmcore.bench.train_rmcore")}
+    own = own_child("rmcore.bench.train_rmcore")
+    children: list[tuple[list[str], dict[str, str]]] = [(own, {"attention": path}) for path in ("auto", *options.paths)]
     if options.peers:
         python = str(Path(options.peers, "bin", "python"))
         script = str(Path(__file__).with_name("train_trl.py"))
-        children |= {f"trl {arm}": [python, script] for arm in options.arms}
+        children += [([python, script], {"arm": arm}) for arm in options.arms]
     runs: list[dict[str, Any]] = []
     for repetition in range(options.repeat):
         for model, data, precision in itertools.product(options.model, options.data, options.precision):
-            for arm, command in children.items():
+            for command, arm in children:
                 settings = {
+                    **arm,
                     "model": model,
                     "data": data,
                     "precision": precision,
-                    "arm": arm.removeprefix("trl "),
                     "batch": options.batch,
                     "threads": options.threads,
                     "warm": options.warm,
@@ -89,7 +93,7 @@ def one_line(run: dict[str, Any]) -> str:
 
 
 def summary(runs: list[dict[str, Any]]) -> str:
-    """Medians and ratios to TRL, one line each."""
+    """Medians, and ratios to TRL and to rmcore's slower paths, one line each."""
     lines = []
     for model, data in dict.fromkeys((run["model"], run["data"]) for run in runs):
         chosen = [run for run in runs if (run["model"], run["data"]) == (model, data)]
@@ -107,10 +111,11 @@ def ratios(runs: list[dict[str, Any]]) -> list[str]:
     """rmcore in each precision over TRL in the precision that it is compared with: see the module's docstring."""
     lines = []
     for precision in dict.fromkeys(run["precision"] for run in runs):
-        for arm in ("trl default", "trl best", "trl grouped"):
+        for arm in ("trl default", "trl best", "trl grouped", "rmcore packed", "rmcore padded"):
             rate = "epoch_pairs_per_s" if arm == "trl grouped" else "pairs_per_s"
             ours = median(runs, "rmcore", precision, rate)
-            theirs = [median(runs, arm, other, rate) for other in ("fp32", "bf16") if other in ("fp32", precision)]
+            allowed = {"fp32", precision} if arm.startswith("trl") else {precision}
+            theirs = [median(runs, arm, other, rate) for other in sorted(allowed)]
             best = max((one for one in theirs if one), default=None)
             if ours and best:
                 lines.append(f"{precision} rmcore {ours:.2f} / {arm} {best:.2f} = {ours / best:.2f}")

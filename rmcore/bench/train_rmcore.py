@@ -54,6 +54,7 @@ def config_of(settings: dict[str, Any], directory: str) -> Config:
                 "name": settings["model"],
                 "head": "stored" if settings["model"] != "synthetic" else "fresh",
                 "init": "pretrained" if settings["model"] != "synthetic" else "random",
+                "attention": settings.get("attention", "auto"),
             },
             "data": {
                 "train": {"path": settings["data"]},
@@ -137,8 +138,9 @@ def record_of(settings: dict[str, Any], run: Run, watch: Stopwatch, rate: float)
     loads = np.array([[sum(int(run.plan.tokens_N[m].sum()) for m in rank) for rank in ranks] for ranks in numbers])
     tokens = loads.sum(1).tolist()
     logical = [int(sum(run.data.train.logical_tokens_N[m].sum() for rank in ranks for m in rank)) for ranks in numbers]
+    attention = settings.get("attention", "auto")
     record = {
-        "arm": "rmcore",
+        "arm": "rmcore" if attention == "auto" else f"rmcore {attention}",
         "lines": run.lines,
         "steps": len(laps),
         "warm": warm,
@@ -150,7 +152,7 @@ def record_of(settings: dict[str, Any], run: Run, watch: Stopwatch, rate: float)
         **kept,
         "peak_rss_mb": watch.peak_rss_mb,
     }
-    if rate:  # the useful FLOPs of four steps, over their time
+    if rate and attention == "auto":  # the useful FLOPs of four steps, over their time
         some = range(warm, min(warm + 4, len(laps)))
         batches = [build_batch(run.data.train, micro, run.share) for step in some for micro in numbers[step][0]]
         gflop = 1e-9 * sum(flops_of_step(run, batch) for batch in batches)

@@ -23,6 +23,7 @@ from rmcore.model.layout_context import packed_layout
 from rmcore.model.masks import prepare
 from rmcore.model.objectives import Objective
 from rmcore.model.pruning import Pruning, only_rows
+from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -62,6 +63,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.backbone, self.score = backbone, score
         self.pad_token_id, self.objective = pad_token_id, objective
+        substitute_scans(backbone)
         self._own_attention = backbone.config._attn_implementation
         try:
             self._pruning: Pruning | None = Pruning(backbone)
