@@ -10,7 +10,7 @@ in a group of their own, with a timeout of PATIENCE.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from rmcore.training.run import Run
 
 RELOAD_SHARE = 0.25  # share of the available host memory that one whole fp32 copy of the model may take
 ROOM_ON_DEVICE = 1.2  # free device memory that the check needs, relative to the fp32 weights
+WORTH_ALL_CORES = 10**7  # weights; threads only slow smaller models down, the more so the busier the cores are
 PATIENCE = 6 * 3600.0  # seconds that the other ranks wait for rank 0 to check and to push
 
 
@@ -135,8 +136,8 @@ def checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: boo
     if by_parts:
         parity = check_export(exported_shards(place, run.config, run.world), probe, package.dtype)
     elif run.world.is_main:
-        with _all_cores():
-            model = _on_device(reloaded(place, package.trust_remote_code), run.world.device)
+        model = _on_device(reloaded(place, package.trust_remote_code), run.world.device)
+        with _all_cores() if model.num_parameters() > WORTH_ALL_CORES else nullcontext():
             parity = check_export(model, probe, package.dtype)
     else:
         return None
