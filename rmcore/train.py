@@ -32,7 +32,7 @@ from rmcore.host.command import run_command
 from rmcore.host.files import write_text_atomically
 from rmcore.host.terminal import survive_lost_output
 from rmcore.parallel.optim import learning_rate, set_learning_rate
-from rmcore.parallel.world import World, running_world
+from rmcore.parallel.world import World, first_error, running_world
 from rmcore.tracking.status import write_status
 from rmcore.tracking.tracker import Tracker, start_tracker
 from rmcore.training.assembly import assemble, introduce
@@ -42,6 +42,7 @@ from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_eva
 from rmcore.training.metrics import Metrics
 from rmcore.training.outcome import STOPPED, Ending, leave_process, recorded
 from rmcore.training.publish import publish
+from rmcore.training.rehearsal import rehearse, sizes_of
 from rmcore.training.run import Run, moment_after
 from rmcore.training.run_directory import check_disk, own_directory
 from rmcore.training.run_report import report_run
@@ -104,10 +105,12 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
         return
     write_status(world, directory, "running", step=start.step)
     state = assemble(config, world, start)
-    check_disk(config, world, sum(p.numel() for p in state.strategy.named_parameters().values() if p.requires_grad))
+    sizes = sizes_of(state)
+    first_error(world, "looking at the disk", lambda: check_disk(config, sizes) if world.is_main else None)
+    rehearsed = rehearse(state, sizes)
     if world.is_main:
         write_text_atomically(directory / "config.yaml", config.dump_yaml())
-    introduce(state)
+    introduce(state, rehearsed)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
         evaluation = train(state, tracker, heartbeat, signals)
         publish(state, evaluation, tracker)

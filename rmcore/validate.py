@@ -2,7 +2,9 @@
 
 Input: a configuration. Output: one line per check, and exit code 0, or 2 if a check fails. The checks are: config,
 tokenizer, model (only its config), template, data (every row is read, rendered and tokenised, and the run will find the
-result in the cache), plan, run directory. After a failed check, all checks that do not depend on it still run.
+result in the cache), plan, export (the model with random weights is exported and reloaded, as at the end of a run), run
+directory (writable, with room for checkpoints and export). After a failed check, all checks that do not depend on it
+still run.
 
 Example:
     ok       tokenizer  PreTrainedTokenizerFast, 50277 tokens; padding token <|padding|> (id 1): the tokenizer's own
@@ -65,6 +67,7 @@ def check_all(config: Config) -> Checks:
     """Run every check on a configuration that has been read."""
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.templates import load_template
+    from rmcore.model.backbone import position_limit
     from rmcore.tracking.data_progress import DataProgress
 
     checks = Checks()
@@ -77,14 +80,15 @@ def check_all(config: Config) -> Checks:
 
     def data() -> tuple[Any, str, list[str]]:
         with DataProgress() as progress:
-            positions = getattr(found.get("model"), "max_position_embeddings", None)
+            positions = position_limit(found["model"]) if "model" in found else None
             prepared = prepare_data(config, found["tokenizer"], positions, progress)
         warnings, prepared.warnings[:] = list(prepared.warnings), []
         return prepared, describe(prepared, config), warnings
 
     checks.run("data", data, needs=("tokenizer", "template"))
     checks.run("plan", lambda: _plan(config, found["data"].train), needs=("data",))
-    checks.run("run.dir", lambda: _run_directory(config))
+    checks.run("export", lambda: _export(config, found["tokenizer"], found["data"]), needs=("model", "data"))
+    checks.run("run.dir", lambda: _run_directory(config, found.get("export")))
     return checks
 
 
@@ -128,14 +132,25 @@ def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
     return plan, shown, warnings
 
 
-def _run_directory(config: Config) -> tuple[Any, str, list[str]]:
-    """Check that the directory, or its nearest existing parent, is writable. Nothing is created."""
+def _export(config: Config, tokenizer: Any, data: Any) -> tuple[Any, str, list[str]]:
+    from rmcore.hf_export.rehearsal import rehearse
+
+    sizes, line = rehearse(config, tokenizer, data.template, data.eval or data.train)
+    return sizes, line, []
+
+
+def _run_directory(config: Config, sizes: Any) -> tuple[Any, str, list[str]]:
+    """Check that the directory, or its nearest existing parent, is writable and has room. Nothing is created."""
+    from rmcore.training.run_directory import check_disk
+
     directory = Path(config.run.dir).absolute()
     existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
     if not existing.is_dir():
         raise UserError(f"run.dir={config.run.dir}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={config.run.dir}: cannot write to {existing}")
+    if sizes is not None:
+        check_disk(config, sizes)
     return directory, str(directory) if existing == directory else f"{directory} (will be created)", []
 
 

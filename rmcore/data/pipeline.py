@@ -30,6 +30,7 @@ from rmcore.data.reading.sources import Source
 from rmcore.data.tokens.build import Chunk, Work
 from rmcore.data.tokens.cache import FORMAT_VERSION, CacheWriter, open_or_build
 from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.limits import LengthLimits
 from rmcore.data.tokens.templates import Template, TemplateRefused
 
@@ -61,18 +62,22 @@ class Part:
     @property
     def limits(self) -> LengthLimits:
         data = self.config.data
-        return LengthLimits(data.max_tokens, data.max_prompt_tokens, data.length_policy == "truncate_left")
+        cut = data.length_policy == "truncate_left"
+        # BOS is not cut; where the tokenizer adds it, the build sees to that.
+        kept = cut and self.template.front and TextEncoder(self.tokenizer).bos is None
+        return LengthLimits(data.max_tokens, data.max_prompt_tokens, cut, keep_first=int(bool(kept)))
 
     def cache_key(self) -> str:
         """Hash of all that decides the content: the same key means the same bytes."""
-        data = self.config.data
+        data, limits = self.config.data, self.limits
+        of_template = ["keep_first"] if limits.keep_first else []
         decides = {
             "version": [FORMAT_VERSION, __version__],
             "name": self.name,
             "sources": [[source.fingerprint, source.label, dict(source.columns)] for source in self.sources],
             "template": self.template.fingerprint,
             "tokenizer": self.tokenizer_fingerprint,
-            "limits": [self.limits.max_tokens, self.limits.max_prompt_tokens, self.limits.truncate_left],
+            "limits": [limits.max_tokens, limits.max_prompt_tokens, limits.truncate_left, *of_template],
             "reads": [self.config.loss.margin, *self.reads],
             "rows": [data.group_by_prompt, data.drop_repeated, data.drop_contradicted],
             "holdout": [self.holdout, data.eval_fraction, self.config.run.seed] if self.holdout else None,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from rmcore.config import config_from_values, load_config
 from rmcore.config.schema import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.templates import NAMED_TEMPLATES
 from rmcore.evaluation.evaluate import Evaluation, evaluate
 from rmcore.evaluation.rewardbench import HUB_SPLITS
 from rmcore.host.memory import keep_freed_memory
@@ -47,7 +48,8 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
         trained = load_config(str(saved), [])
         for section, keys in KEPT.items():
             values[section] = {key: getattr(getattr(trained, section), key) for key in keys}
-        if str(values["data"]["template"]).endswith((".jinja", ".jinja2", ".j2")):
+        template = str(values["data"]["template"])
+        if template.endswith((".jinja", ".jinja2", ".j2")) or _is_changed(template, saved.parent):
             # The file may no longer exist; the tokenizer of the export holds its content.
             values["data"]["template"] = "tokenizer"
     values["model"] = {"name": model, "head": "stored"}
@@ -58,6 +60,13 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
     source = ("data.split", "data.name", "data.revision", "data.amount", "data.columns")
     moved = [f"data.train.{o.removeprefix('data.')}" if o.startswith(source) else o for o in overrides]
     return config_from_values(values, moved, where="command line")
+
+
+def _is_changed(template: str, directory: Path) -> bool:
+    """Whether the exported form of a named template differs from it: it writes BOS if the base's tokenizer added it."""
+    exported = directory / "chat_template.jinja"
+    named = NAMED_TEMPLATES.get(template)
+    return named is not None and exported.is_file() and exported.read_text(encoding="utf-8") != named
 
 
 class TrainedModel:

@@ -11,27 +11,38 @@ compares its rewards with the engine's (rmcore/hf_export/parity.py) and renames 
 """
 
 import copy
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.config import UserError
-from rmcore.data.tokens.encoder import TextEncoder
+from rmcore.data.tokens.encoder import TextEncoder, plain_backend_json
 from rmcore.data.tokens.templates import Template
-from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, probe_text, reloaded
+from rmcore.hf_export.parity import (
+    PROBE_TURNS,
+    ExportError,
+    Parity,
+    Probe,
+    check_export,
+    check_tokenizer,
+    probe_text,
+    reloaded,
+)
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
-from rmcore.model.classifier import text_prefix
+from rmcore.model.classifier import brings_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
-from rmcore.model.meta_model import set_padding
+from rmcore.model.meta_model import model_on_meta, set_padding
 from rmcore.scoring.normalisation import KEY as NORMALISATION
 from rmcore.scoring.normalisation import Normalisation
 
@@ -44,7 +55,8 @@ class Package:
     with its final vocabulary size. `dtype`: the dtype of the written weights (fp32 or bf16). `card`: README.md.
     `config_yaml`: the resolved configuration. `normalisation`: stored in config.json, without an effect on the weights
     and their rewards. `max_shard_size`: the largest size of one safetensors file, such as "5GB". `towers`: weights that
-    were not trained (rmcore.model.classifier), by their names in transformers.
+    were not trained (rmcore.model.classifier), by their names in transformers. `trust_remote_code`: whether classes of
+    the base model's repository may run; their code is then copied into the directory.
     """
 
     model_class: type[PreTrainedModel]
@@ -57,6 +69,7 @@ class Package:
     normalisation: Normalisation | None = None
     max_shard_size: str = SHARD_SIZE
     towers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
 
 def export_model(
@@ -78,8 +91,7 @@ def export_model(
     """
     temporary = write_model(shapes, tensors, package, Path(directory))
     try:
-        parity = check_export(reloaded(temporary), probe, package.dtype)
-        check_tokenizer(temporary, package.tokenizer, package.template, probe.token_ids)
+        parity = check_written(temporary, package, probe)
     except BaseException as error:
         raise ExportError(f"{error} (left in {set_aside(temporary, Path(directory))})") from error
     take_place(temporary, Path(directory))
@@ -96,21 +108,53 @@ def write_model(
 
     Raises as `export_model`; no files are left then.
     """
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
-    temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _empty_temporary(directory)
     try:
         _write_weights(shapes, tensors, package, temporary)
-        exported_tokenizer(package.tokenizer, package.template).save_pretrained(temporary)
-        (temporary / "README.md").write_text(package.card, encoding="utf-8")
-        (temporary / "rmcore_config.yaml").write_text(package.config_yaml, encoding="utf-8")
+        _write_texts(package, temporary)
         _settle(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return temporary
+
+
+def check_written(directory: Path, package: Package, probe: Probe) -> Parity:
+    """Reload a directory that was written from `package` and compare it. Raises ExportError."""
+    parity = check_export(reloaded(directory, package.trust_remote_code), probe, package.dtype)
+    check_texts(directory, package, probe.token_ids)
+    return parity
+
+
+def check_without_weights(
+    shapes: Mapping[str, tuple[int, ...]], package: Package, directory: Path, token_ids: Sequence[Sequence[int]]
+) -> None:
+    """Check what can be checked of an export before its weights are written; nothing stays on the disk.
+
+    The weights must have the names and shapes of the class, for the config in memory and for the one that is written
+    and reloaded. The tokenizer and the chat template are written, reloaded and compared. Raises as `export_model`.
+    """
+    temporary = _empty_temporary(directory)
+    try:
+        config, skeleton = _fitting(shapes, package)
+        config.architectures, config.dtype = [package.model_class.__name__], package.dtype
+        config.save_pretrained(temporary)
+        _write_texts(package, temporary)
+        kept = AutoConfig.from_pretrained(temporary, trust_remote_code=package.trust_remote_code)
+        if brings_code(kept, trust_remote_code=package.trust_remote_code):
+            with torch.device("meta"):
+                again = package.model_class(kept)
+        else:
+            again = model_on_meta(kept)
+        _compare_shapes(_shapes(again), _shapes(skeleton), f"{type(again).__name__} of the exported config.json")
+        check_texts(temporary, package, token_ids)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_texts(directory: Path, package: Package, token_ids: Sequence[Sequence[int]]) -> None:
+    """`check_tokenizer` for a directory that was written from `package`. Raises ExportError."""
+    check_tokenizer(directory, package.tokenizer, package.template, token_ids, package.trust_remote_code)
 
 
 def set_aside(temporary: Path, directory: Path) -> Path:
@@ -145,19 +189,87 @@ def classifier_config(
 
 
 def exported_tokenizer(tokenizer: PreTrainedTokenizerFast, template: Template) -> PreTrainedTokenizerFast:
-    """A copy that pads on the right and holds the chat template of the training (none for plain texts).
+    """A copy that pads on the right, holds the chat template of the training, and adds no token to its texts.
 
-    If the tokenizer puts BOS in front of a text by itself, training texts begin with it, but `apply_chat_template`
-    would not add it; the exported template then writes it.
+    Pipelines, RewardBench and vLLM tokenise a rendered text with special tokens, others without. Both must give the
+    ids of the training, which has one BOS if the base model's tokenizer adds it, and nothing else that the text does
+    not spell. So the exported template writes BOS and the exported tokenizer does not add it. Plain texts have no
+    template: for them the tokenizer adds BOS.
     """
     exported = copy.deepcopy(tokenizer)
     exported.padding_side = "right"
     exported.chat_template = template.chat_template
-    if template.chat_template is not None and TextEncoder(tokenizer).bos is not None:
-        text = probe_text(template)
-        if text is not None and not text.startswith(str(tokenizer.bos_token)):
-            exported.chat_template = "{{ bos_token }}" + template.chat_template
+    encoder = TextEncoder(tokenizer)
+    if template.chat_template is not None and encoder.bos is not None:
+        exported.chat_template = _bos_in_front(template, encoder, str(tokenizer.bos_token)) + template.chat_template
+    _add_only([str(tokenizer.bos_token)] if template.wants_text and encoder.bos is not None else [], exported)
     return exported
+
+
+def _bos_in_front(template: Template, encoder: TextEncoder, bos: str) -> str:
+    """What to put in front of a template so that it writes the BOS that `encoder` adds; "" if it writes BOS itself.
+
+    Tokenizers that mark the first word of a text as if a space preceded it do not mark the word behind a written BOS:
+    they need the space.
+    """
+    texts = [text for turns in PROBE_TURNS if (text := probe_text(template, turns)) is not None]
+    if any(text.startswith(bos) for text in texts) or (not texts and template.front):
+        return ""
+    expected = [ids.tolist() for ids in encoder.encode(texts)]
+    spaced = [ids.tolist() for ids in encoder.encode([f"{bos} {text}" for text in texts])]
+    plain = [ids.tolist() for ids in encoder.encode([bos + text for text in texts])]
+    return "{{ bos_token }} " if spaced == expected != plain else "{{ bos_token }}"
+
+
+def _add_only(front: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let the tokenizer put `front` in front of a text, and add nothing else; one that does so is not changed."""
+    backend = tokenizer.backend_tokenizer
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in front]
+    if backend.encode("a").ids == [*ids, *backend.encode("a", add_special_tokens=False).ids]:
+        return
+    stored = plain_backend_json(tokenizer)["post_processor"] or {"type": "none"}
+    steps = stored["processors"] if stored["type"] == "Sequence" else [stored]
+    offsets = [processors.ByteLevel(trim_offsets=s["trim_offsets"]) for s in steps if s["type"] == "ByteLevel"]
+    before, between = (f"{token}:{part} " for token in front for part in "01") if front else ("", "")
+    added = processors.TemplateProcessing(
+        single=f"{before}$A:0", pair=f"{before}$A:0 {between}$B:1", special_tokens=list(zip(front, ids, strict=True))
+    )
+    backend.post_processor = processors.Sequence([*offsets, added]) if offsets else added
+
+
+def _empty_temporary(directory: Path) -> Path:
+    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
+        raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
+    temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _fitting(shapes: Mapping[str, tuple[int, ...]], package: Package) -> tuple[PretrainedConfig, Any]:
+    """The exported config, and a model of the class on meta, which defines the names and shapes on disk.
+
+    Raises ExportError if the weights have other names or shapes.
+    """
+    config = classifier_config(package.hf_config, package.tokenizer, package.normalisation)
+    with torch.device("meta"):
+        skeleton: Any = package.model_class(config)
+    prefix = text_prefix(skeleton)
+    found = {re.sub(r"^backbone\.", prefix, name): shape for name, shape in shapes.items()}
+    found |= {name: tuple(tensor.shape) for name, tensor in package.towers.items()}
+    _compare_shapes(found, _shapes(skeleton), package.model_class.__name__)
+    return config, skeleton
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _compare_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], what: str) -> None:
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        shown = "; ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in wrong[:5])
+        raise ExportError(f"{len(wrong)} weights do not fit {what}: {shown}")
 
 
 def _write_weights(
@@ -166,34 +278,69 @@ def _write_weights(
     package: Package,
     directory: Path,
 ) -> None:
-    config = classifier_config(package.hf_config, package.tokenizer, package.normalisation)
-    with torch.device("meta"):  # the class defines the names and shapes on disk; on meta it needs no memory
-        skeleton: Any = package.model_class(config)
-    skeleton.to(package.dtype)
+    config, skeleton = _fitting(shapes, package)
     prefix = text_prefix(skeleton)
-
-    def hf_name(name: str) -> str:
-        return re.sub(r"^backbone\.", prefix, name)
-
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    found = {hf_name(name): shape for name, shape in shapes.items()}
-    found |= {name: tuple(tensor.shape) for name, tensor in package.towers.items()}
-    renamed = chain(((hf_name(name), tensor) for name, tensor in tensors), package.towers.items())
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        shown = "; ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in wrong[:5])
-        raise ExportError(f"{len(wrong)} weights do not fit {package.model_class.__name__}: {shown}")
-    floating = all(tensor.is_floating_point() for tensor in skeleton.state_dict().values())
+    renamed = ((re.sub(r"^backbone\.", prefix, name), tensor) for name, tensor in tensors)
+    weights = chain(renamed, package.towers.items())
+    # Stored buffers keep their dtype: in bf16 the biases of a router would choose other experts.
+    buffers = {name for name, _ in skeleton.named_buffers() if name in skeleton.state_dict()}
     on_disk = stored_shapes(skeleton)
-    special = skeleton.is_custom_code() or hasattr(config, "quantization_config")
-    if special or on_disk is None or not floating:  # transformers must write these itself
+    special = skeleton.is_custom_code() or hasattr(config, "quantization_config") or buffers
+    if special or on_disk is None:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
-        state = {name: t.to(package.dtype) if t.is_floating_point() else t for name, t in renamed}
-        skeleton.save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
+        state = {name: tensor if name in buffers else tensor.to(package.dtype) for name, tensor in weights}
+        skeleton.to(package.dtype).save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return
     config.architectures, config.dtype = [package.model_class.__name__], package.dtype
     config.save_pretrained(directory)
-    write_weights(directory, on_disk, package.dtype, stored(skeleton, renamed), package.max_shard_size)
+    write_weights(directory, on_disk, package.dtype, stored(skeleton, weights), package.max_shard_size)
+
+
+def _write_texts(package: Package, directory: Path) -> None:
+    """The tokenizer, the model card and the configuration; after config.json is there."""
+    exported = exported_tokenizer(package.tokenizer, package.template)
+    exported.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    # transformers 4 has tokenizer classes that add BOS without these keys; transformers 5 reads tokenizer.json.
+    wanted = exported("a").input_ids
+    values |= {"add_bos_token": wanted != exported("a", add_special_tokens=False).input_ids, "add_eos_token": False}
+    _write_json(path, values)
+    again: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=package.trust_remote_code)
+    if again("a").input_ids != wanted:  # a class that adds BOS whatever its files say, such as CodeLlama's
+        _write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    for written in (path, directory / "config.json"):
+        values = json.loads(written.read_text(encoding="utf-8"))
+        if _keep_present_code(values, directory, package.trust_remote_code):
+            _write_json(written, values)
+    (directory / "README.md").write_text(package.card, encoding="utf-8")
+    (directory / "rmcore_config.yaml").write_text(package.config_yaml, encoding="utf-8")
+
+
+def _keep_present_code(values: Any, directory: Path, trusted: bool) -> bool:
+    """Drop entries of `auto_map` whose code is neither in the directory nor on the hub; returns whether any was.
+
+    Without trust_remote_code, transformers' own classes were trained, so that no entry stays.
+    """
+    if not isinstance(values, dict):
+        return False
+    changed = False
+    if isinstance(entries := values.get("auto_map"), dict | list):
+        entries = entries if isinstance(entries, dict) else {"AutoTokenizer": entries}
+        kept = {}
+        for name, classes in entries.items():
+            modules = [c.partition(".")[0] for c in (classes if isinstance(classes, list) else [classes]) if c]
+            if trusted and all("--" in module or (directory / f"{module}.py").is_file() for module in modules):
+                kept[name] = classes
+        changed = kept != entries
+        values["auto_map"] = kept
+        if not kept:
+            del values["auto_map"]
+    return any([changed, *(_keep_present_code(value, directory, trusted) for value in values.values())])
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _settle(directory: Path) -> None:

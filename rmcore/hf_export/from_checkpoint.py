@@ -76,6 +76,7 @@ def export(
         normalisation=normalisation,
         max_shard_size=max_shard_size,
         towers=towers(trained.hf_model),
+        trust_remote_code=config.model.trust_remote_code,
     )
     state = merged(trained.model.state_dict(), loaded.adapted)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

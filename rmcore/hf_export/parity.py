@@ -25,7 +25,7 @@ from rmcore.data.formats.comparison import Comparison
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.host.command import ExplainedError
-from rmcore.model.classifier import classifier_class, is_made
+from rmcore.model.classifier import brings_code, classifier_class, is_made
 from rmcore.model.rounding import UNIT_ROUNDOFF, allowed_difference
 
 
@@ -62,15 +62,19 @@ class Parity:
         return [f"note: pad this model's texts on the right, never on the left: {self.left}"] if self.left else []
 
 
-def reloaded(directory: Path) -> PreTrainedModel:
+def reloaded(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The directory as plain transformers loads it, in fp32.
 
     Raises ExportError: weights are missing, unexpected or of another shape.
     """
     loader: Any = AutoModelForSequenceClassification
-    if is_made(kind := classifier_class(AutoConfig.from_pretrained(directory))):
+    given: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if brings_code(hf_config, trust_remote_code=trust_remote_code):
+        given["trust_remote_code"] = True
+    elif is_made(kind := classifier_class(hf_config)):
         loader = kind
-    model, info = loader.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, info = loader.from_pretrained(directory, **given)
     faults = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(faults.values()):
         raise ExportError(f"transformers does not find the weights that it expects in {directory}: {faults}")
@@ -105,7 +109,7 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     )
     hook.remove()
     scale = max(scales)
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = depth(model)
     # Padding changes nothing but the order of sums, and all three ways run in fp32: they must agree to its rounding.
     rounding = allowed_difference(torch.float32, layers, scale, alone)
     _compare("padded right", _padded(model, probe.token_ids, "right"), "alone", alone, rounding)
@@ -120,6 +124,14 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     allowed = allowed_difference(precision, layers, scale, alone)
     engine = torch.tensor(list(probe.rewards), dtype=torch.float64)
     return Parity(_compare("reloaded", alone, "the engine's", engine, allowed), allowed, left)
+
+
+def depth(model: PreTrainedModel) -> int:
+    """The number of decoder layers; composite configs keep it in their text part, and some configs do not have it."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int):
+        return layers
+    return max((len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)), default=1)
 
 
 def _padded(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], side: str) -> torch.Tensor:
@@ -147,32 +159,85 @@ def _compare(what: str, found: torch.Tensor, other: str, expected: torch.Tensor,
 
 
 def check_tokenizer(
-    directory: Path, tokenizer: PreTrainedTokenizerFast, template: Template, token_ids: Sequence[Sequence[int]]
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    token_ids: Sequence[Sequence[int]],
+    trust_remote_code: bool = False,
 ) -> None:
-    """Reload the tokenizer: texts must give the token ids of the training, also through the chat template.
+    """Reload the tokenizer: texts must give the token ids of the training, in every way in which programs tokenise.
+
+    These ways are with special tokens (the default: pipelines, RewardBench, vLLM), without them, and the chat template.
+    Plain texts have no template that could write BOS, so there only the default is compared if the tokenizer adds BOS.
 
     Raises ExportError if one does not.
     """
-    reloaded: Any = AutoTokenizer.from_pretrained(directory)
-    texts = [str(tokenizer.decode(list(ids))) for ids in token_ids]
-    trained, exported = TextEncoder(tokenizer).encode(texts), TextEncoder(reloaded).encode(texts)
-    if not all(np.array_equal(a, b) for a, b in zip(trained, exported, strict=True)):
-        raise ExportError("the exported tokenizer gives other token ids than the tokenizer of the training")
-    text = probe_text(template)
-    if text is not None:
-        ids = reloaded.apply_chat_template(_PROBE_TURNS, tokenize=True, return_dict=False)
-        if list(ids) != TextEncoder(tokenizer).encode([text])[0].tolist():
-            raise ExportError("the exported chat template gives other token ids than the template of the training")
+    reloaded: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    encoder, bos = TextEncoder(tokenizer), str(tokenizer.bos_token)
+    for ids in token_ids:
+        text = str(tokenizer.decode(list(ids)))
+        [expected] = encoder.encode([text])
+        if encoder.bos is not None:  # the exported template writes BOS; in front of a plain text it must not be spelled
+            text = text.removeprefix(bos) if template.wants_text else bos + text.removeprefix(bos)
+            [expected] = encoder.encode([text])
+        _compare_ids(reloaded, text, expected, bare=not (template.wants_text and encoder.bos is not None))
+    for turns in PROBE_TURNS:
+        rendered = probe_text(template, turns)
+        if rendered is None:
+            continue
+        [expected] = encoder.encode([rendered])
+        text = str(reloaded.apply_chat_template(turns, tokenize=False))
+        if text.removesuffix(rendered) not in ("", bos, f"{bos} "):
+            found, wanted = text.removeprefix(bos), rendered.removeprefix(bos)
+            here = slice(max(0, (place := _differ_at(found, wanted)) - 20), place + 40)
+            raise ExportError(
+                f"the exported chat template renders {found[here]!r} where the template of the training rendered "
+                f"{wanted[here]!r}: a template that reads the clock or draws at random cannot be exported"
+            )
+        ids = reloaded.apply_chat_template(turns, tokenize=True, return_dict=False)
+        if list(ids) != expected.tolist():
+            raise ExportError(
+                f"the exported chat template gives other token ids than the training: {_difference(ids, expected)}"
+            )
+        _compare_ids(reloaded, text, expected)
 
 
-_PROBE_TURNS = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."}]
+def _compare_ids(reloaded: Any, text: str, expected: np.ndarray, bare: bool = True) -> None:
+    for special in (True, False) if bare else (True,):
+        ids = reloaded(text, add_special_tokens=special).input_ids
+        if list(ids) != expected.tolist():
+            raise ExportError(
+                f"the exported tokenizer, with add_special_tokens={special}, gives other token ids than the training: "
+                f"{_difference(ids, expected)}"
+            )
 
 
-def probe_text(template: Template) -> str | None:
+def _difference(found: Sequence[int], expected: np.ndarray) -> str:
+    """Both lists from a little before the first place where they differ."""
+    known = expected.tolist()
+    here = slice(max(0, (place := _differ_at(found, known)) - 2), place + 4)
+    return f"from token {here.start} on {list(found)[here]}, expected {known[here]}"
+
+
+def _differ_at(one: Sequence[Any], other: Sequence[Any]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+_USER, _ASSISTANT = {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."}
+# Templates treat these differently: some write a system turn of their own, some refuse it, some mark the last turn.
+PROBE_TURNS: tuple[list[dict[str, str]], ...] = (
+    [_USER, _ASSISTANT],
+    [{"role": "system", "content": "Be brief."}, _USER, _ASSISTANT],
+    [_USER, _ASSISTANT, _USER, _ASSISTANT],
+)
+
+
+def probe_text(template: Template, turns: list[dict[str, str]]) -> str | None:
     """A short conversation as training renders it; None for plain texts, or if the template rejects it."""
     if template.chat_template is None:
         return None
     try:
-        return template.render(Comparison(_PROBE_TURNS[:1], (_PROBE_TURNS[1:],), source="", prompt_key=""))[1][0]
+        return template.render(Comparison(turns[:-1], (turns[-1:],), source="", prompt_key=""))[1][0]
     except TemplateRefused:
         return None

@@ -18,12 +18,21 @@ def probe_of(
     model: nn.Module, data: TokenizedComparisons, device: torch.device, share: bool, precision: torch.dtype
 ) -> Probe:
     """The texts of the longest comparison of `data` and of a few others, with the rewards of `model`."""
-    numbers = trial_comparisons(data.tokens_N)
+    numbers, texts = _texts(data)
     batch = build_batch(data, numbers, share).on(device)
     was_training = model.training
     model.eval()
     rewards_A = model(batch).rewards_A
     model.train(was_training)
-    items = [data.comparison(number) for number in numbers]
-    texts = [item.text(answer).tolist() for item in items for answer in range(len(item.tails))]
     return Probe(texts, rewards_A.tolist(), precision)
+
+
+def probe_texts(data: TokenizedComparisons) -> list[list[int]]:
+    """The token ids of the texts of `probe_of`, without their rewards."""
+    return _texts(data)[1]
+
+
+def _texts(data: TokenizedComparisons) -> tuple[list[int], list[list[int]]]:
+    numbers = trial_comparisons(data.tokens_N)
+    items = [data.comparison(number) for number in numbers]
+    return numbers, [item.text(answer).tolist() for item in items for answer in range(len(item.tails))]

@@ -8,7 +8,9 @@ Example: rank 16 on all linear layers of Pythia 1b adds 8.4 million trained weig
 Source: Hu et al., arXiv 2106.09685, section 4.1. peft (extra `lora`) is imported only when `model.lora.rank` is set.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from rmcore.config.lora import LoraConfig
 
 PREFIX = "backbone."  # in front of the backbone's weights in the reward model's state
 CHUNK = 1 << 26  # elements that are hashed at a time
+UNTRAINED_B = 0.01  # moves an output by some percent of its size, far more than rounding
 
 
 class Adapted(NamedTuple):
@@ -36,7 +39,7 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
     """Put adapters into `backbone`, in place, and freeze all its other weights.
 
     A is drawn under `seed`, the same on every rank. B is zero, so that the model computes the same as before.
-    Raises UserError: peft is not installed, or a target is not the name of a linear layer.
+    Raises UserError: peft is not installed, or a target is not the name of a linear layer that can be merged.
     """
     try:
         import peft
@@ -46,18 +49,18 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
             "model.lora.rank is set and the package peft is not installed: pip install 'rmcore[lora]', or leave "
             "model.lora out"
         ) from None
-    _check_targets(backbone, config)
-    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    # peft sees a container that is not a transformers model: for those it also adapts the fused parameters of experts.
+    container = nn.ModuleDict({"backbone": backbone})
     arguments: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.scale_alpha,
-        "target_modules": targets,
+        "target_modules": [PREFIX + name for name in _targets(backbone, config)],
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in backbone.modules()),  # GPT-2's linear layers
     }
     torch.manual_seed(seed)
-    peft.inject_adapter_in_model(peft.LoraConfig(**arguments), backbone)
+    peft.inject_adapter_in_model(peft.LoraConfig(**arguments), container)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     return [
@@ -67,11 +70,16 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
     ]
 
 
-def _check_targets(backbone: PreTrainedModel, config: LoraConfig) -> None:
-    """Every target must be the end of a linear layer's name: peft ignores wrong targets as long as one is right."""
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+def _targets(backbone: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """The whole names of the linear layers to adapt.
+
+    Raises UserError unless every target is the end of such a name: peft ignores wrong ones as long as one is right.
+    """
+    linear = _mergeable(backbone)
     if isinstance(config.targets, str):
-        return
+        if not linear:
+            raise UserError(f"model.lora: {type(backbone).__name__} has no linear layer that LoRA can adapt")
+        return linear
     unknown = [target for target in config.targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
     if unknown or not config.targets:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
@@ -80,6 +88,23 @@ def _check_targets(backbone: PreTrainedModel, config: LoraConfig) -> None:
             f"model.lora.targets: {given} is not a linear layer of {type(backbone).__name__}; its linear layers are "
             f"{known}; all-linear selects all of them"
         )
+    ends = tuple(f".{target}" for target in config.targets)
+    return [name for name in linear if f".{name}".endswith(ends)]
+
+
+def _mergeable(backbone: PreTrainedModel) -> list[str]:
+    """Names of the layers whose weight plus a low-rank change is again a weight of the same model.
+
+    A subclass that computes something else (a router) is not one, and neither is a layer that shares its weight.
+    """
+    owners = Counter(map(id, (p for _, p in backbone.named_parameters(remove_duplicate=False))))
+    return [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        and owners[id(module.weight)] == 1
+    ]
 
 
 def merged(state: Mapping[str, Tensor], adapted: Sequence[Adapted]) -> dict[str, Tensor]:
@@ -96,6 +121,32 @@ def merged(state: Mapping[str, Tensor], adapted: Sequence[Adapted]) -> dict[str,
         if (bias := plain.pop(f"{name}.base_layer.bias", None)) is not None:
             plain[f"{name}.bias"] = bias
     return plain
+
+
+def merged_shapes(shapes: Mapping[str, tuple[int, ...]], adapted: Sequence[Adapted]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of `merged`, from those of the state."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {name: tuple(tensor.shape) for name, tensor in merged(empty, adapted).items()}
+
+
+@contextmanager
+@torch.no_grad()
+def visible_changes(parameters: Callable[[], Mapping[str, Tensor]], adapted: Sequence[Adapted]) -> Iterator[None]:
+    """Within, untrained adapters change their weights, so that a layer that computes without its adapter shows.
+
+    B is UNTRAINED_B in place of 0. `parameters` returns the parameters by their names in the reward model.
+    """
+
+    def fill(value: float) -> None:
+        own = parameters()
+        for name, _, _ in adapted:
+            own[f"{name}.lora_B.default.weight"].fill_(value)
+
+    fill(UNTRAINED_B)
+    try:
+        yield
+    finally:
+        fill(0.0)
 
 
 def frozen_fingerprint(model: nn.Module) -> str:

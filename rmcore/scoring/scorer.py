@@ -157,7 +157,9 @@ class Scorer:
         return Rendered(prompt, list(written), single)
 
     def as_rendered(self, text: str) -> str:
-        """A whole text stays as it is, but if the template is `none`, EOS is appended, as in training."""
+        """A whole text stays as it is, with the BOS of the template in front, and EOS behind it if that is `none`."""
+        if not text.startswith(self.template.special_tokens.get("bos_token", "")):
+            text = self.template.front + text
         return text + self.eos if self.template.wants_text and not text.endswith(self.eos) else text
 
 

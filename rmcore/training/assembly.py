@@ -129,10 +129,10 @@ def flops_per_token(
     return flops_of_pair(DryRun(hf_config, trust_remote_code=config.model.trust_remote_code), size) / size.tokens
 
 
-def introduce(run: Run) -> None:
+def introduce(run: Run, *more: str) -> None:
     """Before the first step, on rank 0: print the facts about the run, and the first comparison token by token."""
     console = Console(quiet=not run.world.is_main, highlight=False)
-    for line in (*run.start.lines, *run.lines):
+    for line in (*run.start.lines, *run.lines, *more):
         console.print(line, markup=False, soft_wrap=True)
     show_first_example(run.data.train.comparison(run.plan.first()), run.tokenizer, console)
 

@@ -10,7 +10,7 @@ in a group of their own, with a timeout of PATIENCE.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.evaluation.evaluate import Evaluation
 from rmcore.hf_export.card import model_card
-from rmcore.hf_export.directory import Package, set_aside, take_place, write_model
-from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, reloaded
+from rmcore.hf_export.directory import Package, check_texts, set_aside, take_place, write_model
+from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, reloaded
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
 from rmcore.host.faults import fault
@@ -36,6 +36,7 @@ from rmcore.training.run import Run
 
 RELOAD_SHARE = 0.25  # share of the available host memory that one whole fp32 copy of the model may take
 ROOM_ON_DEVICE = 1.2  # free device memory that the check needs, relative to the fp32 weights
+WORTH_ALL_CORES = 10**7  # weights; threads only slow smaller models down, the more so the busier the cores are
 PATIENCE = 6 * 3600.0  # seconds that the other ranks wait for rank 0 to check and to push
 
 
@@ -44,45 +45,22 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
 
     Raises RankError, on all ranks, if the export cannot be written or does not compute what was trained.
     """
-    config, world, directory = run.config, run.world, Path(run.config.run.dir) / "model"
+    config, world, directory = run.config, run.world, model_directory(run)
     probe = make_probe(run)
     run.strategy.adamw.state.clear()  # the training is over, and the check may need the memory
-    package = Package(
-        model_class=run.model_class,
-        hf_config=run.hf_config,
-        tokenizer=run.tokenizer,
-        template=run.data.template,
-        dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
-        card=model_card(
-            config,
-            wants_text=run.data.template.wants_text,
-            data=run.data.train,
-            metrics=evaluation.metrics if evaluation else None,
-        ),
-        config_yaml=config.dump_yaml(),
-        towers=run.towers,
-    )
-    shapes, tensors = run.strategy.shapes(), run.strategy.whole_tensors()
-
-    def write() -> Path | None:
-        try:
-            if not world.is_main:
-                return None
-            if not run.adapted:
-                return write_model(shapes, tensors, package, directory)
-            plain = merged(dict(tensors), run.adapted)
-            return write_model({n: tuple(t.shape) for n, t in plain.items()}, plain.items(), package, directory)
-        finally:
-            for _ in tensors:  # the other ranks gather all weights, so this rank must too, even if its disk failed
-                pass
-
+    package = package_of(run, evaluation)
     waiting = second_group(PATIENCE) if world.size > 1 else None
-    temporary = first_error(world, "the export", write, waiting)
+    temporary = first_error(world, "the export", lambda: written(run, package, directory), waiting)
     place = Path(broadcast_json(world, str(temporary)))
     # A model that was loaded whole, because transformers rearranges its weights, is reloaded whole, too.
     by_parts = broadcast_json(world, run.in_parts and _too_large(run.strategy))
+
+    def check() -> Parity | None:
+        fault("export.check")
+        return checked(run, package, place, probe, by_parts)
+
     try:
-        parity = first_error(world, "the export", lambda: _checked(run, package, place, probe, by_parts), waiting)
+        parity = first_error(world, "the export", check, waiting)
     except RankError as error:
         aside = f" (left in {set_aside(place, directory)})" if world.is_main else ""
         raise RankError(f"{error}{aside}") from error
@@ -101,23 +79,69 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
         tracker.say(f"pushed to {config.hub.repo}")
 
 
+def model_directory(run: Run) -> Path:
+    """Where the run exports its model."""
+    return Path(run.config.run.dir) / "model"
+
+
+def package_of(run: Run, evaluation: Evaluation | None) -> Package:
+    """Everything of the export except the weights."""
+    config = run.config
+    return Package(
+        model_class=run.model_class,
+        hf_config=run.hf_config,
+        tokenizer=run.tokenizer,
+        template=run.data.template,
+        dtype=export_dtype(config),
+        card=model_card(
+            config,
+            wants_text=run.data.template.wants_text,
+            data=run.data.train,
+            metrics=evaluation.metrics if evaluation else None,
+        ),
+        config_yaml=config.dump_yaml(),
+        towers=run.towers,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    """The dtype of the exported weights."""
+    return torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+
+
+def written(run: Run, package: Package, directory: Path) -> Path | None:
+    """Write the files on rank 0, with the weights that all ranks gather; a collective. Returns their directory."""
+    shapes, tensors = run.strategy.shapes(), run.strategy.whole_tensors()
+    try:
+        if not run.world.is_main:
+            return None
+        if not run.adapted:
+            return write_model(shapes, tensors, package, directory)
+        plain = merged(dict(tensors), run.adapted)
+        return write_model({n: tuple(t.shape) for n, t in plain.items()}, plain.items(), package, directory)
+    finally:
+        for _ in tensors:  # the other ranks gather all weights, so this rank must too, even if its disk failed
+            pass
+
+
 def _too_large(strategy: Strategy) -> bool:
     """Whether a whole fp32 copy would take more than RELOAD_SHARE of the available host memory."""
     need = 4 * sum(p.numel() for p in strategy.named_parameters().values())
     return need > RELOAD_SHARE * available_memory()
 
 
-def _checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: bool) -> Parity | None:
+def checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: bool) -> Parity | None:
     """Run transformers' own code on the export: the whole model on rank 0, or a part of it on each rank."""
     if by_parts:
         parity = check_export(exported_shards(place, run.config, run.world), probe, package.dtype)
     elif run.world.is_main:
-        fault("export.check")
-        with _all_cores():
-            parity = check_export(_on_device(reloaded(place), run.world.device), probe, package.dtype)
+        model = _on_device(reloaded(place, package.trust_remote_code), run.world.device)
+        with _all_cores() if model.num_parameters() > WORTH_ALL_CORES else nullcontext():
+            parity = check_export(model, probe, package.dtype)
     else:
         return None
-    check_tokenizer(place, package.tokenizer, package.template, probe.token_ids)
+    check_texts(place, package, probe.token_ids)
     return parity
 
 

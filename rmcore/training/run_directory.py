@@ -28,6 +28,7 @@ from pathlib import Path
 from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.cost.memory import BYTES_A_PARAMETER
+from rmcore.hf_export.rehearsal import Sizes
 from rmcore.parallel.world import World, first_error
 
 TOUCH_SECONDS = 5.0
@@ -48,24 +49,24 @@ def own_directory(config: Config, world: World) -> Iterator[None]:
             lock.release()
 
 
-def check_disk(config: Config, world: World, parameters: int) -> None:
-    """Raises UserError, on all ranks, if the disk cannot hold the checkpoints to keep and one more."""
-    first_error(world, "looking at the disk", lambda: _check_disk(config, parameters) if world.is_main else None)
-
-
-def _check_disk(config: Config, parameters: int) -> None:
-    if config.run.save_every is None and config.run.save_minutes is None:
-        return
-    root = Path(config.run.dir) / "checkpoints"
-    one = BYTES_A_PARAMETER * parameters
+def check_disk(config: Config, sizes: Sizes) -> None:
+    """Raises UserError if the disk cannot hold the checkpoints to keep, and one more or the exported model."""
+    directory = Path(config.run.dir).absolute()
+    root = directory / "checkpoints"
+    existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     held = sum(file.stat().st_size for file in root.glob("step-*/*")) if root.is_dir() else 0
-    count = config.run.keep + config.run.keep_best + 1  # a new one is complete before an old one is deleted
-    free = shutil.disk_usage(config.run.dir).free
-    if free + held < count * one:
+    saves = config.run.save_every is not None or config.run.save_minutes is not None
+    kept = config.run.keep + config.run.keep_best if saves else 0
+    one = BYTES_A_PARAMETER * sizes.trained if saves else 0
+    # A new checkpoint is complete before an old one is deleted. The export comes after the last of them.
+    need = kept * one + max(one, sizes.exported)
+    if free + held < need:
+        checkpoints = f"{kept + 1} checkpoints of {_gigabytes(one)} and " if saves else ""
+        less = ", lower run.keep, or save nothing with run.save_minutes=null" if saves else ""
         raise UserError(
-            f"run.dir {config.run.dir}: {count} checkpoints of {_gigabytes(one)} need {_gigabytes(count * one)}, "
-            f"{_gigabytes(free)} are free: make room, choose another disk, lower run.keep, or save nothing with "
-            "run.save_minutes=null"
+            f"run.dir {config.run.dir}: {checkpoints}the exported model of {_gigabytes(sizes.exported)} need "
+            f"{_gigabytes(need)}, {_gigabytes(free + held)} are free: make room, choose another disk{less}"
         )
 
 

@@ -56,6 +56,7 @@ def test_validate_passes_and_creates_no_run(arguments, tmp_path, capsys):
         "template": "ok",
         "data": "ok",
         "plan": "ok",
+        "export": "ok",
         "run.dir": "ok",
     }
     assert not (tmp_path / "run").exists()
@@ -69,7 +70,7 @@ def test_validate_reports_every_mistake_at_once(arguments, tmp_path, capsys):
     broken = [*arguments, "data.template=zephir", f"run.dir={tmp_path}/file/run"]
     assert validate.main(broken) == 2
     printed = capsys.readouterr()
-    assert "2 of 7 checks failed" in printed.err and "did you mean zephyr?" in printed.err
+    assert "2 of 8 checks failed" in printed.err and "did you mean zephyr?" in printed.err
     assert "is a file" in printed.err
     assert "skipped  data       needs the template" in printed.out and "skipped  plan" in printed.out
     assert validate.main([*arguments, "batch.tokens=8"]) == 2

@@ -189,6 +189,7 @@ def _rank(
     )
     if not settings["publish"]:
         rmcore.train.publish = functools.partial(_dump, Path(folder) / "weights.npz")
+        rmcore.train.rehearse = lambda *_: "the export is not rehearsed"
     prepare(rank, faults, Path(settings["directory"]), settings["attempt"])
     try:
         place = [] if any(word.startswith("run.dir=") for word in arguments) else [f"run.dir={settings['directory']}"]

@@ -201,7 +201,7 @@ def test_a_tokenizer_that_adds_bos_by_itself(template: str, tmp_path: Path) -> N
         return
     ids = exported.apply_chat_template(turns, tokenize=True, return_dict=False)
     assert ids.count(exported.bos_token_id) == 1 and ids[0] == exported.bos_token_id
-    assert ids == exported(f"User: Once\n\nAssistant: upon{exported.eos_token}").input_ids
+    assert ids == exported(f"{exported.bos_token}User: Once\n\nAssistant: upon{exported.eos_token}").input_ids
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])

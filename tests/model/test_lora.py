@@ -8,18 +8,22 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from rmcore.checkpoint.manifest import read_manifest
 from rmcore.checkpoint.resume import Start
 from rmcore.config import UserError, load_config
 from rmcore.config.lora import LoraConfig
 from rmcore.data.batches.batch import build_batch
+from rmcore.data.prepare import prepare_data
+from rmcore.data.synthetic import byte_tokenizer
 from rmcore.hf_export.from_checkpoint import export
+from rmcore.hf_export.rehearsal import rehearse
 from rmcore.model.backbone import load_model
-from rmcore.model.lora import add_lora, frozen_fingerprint, merged
+from rmcore.model.lora import UNTRAINED_B, add_lora, frozen_fingerprint, merged, merged_shapes, visible_changes
 from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
 from tests.harness.configs import NEEDED, mistakes
 from tests.harness.oracle import PAD, odd_items, padded, tiny_model
@@ -138,6 +142,69 @@ def test_targets_that_match_no_layer(targets: list[str], shown: str) -> None:
     ) as error:
         add_lora(tiny_model("llama").base_model, LoraConfig(rank=2, targets=targets), 0)
     assert "\n" not in str(error.value)
+
+
+MIXED = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 1}
+MIXED |= {"vocab_size": 264, "num_key_value_heads": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+MIXTURES = {
+    "Qwen3MoeConfig": {"num_experts": 4, "head_dim": 8},
+    "MixtralConfig": {"num_local_experts": 4},
+    # One dense layer, and linear layers of shared experts with the names that the fused experts had in older versions.
+    "DeepseekV3Config": {**LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "Llama4TextConfig": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 64},
+}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "one"])
+@pytest.mark.parametrize("name", list(MIXTURES))
+def test_only_linear_layers_are_adapted_in_a_mixture_of_experts(name: str, targets: str) -> None:
+    """Fused parameters of experts and routers cannot be merged as W + B A; everything else is, to the last name."""
+    backbone = AutoModel.from_config(getattr(transformers, name)(**MIXED, **MIXTURES[name]))
+    before = {f"backbone.{key}": tensor.clone() for key, tensor in backbone.state_dict().items()}
+    linear = [key for key, module in backbone.named_modules() if type(module).forward is nn.Linear.forward]
+    chosen = linear
+    if targets == "one":
+        targets = linear[-1].rpartition(".")[2]  # down_proj, where there are linear layers of that name
+        chosen = [key for key in linear if key.endswith(f".{targets}")]
+    adapted = add_lora(backbone, LoraConfig(rank=2, targets=[targets] if targets != "all-linear" else targets), 0)
+    assert [layer.name for layer in adapted] == [f"backbone.{key}" for key in chosen]
+    trained = [key for key, parameter in backbone.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(chosen) and all(".lora_" in key for key in trained)
+    state = {f"backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
+    after = merged(state, adapted)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    shapes = merged_shapes({key: tuple(tensor.shape) for key, tensor in state.items()}, adapted)
+    assert shapes == {key: tuple(tensor.shape) for key, tensor in before.items()}
+
+
+def test_layers_that_share_their_weight_are_not_adapted() -> None:
+    backbone: Any = tiny_model("llama").base_model
+    backbone.layers[1].self_attn.q_proj.weight = backbone.layers[0].self_attn.q_proj.weight
+    adapted = [layer.name for layer in add_lora(backbone, LoraConfig(rank=2), 0)]
+    assert "backbone.layers.2.self_attn.q_proj" in adapted and "backbone.layers.0.self_attn.k_proj" in adapted
+    assert not {f"backbone.layers.{layer}.self_attn.q_proj" for layer in (0, 1)} & set(adapted)
+
+
+def test_a_layer_that_computes_without_its_adapter_ends_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fused kernels do, which read `layer.weight`. The untrained B is 0, so that nothing would differ without
+    `visible_changes`."""
+    config = load_config(None, [*RUN, "model.lora.targets=[down_proj]"])
+    tokenizer = byte_tokenizer()
+    data = prepare_data(config, tokenizer, None)
+    line = rehearse(config, tokenizer, data.template, data.train)[1]
+    assert "rewards reloaded by transformers differ by" in line
+    monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x: self.base_layer(x))
+    with pytest.raises(UserError, match=r"could not be exported.* the exported model's rewards are wrong"):
+        rehearse(config, tokenizer, data.template, data.train)
+
+
+def test_untrained_adapters_are_zero_after_their_visible_change() -> None:
+    model, _, adapted = ours("llama", theirs("llama"))
+    ups = [p for name, p in model.named_parameters() if ".lora_B" in name]
+    with visible_changes(lambda: dict(model.named_parameters()), adapted):
+        assert all(bool((up == UNTRAINED_B).all()) for up in ups)
+    assert not any(up.any() for up in ups) and ups
 
 
 def test_the_section(tmp_path: Path) -> None:

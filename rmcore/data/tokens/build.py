@@ -64,7 +64,7 @@ class Work:
     ) -> None:
         self._config, self._writer, self._selection = config, writer, selection
         self._encoder = TextEncoder(tokenizer, ends)
-        self._limits = replace(limits, keep_first=int(self._encoder.bos is not None))
+        self._limits = replace(limits, keep_first=max(limits.keep_first, int(self._encoder.bos is not None)))
         self._hashes = RowHashes()
         self.seen = sum(count for _, count in selection.dropped)  # rows that are done
         self.total = self.seen + (rows if selection.order is None else len(selection.order))

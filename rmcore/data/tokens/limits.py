@@ -22,7 +22,7 @@ from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, com
 class LengthLimits:
     """Inclusive limits in tokens. `truncate_left` cuts the oldest prompt tokens of a row instead of dropping it.
 
-    The first `keep_first` tokens are never cut (1 if the tokenizer itself puts BOS in front).
+    The first `keep_first` tokens are never cut (1 if the tokenizer or the template puts BOS in front).
     """
 
     max_tokens: int

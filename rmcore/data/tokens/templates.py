@@ -13,6 +13,7 @@ it.
 import difflib
 import functools
 import json
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,6 +83,12 @@ class Template:
     def wants_text(self) -> bool:
         """True if it takes comparisons of plain texts, False if it takes chat turns."""
         return self.chat_template is None
+
+    @property
+    def front(self) -> str:
+        """BOS, perhaps with a space behind it, if its source begins with it, as in exported models; else "" """
+        written = re.match(r"\{\{-?\s*bos_token\s*\}\}( ?)", self.chat_template or "")
+        return self.special_tokens.get("bos_token", "") + written[1] if written else ""
 
     @property
     def fingerprint(self) -> str:
