@@ -106,7 +106,7 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
     state = assemble(config, world, start)
     check_disk(config, world, sum(p.numel() for p in state.strategy.named_parameters().values() if p.requires_grad))
     if world.is_main:
-        write_text_atomically(directory / "config.yaml", config.dump_yaml())
+        write_text_atomically(directory / "config.yaml", state.config.dump_yaml())
     introduce(state)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
         evaluation = train(state, tracker, heartbeat, signals)

@@ -20,7 +20,7 @@ from rmcore.config import UserError
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix, computed_tokens
 from rmcore.data.tokens.encoder import TextEncoder
-from rmcore.data.tokens.templates import load_template
+from rmcore.data.tokens.templates import template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.evaluate import micro_batches
 from rmcore.evaluation.trained import TrainedModel, evaluation_config
@@ -63,7 +63,7 @@ class Scorer:
         tokenizer = load_tokenizer(self.config)
         hf_config = load_model_config(self.config.model)
         self.normalisation = read_normalisation(hf_config, model) if normalise else None
-        self.template = load_template(self.config.data.template, tokenizer)
+        self.template = template_of(self.config, tokenizer)
         self._encoder, self.eos, self.pad = TextEncoder(tokenizer), str(tokenizer.eos_token), str(tokenizer.pad_token)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trained = TrainedModel.load(self.config, tokenizer, device)
