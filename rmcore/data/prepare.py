@@ -12,6 +12,7 @@ collectives.
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -57,8 +58,9 @@ def prepare_data(
         )
     template = template_of(config, tokenizer)
     root = cache_directory(config)
-    seed = config.run.seed
-    sources = load_sources(config.data.train, seed=seed, limit=config.data.limit, cache_dir=root, key="data.train")
+    reading: dict[str, Any] = {"seed": config.run.seed, "limit": config.data.limit, "cache_dir": root}
+    reading["also"] = template.reads.variables or ()
+    sources = load_sources(config.data.train, key="data.train", **reading)
     part = Part(
         key="data.train",
         sources=sources,
@@ -78,7 +80,7 @@ def prepare_data(
         return PreparedData(train, evaluation, template, [*warnings, *_warnings(train, evaluation)], template.notes)
     train, evaluation = part.tokenized(root), None
     if wants_eval:
-        sources = load_sources(config.data.eval, seed=seed, limit=config.data.limit, cache_dir=root, key="data.eval")
+        sources = load_sources(config.data.eval, key="data.eval", **reading)
         evaluation = replace(part, key="data.eval", sources=sources).tokenized(root)
     warnings += [*_warnings(train, evaluation), *_overlap(train, evaluation)]
     return PreparedData(train, evaluation, template, warnings, template.notes)
