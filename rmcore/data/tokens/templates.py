@@ -69,6 +69,9 @@ NAMED_TEMPLATES = {
 }
 
 
+CLOCK = "strftime_now"  # the function by which templates read the clock
+
+
 class TemplateRefused(UserError):
     """A template refused one conversation (roles that do not alternate, for example); its row may be dropped."""
 
@@ -226,7 +229,7 @@ def load_template(
     warnings = tuple(_unread(variables or {}, own_names, name))
     source = "".join(f"{{%- if {key} is not defined %}}{{%- set {key} = {value!r} %}}{{%- endif %}}"
                      for key, value in (variables or {}).items() if key in own_names) + source  # fmt: skip
-    if "strftime_now" in jinja2.meta.find_undeclared_variables(tree):
+    if _reads_clock(tree):
         day = today or date.today().isoformat()
         source = _stopped_clock(tree, date.fromisoformat(day)) + source
     if own == "tokenizer":
@@ -251,8 +254,7 @@ def what_it_reads(tree: jinja2.nodes.Template) -> TemplateReads:
         if _is_role(test.expr):
             roles |= {node.value for operand in test.ops for node in (operand.expr, *operand.expr.find_all(_CONST))
                       if isinstance(node, _CONST)}  # fmt: skip
-    free = jinja2.meta.find_undeclared_variables(tree)
-    variables = frozenset(free - {"messages", "add_generation_prompt", *_environment(True).globals})
+    variables = frozenset(jinja2.meta.find_undeclared_variables(tree) - {"messages", "add_generation_prompt"})
     turns = {"messages"}
     for loop in tree.find_all(jinja2.nodes.For):
         if isinstance(loop.target, jinja2.nodes.Name) and "message" in str(loop.iter):
@@ -284,6 +286,12 @@ def _unread(variables: Mapping[str, Any], known: frozenset[str], name: str) -> I
             yield f"data.chat_template_kwargs.{key} has no effect: data.template={name} does not read it"
 
 
+def _reads_clock(tree: jinja2.nodes.Template) -> bool:
+    """Whether the template uses transformers' clock, and not the macro of that name with which an export stops it."""
+    macros = {node.name for node in tree.find_all(jinja2.nodes.Macro)}
+    return any(node.name == CLOCK for node in tree.find_all(jinja2.nodes.Name)) and CLOCK not in macros
+
+
 def _stopped_clock(tree: jinja2.nodes.Template, day: date) -> str:
     """Jinja source in which strftime_now gives midnight of `day`, for every format in the template."""
     formats = sorted({node.value for node in tree.find_all(jinja2.nodes.Const)
@@ -291,7 +299,8 @@ def _stopped_clock(tree: jinja2.nodes.Template, day: date) -> str:
     moment = datetime.combine(day, time())
     table = {text: moment.strftime(text) for text in formats}
     return (
-        "{%- macro strftime_now(format) %}{%- set texts = " + repr(table) + " %}{{- texts[format] if format in texts "
+        f"{{%- macro {CLOCK}(format) %}}"
+        "{%- set texts = " + repr(table) + " %}{{- texts[format] if format in texts "
         "else raise_exception('the date in this format was not fixed: ' ~ format) }}{%- endmacro %}"
     )
 
@@ -382,7 +391,7 @@ def _environment(sandboxed: bool) -> jinja2.Environment:
     environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals[CLOCK] = lambda format: datetime.now().strftime(format)
     return environment
 
 
