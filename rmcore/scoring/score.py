@@ -52,7 +52,7 @@ def _report_unread(counts: Sequence[Mapping[str, int]], world: World) -> None:
     """Prints on rank 0 what of the rows' content is not read; of a restarted run, for the chunks scored now."""
     total = sum(map(Counter, counts), Counter[str]())
     for what, rows in total.most_common(MOST_UNREAD) if world.is_main else ():
-        print(f"warning: {rows:,} rows hold content that is not read: {what}", file=sys.stderr)
+        print(f"warning: content that is not read, in {rows:,} rows: {what}", file=sys.stderr)
 
 
 def check_files(rows: str, out: str, ranks: int) -> None:

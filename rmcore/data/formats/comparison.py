@@ -230,7 +230,7 @@ class _Row:
             if isinstance(value, int | float) or (isinstance(value, str) and len(value.split()) == 1):
                 found[name] = value
         given = self.value("chat_template_kwargs")
-        if given is not None and given != "":
+        if given:
             name = names["chat_template_kwargs"]
             given = fields.parsed(given, name, where) if isinstance(given, str) else given
             if not isinstance(given, Mapping) or _TAKEN & given.keys():
@@ -265,7 +265,10 @@ class _Row:
                 for key in item.keys() - {format.item_text, format.item_value}:
                     candidates.setdefault(f"column {name}[].{printable(key, 40)}", []).append(item[key])
         texts = {label: prose(value) for label, value in candidates.items()}
-        texts = {label: found for label, found in texts.items() if found}
+        if wants_text:  # all that belongs to the prompt is content, also a single word
+            spare_names = [theirs for ours, theirs in format.names.items() if ours in CONTEXT[1:]]
+            texts |= {f"column {printable(name, 40)}": all_texts(self.row.get(name)) for name in spare_names}
+        texts = {label: found for label, found in texts.items() if any(found)}
         if not texts:
             return set()
         whole = "\n".join(text.strip() for text in all_texts(list(read.values())))

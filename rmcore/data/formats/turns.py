@@ -69,7 +69,7 @@ class TurnReader:
 
     def _turn(self, found: Any, place: str) -> dict[str, Any]:
         role_key, content_key = ("role", "content")
-        if isinstance(found, Mapping) and "role" not in found and "from" in found:
+        if isinstance(found, Mapping) and found.get("role") is None and "from" in found:
             role_key, content_key = ("from", "value")
         if not isinstance(found, Mapping) or not isinstance(found.get(role_key), str):
             raise self._wrong(place, f"needs a {role_key} that is text: {short(found)}")

@@ -144,7 +144,7 @@ class Work:
             example = self.example[what]
             warnings.append(f"in {rows:,} rows the rendered text does not contain {what}, the first time {example}")
         unread = sorted(self.unread.most_common(MOST_UNREAD), key=lambda item: (-item[1], item[0]))
-        warnings += [f"{rows:,} rows hold content that is not read: {what}" for what, rows in unread]
+        warnings += [f"content that is not read, in {rows:,} rows: {what}" for what, rows in unread]
         return {
             "key": name,
             "rows": self.seen,
