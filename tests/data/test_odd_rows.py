@@ -25,7 +25,7 @@ from tests.harness.seed import random_seed
 # Writes contents, reasoning, calls and tools, as the templates of tool-calling models do.
 TOOLS = (
     "{% for t in tools or [] %}[tool {{ t | tojson }}]{% endfor %}"
-    "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}<think>{{ m.reasoning_content }}{% endif %}"
     "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
@@ -158,7 +158,7 @@ class Draw:
         ]
 
     def write(self, folder: Path) -> Path:
-        """The rows as a file of some kind and encoding. Parquet falls back to JSON lines for rows that no table holds."""
+        """The rows as a file of some kind and encoding; rows that no table holds become JSON lines."""
         kind = self.random.choice(
             ["jsonl", "jsonl", "json", "pretty", "wrapped", "parquet", "parquet", "csv", "utf-16"]
         )
