@@ -253,7 +253,7 @@ class _Row:
         """Columns whose content is in no column that is read."""
         format = self.format
         spare = {*(CONTEXT[1:] if wants_text else ()), *(() if format.messages else ("messages",))}
-        spare |= set() if self.prompt_is_read else {"prompt"}
+        spare |= set() if self.prompt_is_read or format.messages else {"prompt"}
         names = {theirs for ours, theirs in format.names.items() if ours not in spare}
         candidates = {f"column {printable(name, 40)}": self.row[name] for name in self.row.keys() - names}
         read = {name: self.row.get(name) for name in names}

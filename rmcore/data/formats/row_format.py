@@ -215,32 +215,41 @@ def _is_prompt(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> b
 def _packed(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], origin: str) -> frozenset[str]:
     """Their columns that hold turns or lists as JSON text in all of the first rows.
 
-    Raises UserError for a column in which only some rows do, or whose text looks like turns but is not JSON.
+    Raises UserError for a column in which half of the rows or more do, or look like turns but are not JSON. A few such
+    texts among others are taken for answers that happen to look like it.
     """
     packed = set()
     for ours in filter(names.__contains__, (*TURNS_FIELDS, *LIST_FIELDS)):
         name = names[ours]
         texts = [row[name] for row in rows if isinstance(row.get(name), str) and row[name].strip()]
-        found = [_structure(text, ours) for text in texts]
-        if texts and all(value is not None for value in found):
+        count = sum(_structure(text, ours) is not None for text in texts)
+        odd = [text for text in texts if ours in TURNS_FIELDS and _TURNS_IN_TEXT.match(text) and not _is_json(text)]
+        if texts and count == len(texts):
             packed.add(name)
-        elif any(value is not None for value in found):
-            count = sum(value is not None for value in found)
+        elif texts and 2 * count >= len(texts):
             raise UserError(
                 f"{origin}: column {name} holds JSON text in {count} of its first {len(texts)} rows and other text in "
                 "the others: write all rows alike"
             )
-        elif ours in TURNS_FIELDS and (odd := next(filter(_TURNS_IN_TEXT.match, texts), None)) is not None:
+        elif odd and 2 * len(odd) >= len(texts):
             raise UserError(
-                f"{origin}: column {name} holds chat turns as text that is not JSON: {short(odd)}; write lists of "
+                f"{origin}: column {name} holds chat turns as text that is not JSON: {short(odd[0])}; write lists of "
                 "turns, or their JSON text"
             )
-        elif ours == "prompt" and texts and all(_is_list_of_texts(text) for text in texts):
+        elif ours == "prompt" and texts and all(map(_is_list_of_texts, texts)):
             raise UserError(
                 f"{origin}: column {name} holds lists of texts as JSON text: {short(texts[0])}; write texts, or lists "
                 "of chat turns"
             )
     return frozenset(packed)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _structure(text: str, ours: str) -> Any:
