@@ -33,6 +33,8 @@ def score(
         return Scorer(model, overrides, normalise=normalise)
 
     scorer = first_error(world, "loading the model", start)
+    for note in scorer.template.notes if world.is_main else ():
+        print(f"note: {note}", file=sys.stderr)
     if out == STANDARD:
         counts = score_stream(scorer, rows, sys.stdout.buffer)
         _report_unread([scorer.unread], world)
