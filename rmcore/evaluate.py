@@ -79,7 +79,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     from rmcore.evaluation.pair_metrics import pair_metrics
     from rmcore.evaluation.rewardbench_data import fold_ties, rewardbench_scores, with_rewardbench
     from rmcore.evaluation.samples import sample_rows
-    from rmcore.evaluation.trained import TrainedModel
+    from rmcore.evaluation.trained import TrainedModel, on_one_day
     from rmcore.model.backbone import load_model_config, position_limit
     from rmcore.parallel.world import first_error
     from rmcore.report.content import Report, environment
@@ -88,6 +88,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     config, version = first_error(
         world, "looking at the data", lambda: with_rewardbench(config, rewardbench, prior_sets)
     )
+    config = on_one_day(config, world)
     tokenizer = first_error(world, "loading the tokenizer", lambda: load_tokenizer(config))
     hf_config = first_error(world, "loading the model's config", lambda: load_model_config(config.model))
     positions = position_limit(hf_config)

@@ -10,6 +10,7 @@ each in one of these forms:
 Output: the same rows in the same order with those keys added, as JSON lines (also .gz or .zst) or Parquet; `-`:
 standard output. `responses` and `completions` may be used in place of `answers`. The reward of a text that is longer
 than the model's positions is null.
+`system`, `tools`, `documents` and `chat_template_kwargs` of a row reach the chat template, as in training.
 Example: {"prompt": "2+2?", "answers": ["4", "5"]} -> {..., "rewards": [1.25, -0.5], "best": 0}.
 
 Rows are read as a stream and scored in chunks that depend only on the rows. Each prompt of a chunk is computed once for

@@ -109,7 +109,7 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
     first_error(world, "looking at the disk", lambda: check_disk(config, sizes) if world.is_main else None)
     rehearsed = rehearse(state, sizes)
     if world.is_main:
-        write_text_atomically(directory / "config.yaml", config.dump_yaml())
+        write_text_atomically(directory / "config.yaml", state.config.dump_yaml())
     introduce(state, rehearsed)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
         evaluation = train(state, tracker, heartbeat, signals)

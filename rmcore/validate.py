@@ -66,7 +66,7 @@ class Checks:
 def check_all(config: Config) -> Checks:
     """Run every check on a configuration that has been read."""
     from rmcore.data.prepare import describe, prepare_data
-    from rmcore.data.tokens.templates import load_template
+    from rmcore.data.tokens.templates import template_of
     from rmcore.model.backbone import position_limit
     from rmcore.tracking.data_progress import DataProgress
 
@@ -76,7 +76,7 @@ def check_all(config: Config) -> Checks:
     checks.run("tokenizer", lambda: _tokenizer(config))
     # Both come from the same directory: if it is missing, one message is enough.
     checks.run("model", lambda: _model(config), needs=("tokenizer",))
-    checks.run("template", lambda: _template(load_template(config.data.template, found["tokenizer"])), ("tokenizer",))
+    checks.run("template", lambda: _template(template_of(config, found["tokenizer"])), ("tokenizer",))
 
     def data() -> tuple[Any, str, list[str]]:
         with DataProgress() as progress:

@@ -37,14 +37,17 @@ class Change(NamedTuple):
 
 
 def changes(before: dict[str, Any], config: Config) -> list[Change]:
-    """Every key whose value differs, except `FREE` ones and keys that the older configuration does not have."""
+    """Every key whose value differs, except `FREE` ones and keys that the older configuration does not have.
+
+    Without data.date a run keeps the date on which it began, so that is no change.
+    """
     after = config.model_dump(mode="json")
     found = []
     for section, values in after.items():
         for name, value in values.items():
             key = f"{section}.{name}"
             old = before.get(section, {}).get(name, value)
-            if old != value and not _among(key, FREE):
+            if old != value and not _among(key, FREE) and not (key == "data.date" and value is None):
                 found.append(Change(key, json.dumps(old), json.dumps(value)))
     return found
 

@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-WORDS = {int: "whole number", float: "number", str: "text", bool: "true | false", NoneType: "null", dict: "mapping"}
+WORDS: dict[Any, str] = {
+    Any: "anything",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true | false",
+    NoneType: "null",
+    dict: "mapping",
+}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 

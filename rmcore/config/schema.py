@@ -7,6 +7,7 @@ Input: plain values. Output: a frozen `Config`, or pydantic's list of mistakes. 
 """
 
 import os
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -21,6 +22,11 @@ from rmcore.config.section import Section, conflict
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # may begin with ~; shells expand it only in front
+
+
+def _as_date(value: str) -> str:
+    """The text of a date, as YYYY-MM-DD. Raises ValueError."""
+    return date.fromisoformat(value).isoformat()
 
 
 class ModelConfig(Section):
@@ -99,6 +105,13 @@ class DataConfig(Section):
         "tokenizer",
         description="simple_concat_with_space, simple_concat_with_new_line, simple_chat, assistant_message_only, "
         "zephyr, tulu, tokenizer (its own template), a .jinja file, or none (texts unchanged, EOS appended)",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="variables of the chat template: {enable_thinking: false}; a row's own come first"
+    )
+    date: Annotated[Text, AfterValidator(_as_date)] | None = Field(
+        None,
+        description="YYYY-MM-DD, for chat templates that read the clock; null: the day on which the run began",
     )
     max_tokens: int = Field(1024, ge=1, description="longest prompt plus answer, in tokens")
     max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt, in tokens; null: no limit")

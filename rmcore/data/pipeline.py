@@ -120,10 +120,13 @@ class Part:
                 chunk.dropped[UNDECIDED] += comparison.rows
                 continue
             try:
-                chunk.add(comparison, self.template.render(comparison))
+                texts = self.template.render(comparison)
             except TemplateRefused as error:
                 chunk.dropped[REFUSED] += comparison.rows
                 work.refusal = work.refusal or str(error)
+            else:
+                work.check(self.template, comparison, texts[1])
+                chunk.add(comparison, texts)
             if chunk.full:
                 yield chunk
                 chunk = Chunk()
@@ -147,8 +150,8 @@ class Part:
     def comparisons(self, formats: list[RowFormat], selection: Selection, work: Work) -> Iterator[Comparison]:
         """The comparisons of the selected rows; rows of one group are merged."""
         read = (comparison for comparison, _ in self.rows(formats, selection.order))
-        if selection.order is None:  # there was no pass over the rows yet that counted duplicates
-            read = (work.counted(comparison) for comparison in read)
+        count_duplicates = selection.order is None  # there was no pass over the rows yet that counted them
+        read = (work.counted(comparison, count_duplicates) for comparison in read)
         if selection.group is None:
             return read
         return gathered(zip(read, selection.group.tolist(), strict=True), self.reads)
@@ -165,7 +168,12 @@ class Part:
             for row, where in chosen:
                 yield (
                     comparison_from_row(
-                        row, format, wants_text=self.template.wants_text, source=source.label, where=where
+                        row,
+                        format,
+                        wants_text=self.template.wants_text,
+                        source=source.label,
+                        where=where,
+                        reads=self.template.reads,
                     ),
                     number,
                 )

@@ -12,6 +12,7 @@ collectives.
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +23,7 @@ from rmcore.data.pipeline import Part, Progress
 from rmcore.data.reading.sources import load_sources
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.end_tokens import answer_ends, ending_warning
-from rmcore.data.tokens.templates import Template, load_template
+from rmcore.data.tokens.templates import Template, template_of
 from rmcore.data.tokens.tokenizer import tokenizer_fingerprint
 
 
@@ -34,7 +35,7 @@ class PreparedData:
     eval: TokenizedComparisons | None  # None if the run does not evaluate
     template: Template  # with which the texts were rendered
     warnings: list[str]
-    notes: tuple[str, ...] = ()  # choices that were made for the user (a padding token)
+    notes: tuple[str, ...] = ()  # choices that were made for the user (a padding token, a date)
 
 
 def prepare_data(
@@ -55,10 +56,11 @@ def prepare_data(
             f"data.max_tokens={limit} is more than the {model_max_length} positions of model.name={config.model.name}; "
             f"set data.max_tokens={model_max_length} or lower"
         )
-    template = load_template(config.data.template, tokenizer)
+    template = template_of(config, tokenizer)
     root = cache_directory(config)
-    seed = config.run.seed
-    sources = load_sources(config.data.train, seed=seed, limit=config.data.limit, cache_dir=root, key="data.train")
+    reading: dict[str, Any] = {"seed": config.run.seed, "limit": config.data.limit, "cache_dir": root}
+    reading["also"] = template.reads.variables or ()
+    sources = load_sources(config.data.train, key="data.train", **reading)
     part = Part(
         key="data.train",
         sources=sources,
@@ -69,20 +71,19 @@ def prepare_data(
         ends=answer_ends(tokenizer),
         progress=progress,
     )
-    warnings = ending_warning(template, tokenizer)
+    warnings = [*template.warnings, *ending_warning(template, tokenizer)]
     wants_eval = config.run.evals > 0
     if not config.data.eval:
         fraction = config.data.eval_fraction
         train = replace(part, holdout="train").tokenized(root) if fraction else part.tokenized(root)
         evaluation = replace(part, holdout="eval").tokenized(root) if fraction and wants_eval else None
-        return PreparedData(train, evaluation, template, [*warnings, *_warnings(train, evaluation)])
+        return PreparedData(train, evaluation, template, [*warnings, *_warnings(train, evaluation)], template.notes)
     train, evaluation = part.tokenized(root), None
     if wants_eval:
-        sources = load_sources(config.data.eval, seed=seed, limit=config.data.limit, cache_dir=root, key="data.eval")
+        sources = load_sources(config.data.eval, key="data.eval", **reading)
         evaluation = replace(part, key="data.eval", sources=sources).tokenized(root)
-    return PreparedData(
-        train, evaluation, template, [*warnings, *_warnings(train, evaluation), *_overlap(train, evaluation)]
-    )
+    warnings += [*_warnings(train, evaluation), *_overlap(train, evaluation)]
+    return PreparedData(train, evaluation, template, warnings, template.notes)
 
 
 def cache_directory(config: Config) -> Path:

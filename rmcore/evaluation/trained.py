@@ -9,6 +9,7 @@ Example: runs/hh/model was trained in bf16 with the template simple_chat. evalua
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,13 +28,16 @@ from rmcore.model.backbone import load_model
 from rmcore.model.classifier import text_model
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
-from rmcore.parallel.world import World
+from rmcore.parallel.world import World, broadcast_json
 
 # Tokens of a micro batch if batch.tokens is auto. Without a backward pass, more tokens make a device hardly faster.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
 
 # The keys of the training's config that an evaluation keeps.
-KEPT = {"data": ("template", "max_tokens", "max_prompt_tokens", "length_policy"), "parallel": ("precision",)}
+KEPT = {
+    "data": ("template", "max_tokens", "max_prompt_tokens", "length_policy"),
+    "parallel": ("precision",),
+}
 
 
 def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
@@ -49,8 +53,9 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
         for section, keys in KEPT.items():
             values[section] = {key: getattr(getattr(trained, section), key) for key in keys}
         template = str(values["data"]["template"])
-        if template.endswith((".jinja", ".jinja2", ".j2")) or _is_changed(template, saved.parent):
-            # The file may no longer exist; the tokenizer of the export holds its content.
+        whole = template.endswith((".jinja", ".jinja2", ".j2")) or template.startswith("tokenizer:")
+        if whole or _is_changed(template, saved.parent):
+            # The tokenizer of the export holds this one template; its file may no longer exist.
             values["data"]["template"] = "tokenizer"
     values["model"] = {"name": model, "head": "stored"}
     values["run"] = {"evals": 0}
@@ -67,6 +72,15 @@ def _is_changed(template: str, directory: Path) -> bool:
     exported = directory / "chat_template.jinja"
     named = NAMED_TEMPLATES.get(template)
     return named is not None and exported.is_file() and exported.read_text(encoding="utf-8") != named
+
+
+def on_one_day(config: Config, world: World, day: str | None = None) -> Config:
+    """The config with a date for chat templates that read the clock, the same on every rank; a collective.
+
+    The date of the config comes first, then `day`, then today's on rank 0.
+    """
+    chosen = broadcast_json(world, config.data.date or day or date.today().isoformat())
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": chosen})})
 
 
 class TrainedModel:

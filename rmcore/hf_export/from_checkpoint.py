@@ -27,7 +27,7 @@ from rmcore.config.schema import ModelConfig
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.encoder import TextEncoder
-from rmcore.data.tokens.templates import Template, load_template
+from rmcore.data.tokens.templates import Template, template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.trained import TrainedModel
 from rmcore.hf_export.card import model_card
@@ -129,7 +129,7 @@ class Loaded:
 def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     """The model of a checkpoint on the CPU. Raises UserError if the checkpoint does not fit the base model's files."""
     tokenizer = load_tokenizer(config)
-    template = load_template(config.data.template, tokenizer)
+    template = template_of(config, tokenizer)
     hf_config = load_model_config(config.model)
     positions = position_limit(hf_config)
     data, no_data = None, ""

@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 
 from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison, comparison_from_row, detect_format
+from rmcore.data.formats.fields import parsed
+from rmcore.data.formats.row_format import ALIASES, CONTEXT
 from rmcore.data.tokens.templates import Template
 
 MANY = ("answers", "responses", "completions")  # the keys of a list of answers
 ONE = ("answer", "response", "completion")  # the keys of one answer
+PROMPT = ("prompt", *ALIASES["prompt"])  # the keys of a prompt, in order of preference
+# The keys of answers, and of what a judge says of them, which has no effect on rewards.
+JUDGED = {name for ours, names in ALIASES.items() if ours not in ("prompt", *CONTEXT) for name in (ours, *names)}
 KINDS = "prompt and answers (or answer), chosen and rejected, messages, text, or texts"
 SENTENCE = ("The quick brown", "fox jumps", "over the lazy dog", "and, being asked,", "tells you", "why it did so.")
 
@@ -25,6 +30,7 @@ class Rendered(NamedTuple):
     prompt: str
     texts: list[str]
     single: bool
+    unread: frozenset[str] = frozenset()  # what of the row's content is not in the texts
 
 
 def trial_rows() -> list[tuple[dict[str, Any], str]]:
@@ -43,31 +49,39 @@ def comparison_of(row: Mapping[str, Any], template: Template, where: str) -> tup
     K answers are read as pairs of the first with each other one, so that the rules of training rows apply to them.
     Raises UserError with the row's place for a row that cannot be read.
     """
-    if isinstance(row.get("messages"), list) and not any(name in row for name in (*MANY, *ONE, "chosen")):
+    further = {name: value for name, value in row.items() if name not in JUDGED}
+    has_turns = "messages" in row and not any(name in row for name in (*MANY, *ONE, "chosen"))
+    if has_turns:
         answers: list[Any] = [row["messages"]]
-        prompt: dict[str, Any] = {}
+        further = {name: value for name, value in further.items() if name not in PROMPT}
         single = True
     elif "chosen" in row and "rejected" in row:
-        return _pair(row, template, where), False
+        further |= {name: row[name] for name in ("chosen", "rejected")}
+        return _pair(further, template, where), False
     else:
         found = next((name for name in (*MANY, *ONE) if name in row), None)
-        if "prompt" not in row or found is None:
+        if found is None or not any(name in row for name in PROMPT):
             raise UserError(f"{where}: a row needs {KINDS}; found {', '.join(map(str, row)) or 'nothing'}")
         single = found in ONE
         answers = [row[found]] if single else row[found]
-        prompt = {"prompt": row["prompt"]}
+        if isinstance(answers, str):
+            answers = parsed(answers, found, where)
         if not isinstance(answers, list) or not answers:
             raise UserError(f"{where}: {found} must be a list of answers, not {answers!r:.80}")
-    others = answers[1:] or answers
-    pairs = [_pair({**prompt, "chosen": answers[0], "rejected": other}, template, where) for other in others]
-    first = pairs[0]
+    first, *others = [{**further, "chosen": answers[0], "rejected": other} for other in answers[1:] or answers]
+    pairs = [_pair(first, template, where)]
+    first_pair = pairs[0]
     if len(answers) == 1:
-        return replace(first, answers=first.answers[:1], pairs=(), margin=(), weight=()), single
-    every = (first.answers[0], *(pair.answers[1] for pair in pairs))
-    return replace(first, answers=every, pairs=(), margin=(), weight=()), single
+        return replace(first_pair, answers=first_pair.answers[:1], pairs=(), margin=(), weight=()), single
+    pairs += [_pair(other, template, where) for other in others]
+    every = (first_pair.answers[0], *(pair.answers[1] for pair in pairs))
+    return replace(first_pair, answers=every, pairs=(), margin=(), weight=()), single
 
 
 def _pair(row: Mapping[str, Any], template: Template, where: str) -> Comparison:
-    read = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
-    format = detect_format([read], {}, origin=where)
-    return comparison_from_row(read, format, wants_text=template.wants_text, source="", where=where)
+    prompt = next((name for name in PROMPT if name in row), None)
+    columns = {} if prompt is None else {"prompt": prompt}
+    format = detect_format([row], columns, origin=where)
+    return comparison_from_row(
+        row, format, wants_text=template.wants_text, source="", where=where, reads=template.reads
+    )

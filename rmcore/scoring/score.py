@@ -7,12 +7,14 @@ Example: `rmcore score runs/hh/model rows.jsonl -o out.jsonl` on 3,000 rows: out
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from rmcore.config import UserError
-from rmcore.parallel.world import World, first_error
+from rmcore.data.tokens.build import MOST_UNREAD
+from rmcore.parallel.world import World, all_gather_json, first_error
 from rmcore.scoring.files import check_input, check_output, chunks, json_line, read_rows, with_rewards
 from rmcore.scoring.parts import STANDARD, finish, prepare_parts, score_parts, source_file, wait_for_all
 from rmcore.scoring.scorer import Scorer
@@ -31,16 +33,28 @@ def score(
         return Scorer(model, overrides, normalise=normalise)
 
     scorer = first_error(world, "loading the model", start)
+    for note in scorer.template.notes if world.is_main else ():
+        print(f"note: {note}", file=sys.stderr)
     if out == STANDARD:
-        return score_stream(scorer, rows, sys.stdout.buffer)
+        counts = score_stream(scorer, rows, sys.stdout.buffer)
+        _report_unread([scorer.unread], world)
+        return counts
     parts = Path(f"{out}.parts")
     try:
         first_error(world, "preparing", lambda: prepare_parts(parts, scorer, rows) if world.is_main else None)
         score_parts(scorer, source_file(rows, parts), parts, world)
         wait_for_all(world)
+        _report_unread(all_gather_json(world, scorer.unread), world)
         return finish(parts, source_file(rows, parts), Path(out)) if world.is_main else (0, 0)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be read or written: {error.strerror or error}") from None
+
+
+def _report_unread(counts: Sequence[Mapping[str, int]], world: World) -> None:
+    """Prints on rank 0 what of the rows' content is not read; of a restarted run, for the chunks scored now."""
+    total = sum(map(Counter, counts), Counter[str]())
+    for what, rows in total.most_common(MOST_UNREAD) if world.is_main else ():
+        print(f"warning: content that is not read, in {rows:,} rows: {what}", file=sys.stderr)
 
 
 def check_files(rows: str, out: str, ranks: int) -> None:

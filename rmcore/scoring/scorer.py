@@ -9,6 +9,7 @@ Texts are grouped by their prompt, also those of different rows; equal texts are
 token budget is split. The reward of a text depends on the other texts of its micro batch only by rounding.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from rmcore.config import UserError
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix, computed_tokens
 from rmcore.data.tokens.encoder import TextEncoder
-from rmcore.data.tokens.templates import load_template
+from rmcore.data.tokens.templates import template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.evaluate import micro_batches
 from rmcore.evaluation.trained import TrainedModel, evaluation_config
@@ -63,11 +64,12 @@ class Scorer:
         tokenizer = load_tokenizer(self.config)
         hf_config = load_model_config(self.config.model)
         self.normalisation = read_normalisation(hf_config, model) if normalise else None
-        self.template = load_template(self.config.data.template, tokenizer)
+        self.template = template_of(self.config, tokenizer)
         self._encoder, self.eos, self.pad = TextEncoder(tokenizer), str(tokenizer.eos_token), str(tokenizer.pad_token)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trained = TrainedModel.load(self.config, tokenizer, device)
         self.longest = position_limit(hf_config) or 2**31 - 1
+        self.unread: Counter[str] = Counter()  # content that the scored texts do not hold -> rows, see `rewards`
         self.path = ""  # the self-test's line on how rewards are computed, set by `choose_path`
 
     @property
@@ -102,6 +104,8 @@ class Scorer:
     def rewards(self, rows: Sequence[tuple[Mapping[str, Any], str]]) -> list[Scored]:
         """One `Scored` per row, in order. Raises UserError with the row's place for a row that cannot be read."""
         rendered, encoded = self._encoded(rows)
+        for one in rendered:
+            self.unread.update(one.unread)
         found = iter(self.score([text for texts in encoded for text in texts]))
         return [Scored([next(found) for _ in texts], one.single) for one, texts in zip(rendered, encoded, strict=True)]
 
@@ -154,7 +158,8 @@ class Scorer:
             return Rendered("", [self.as_rendered(text) for text in texts], single)
         comparison, single = comparison_of(row, self.template, where)
         prompt, written = self.template.render(comparison)
-        return Rendered(prompt, list(written), single)
+        missing = {f"{what} (not in the rendered text)" for what, _ in self.template.missing(comparison, written)}
+        return Rendered(prompt, list(written), single, comparison.unread | missing)
 
     def as_rendered(self, text: str) -> str:
         """A whole text stays as it is, with the BOS of the template in front, and EOS behind it if that is `none`."""

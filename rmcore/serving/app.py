@@ -51,14 +51,12 @@ class GetReward(Body):
     prompts: list[str] | None = None
 
 
-class Turn(Body):
-    role: str
-    content: str
-
-
 class Classify(Body):
     input: Texts | None = None
-    messages: list[Turn] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class ScorePairs(Body):
@@ -184,8 +182,8 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         if (asked.input is None) == (asked.messages is None):
             raise Refused(422, "give input (texts) or messages (turns)")
         if asked.messages is not None:
-            turns = [turn.model_dump() for turn in asked.messages]
-            found, tokens = await service.rewards(lambda: [scorer.render({"messages": turns}, "messages")])
+            row = asked.model_dump(exclude={"input"})
+            found, tokens = await service.rewards(lambda: [scorer.render(row, "messages")])
         else:
             found, tokens = await service.rewards(lambda: service.whole(asked.input or []))
         data = [{"index": index, "label": "reward", "probs": row, "num_classes": 1} for index, row in enumerate(found)]

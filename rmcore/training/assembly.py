@@ -30,6 +30,7 @@ from rmcore.data.batches.step_plan import Plan
 from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
+from rmcore.evaluation.trained import on_one_day
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.reward_model import SHARED, RewardModel
@@ -48,7 +49,11 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     start = start or Start()
     if config.parallel.fp8:
         first_error(world, "looking for FP8", lambda: check_fp8(world.device))
-    tokenizer, data = first_error(world, "preparing the data", lambda: _data(config, start))
+    day = start.manifest.config["data"].get("date") if start.manifest else None
+    dated = on_one_day(config, world, day)
+    tokenizer, data = first_error(world, "preparing the data", lambda: _data(dated, start))
+    if data.template.date is not None:  # the run, its checkpoints and a resumed run keep the date
+        config = dated
 
     # The model is loaded, or built in parts. The self-test finds the fastest path that is exact for it.
     loaded = load(config, world, tokenizer, start)

@@ -28,4 +28,4 @@ def prepared(config: Config) -> tuple[PreTrainedTokenizerFast, PreparedData]:
         positions = position_limit(load_model_config(config.model))
     with DataProgress() as progress:
         data = prepare_data(config, tokenizer, positions, progress)
-    return tokenizer, replace(data, notes=tuple(notes))
+    return tokenizer, replace(data, notes=(*notes, *data.notes))

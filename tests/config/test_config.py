@@ -33,6 +33,8 @@ data.train.amount | whole number >= 1 | number > 0, <= 100 | null | null
 data.train.columns | mapping of text to text | {}
 data.eval | source or list of sources | null
 data.template | text | tokenizer
+data.chat_template_kwargs | mapping of text to anything | {}
+data.date | text | null | null
 data.max_tokens | whole number >= 1 | 1024
 data.max_prompt_tokens | whole number >= 1 | null | null
 data.length_policy | drop | truncate_left | drop

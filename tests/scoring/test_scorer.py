@@ -1,7 +1,15 @@
 """How `rmcore score` and `rmcore serve` group texts, and which path they compute them by."""
 
-import numpy as np
+import json
+from typing import Any
 
+import numpy as np
+import pytest
+
+from rmcore.data.formats.comparison import Comparison
+from rmcore.data.synthetic import byte_tokenizer
+from rmcore.data.tokens.templates import load_template
+from rmcore.scoring.rows import comparison_of
 from rmcore.scoring.scorer import Scorer, Text, grouped
 from tests.harness.paths import SHARED, needs_shared
 
@@ -27,3 +35,48 @@ def test_one_choice_of_path_for_all_rows():
     scorer = Scorer(str(SHARED / "oracle" / "model"), ["data.template=none", "parallel.precision=fp32"])
     scorer.choose_path([({"text": "a b c"}, "")])
     assert scorer.path.startswith("attention shared")
+
+
+ASK, ANSWER = {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes, it is."}
+TOOLS = "{% for t in tools or [] %}[{{ t | tojson }}]{% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+TOOLS += "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}{{ eos_token }}{% endfor %}"
+TOOL = {"type": "function", "function": {"name": "look_up"}}
+
+
+def rendered(row: dict[str, Any]) -> Comparison:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOLS
+    template = load_template("tokenizer", tokenizer)
+    comparison, _ = comparison_of(row, template, "row 1")
+    assert template.render(comparison)[1][0] == tokenizer.apply_chat_template(
+        [*comparison.prompt, *comparison.answers[0]], tools=comparison.variables.get("tools"), tokenize=False
+    )
+    return comparison
+
+
+@pytest.mark.parametrize("turns", [[ASK, ANSWER], json.dumps([ASK, ANSWER])])
+def test_rows_of_turns_are_scored_with_their_tools(turns: Any) -> None:
+    called = {**ANSWER, "content": None, "tool_calls": [TOOL]}
+    for row in ({"messages": [ASK, called]}, {"prompt": [ASK], "answers": [[called], [ANSWER]]}):
+        found = rendered({**row, "tools": json.dumps([TOOL]), "system": "Be brief."})
+        assert found.variables == {"tools": [TOOL]} and found.prompt[0] == {"role": "system", "content": "Be brief."}
+        assert found.answers[0][-1] == {"role": "assistant", "tool_calls": [TOOL]} and not found.unread
+    assert rendered({"messages": turns}).answers == ([ANSWER],)
+    assert rendered({"messages": [ASK, ANSWER], "prompt": "Is it so?"}).answers == ([ANSWER],)
+
+
+def test_other_columns_of_a_row_are_no_labels_but_content() -> None:
+    row = {
+        "prompt": "Is it so?",
+        "answers": ["Yes.", "No."],
+        "scores": "none",
+        "margin": "x",
+        "probability": 7,
+        "id": 3,
+    }
+    assert rendered(row).answers[1] == [{"role": "assistant", "content": "No."}] and not rendered(row).unread
+    assert rendered({**row, "context": "It is late."}).unread == {"column context"}
+    alpaca = {"instruction": "Is it so?", "input": "Look out.", "answer": "Yes."}
+    assert rendered(alpaca).prompt == [{"role": "user", "content": "Is it so?\nLook out."}]
+    question = {"question": "Is it so?", "completions": ["Is it so? Yes.", "No."]}
+    assert rendered(question).prompt == [{"role": "user", "content": "Is it so?"}]

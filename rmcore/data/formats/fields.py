@@ -1,29 +1,18 @@
-"""Reads and checks single fields of a row: text, chat turns, numbers, lists.
+"""Reads and checks single fields of a row: text, numbers, records, JSON in a cell. Chat turns are read by turns.py.
 
 Input: a row (a dict), the name of a column, and the place of the row.
 Output: the value, in the one form that all other code works with. A wrong value raises a UserError with the place.
-Example: turns({"chosen": [{"from": "human", "value": "Hi"}]}, "chosen", "f.jsonl:7") -> [{"role": "user",
-"content": "Hi"}]; with None in the column it raises UserError("f.jsonl:7: chosen is null").
-
-Chat turns are {"role", "content"} or, as in ShareGPT, {"from", "value"}. A single turn may come without a list, and a
-list of records may be stored as a record of lists (as older versions of `datasets` wrote it).
+Example: number({"margin": "1.5"}, "margin", "f.csv:7") -> 1.5; with None in the column it raises
+UserError("f.csv:7: margin is null").
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmcore.config import UserError
-
-Turns = list[dict[str, str]]
-
-# ShareGPT's names of the speakers, and what chat templates call them.
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "model": "assistant", "assistant": "assistant", "system": "system",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_call": "assistant",
-}  # fmt: skip
 
 
 def value(row: Mapping[str, Any], name: str, where: str) -> Any:
@@ -40,31 +29,12 @@ def text(row: Mapping[str, Any], name: str, where: str) -> str:
     return found
 
 
-def turns(row: Mapping[str, Any], name: str, where: str) -> Turns:
-    """The chat turns in a column, at least one, each with exactly a role and a content."""
-    return turns_of(value(row, name, where), name, where)
-
-
-def turns_of(found: Any, name: str, where: str) -> Turns:
-    found = records(found)
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{where}: {name} must be a list of chat turns, as in the first rows, not {short(found)}")
-    made: Turns = []
-    for number, turn in enumerate(found):
-        role, content = ("role", "content")
-        if isinstance(turn, Mapping) and "role" not in turn and "from" in turn:
-            role, content = ("from", "value")
-        for part in (role, content):
-            if not isinstance(turn, Mapping) or not isinstance(turn.get(part), str):
-                raise UserError(f"{where}: {name}[{number}] needs a {part} that is text: {short(turn)}")
-        speaker = turn[role]
-        if role == "from":
-            if speaker not in SHAREGPT_ROLES:
-                known = ", ".join(SHAREGPT_ROLES)
-                raise UserError(f"{where}: {name}[{number}]: unknown speaker {short(speaker)}; known: {known}")
-            speaker = SHAREGPT_ROLES[speaker]
-        made.append({"role": speaker, "content": turn[content]})
-    return made
+def parsed(found: str, name: str, where: str) -> Any:
+    """The value of JSON text in a cell."""
+    try:
+        return json.loads(found)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: {name} must be JSON text, not {short(found)}") from None
 
 
 def records(found: Any) -> Any:

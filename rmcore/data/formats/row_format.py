@@ -10,22 +10,27 @@ Example: Nectar's rows {"prompt": "\\n\\nHuman: ...", "answers": [{"answer": "..
     two     answer_a, answer_b                              score_a and score_b, winner, probability, votes
     many    answers: a list of texts, turns or records      ranks (1 is best) or scores (more is better)
     single  answer; rows of one prompt are gathered         score
+
+All of them may have a system text, tools, documents and variables of the chat template next to the prompt. Turns and
+lists may be stored as JSON text in a cell, as in a CSV file.
 """
 
 import difflib
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rmcore.config import UserError
-from rmcore.data.formats.fields import kind_of, listed, records, short
+from rmcore.data.formats.fields import kind_of, listed, parsed, records, short
 from rmcore.data.formats.transcripts import is_transcript
 
 Layout = Literal["pair", "two", "many", "single"]
 
 # Our names, which `columns` may map, and names in published data that are understood without a mapping.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "prompt": ("instruction", "history", "question", "query"),
+    "prompt": ("instruction", "history", "question", "query", "input"),
     "chosen": (), "rejected": (), "messages": (),
     "margin": (), "score_chosen": (), "score_rejected": (),
     "probability": (), "votes": (),
@@ -36,6 +41,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "answers": ("completions", "responses"), "ranks": ("rank", "rankings"), "scores": ("ratings",),
     "answer": ("response", "completion", "output"), "score": ("helpfulness", "reward", "rating"),
     "source": ("category", "subset", "domain"),
+    "input": (), "system": ("system_prompt", "system_message"),
+    "tools": (), "documents": (), "chat_template_kwargs": (),
 }  # fmt: skip
 FIELDS = tuple(ALIASES)
 # Inside the records of a list of answers.
@@ -50,15 +57,21 @@ LAYOUTS: dict[Layout, tuple[str, ...]] = {
 SCORES: dict[Layout, tuple[str, ...]] = {
     "pair": ("score_chosen", "score_rejected"), "two": ("score_a", "score_b"), "single": ("score",),
 }  # fmt: skip
+# What belongs to the prompt besides its text or turns; `input` is the second part of an `instruction` (Alpaca).
+CONTEXT = ("input", "system", "tools", "documents", "chat_template_kwargs")
 # All fields that a layout reads.
 READ = {
     "pair": ("prompt", "chosen", "rejected", "messages", "margin", "score_chosen", "score_rejected", "probability",
-             "votes", "source"),
+             "votes", "source", *CONTEXT),
     "two": ("prompt", "answer_a", "answer_b", "margin", "score_a", "score_b", "winner", "probability", "votes",
-            "source"),
-    "many": ("prompt", "answers", "ranks", "scores", "source"),
-    "single": ("prompt", "answer", "score", "source"),
+            "source", *CONTEXT),
+    "many": ("prompt", "answers", "ranks", "scores", "source", *CONTEXT),
+    "single": ("prompt", "answer", "score", "source", *CONTEXT),
 }  # fmt: skip
+# Fields that may hold JSON text in place of turns, or of a list.
+TURNS_FIELDS = ("prompt", "chosen", "rejected", "messages", "answer_a", "answer_b", "answer")
+LIST_FIELDS = ("answers", "ranks", "scores", "votes")
+_TURNS_IN_TEXT = re.compile(r"""\s*[\[{].{,200}["'](role|from)["']\s*:""", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class RowFormat:
     judged_by: str = ""  # the field (our name) that says which answer is better; "": chosen and rejected
     item_text: str = ""  # layout many: the key of the text in an answer's record; "": answers are not records
     item_value: str = ""  # layout many: the key of the rank or score in that record; "": a list in a column of its own
+    json: frozenset[str] = frozenset()  # their columns of JSON text
     ties: bool = False  # the objective reads ties (set by rmcore.data.formats.requirements)
     scores: bool = False  # the objective reads the scores of the answers (likewise)
 
@@ -91,6 +105,11 @@ class RowFormat:
         scores = SCORES.get(self.layout, ())
         return bool(scores) and {*scores} <= self.names.keys()
 
+    def unpacked(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """The row with the JSON text in its cells parsed. Raises UserError for a cell that is not JSON."""
+        texts = {name: row[name] for name in self.json if isinstance(row.get(name), str)}
+        return {**row, **{name: parsed(text, name, where) for name, text in texts.items()}} if texts else row
+
     def __str__(self) -> str:
         conversational = "conversational" if self.answers == "turns" else "text"
         notes = (
@@ -102,6 +121,7 @@ class RowFormat:
             {"margin": "margin", "scores": f"margin = {self._difference()}", None: ""}[self.margin],
             "ties" if self.ties else "",
             "scores" if self.scores else "",
+            f"JSON text in {', '.join(sorted(self.json))}" if self.json else "",
         )
         return "; ".join(filter(None, notes))
 
@@ -152,8 +172,13 @@ def detect_format(
     if layout is None:
         raise UserError(_no_layout(found, columns, origin, key))
     names = names_of(found, columns, layout)
+    packed = _packed(rows, names, origin)
+    if packed:
+        rows = [RowFormat(names, None, "text", False, False, None, json=packed).unpacked(row, origin) for row in rows]
     if layout == "many":
-        return _many(rows, names, columns, origin, key, need_margin)
+        return replace(_many(rows, names, columns, origin, key, need_margin), json=packed)
+    if layout == "pair" and "prompt" not in columns and not _is_prompt(rows, names):
+        names = {ours: theirs for ours, theirs in names.items() if ours not in ("prompt", "input")}
     main = LAYOUTS[layout][0]
     kinds = {ours: _kind(rows, names[ours], origin) for ours in ("prompt", main, "messages") if ours in names}
     answers = kinds[main]
@@ -170,7 +195,88 @@ def detect_format(
         margin=_margin_kind(names, layout, origin, key) if need_margin else None,
         layout=layout,
         judged_by=_judge(rows, names, layout, columns, origin, key),
+        json=packed,
     )
+
+
+def _is_prompt(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> bool:
+    """Whether the column found for the prompt of a pair is its prompt, and not a copy of a part of whole texts."""
+    name = names.get("prompt", "prompt")
+    if name in ("prompt", "conversations"):
+        return True
+    both = [(row[name], row[names["chosen"]]) for row in rows if row.get(name) and row.get(names["chosen"])]
+    if not both or not all(isinstance(prompt, str) for prompt, _ in both):
+        return False
+    return not any(
+        isinstance(whole, str) and (is_transcript(whole) or prompt.strip() in whole) for prompt, whole in both
+    )
+
+
+def _packed(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], origin: str) -> frozenset[str]:
+    """Their columns that hold turns or lists as JSON text in all of the first rows.
+
+    Raises UserError for a column in which half of the rows or more do, or look like turns but are not JSON. A few such
+    texts among others are taken for answers that happen to look like it.
+    """
+    packed = set()
+    for ours in filter(names.__contains__, (*TURNS_FIELDS, *LIST_FIELDS)):
+        name = names[ours]
+        texts = [row[name] for row in rows if isinstance(row.get(name), str) and row[name].strip()]
+        count = sum(_structure(text, ours) is not None for text in texts)
+        odd = [text for text in texts if ours in TURNS_FIELDS and _TURNS_IN_TEXT.match(text) and not _is_json(text)]
+        if texts and count == len(texts):
+            packed.add(name)
+        elif texts and 2 * count >= len(texts):
+            raise UserError(
+                f"{origin}: column {name} holds JSON text in {count} of its first {len(texts)} rows and other text in "
+                "the others: write all rows alike"
+            )
+        elif odd and 2 * len(odd) >= len(texts):
+            raise UserError(
+                f"{origin}: column {name} holds chat turns as text that is not JSON: {short(odd[0])}; write lists of "
+                "turns, or their JSON text"
+            )
+        elif ours == "prompt" and texts and all(map(_is_list_of_texts, texts)):
+            raise UserError(
+                f"{origin}: column {name} holds lists of texts as JSON text: {short(texts[0])}; write texts, or lists "
+                "of chat turns"
+            )
+    return frozenset(packed)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _structure(text: str, ours: str) -> Any:
+    """The turns or the list that the text of a cell holds as JSON, or None for other text."""
+    if not text.lstrip().startswith("[" if ours in LIST_FIELDS else ("[", "{")):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if ours in LIST_FIELDS:
+        return value
+    turns = value if isinstance(value, list) else [value]
+    keys = [turn.keys() for turn in turns if isinstance(turn, Mapping)]
+    needs = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    whole = len(keys) == len(turns) and all(any(need <= each for need in needs) for each in keys)
+    return value if keys and whole else None
+
+
+def _is_list_of_texts(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(value) and all(isinstance(item, str) for item in value)
 
 
 def find_layout(found: Sequence[str], columns: Mapping[str, str]) -> Layout | None:
@@ -190,14 +296,16 @@ def find_layout(found: Sequence[str], columns: Mapping[str, str]) -> Layout | No
 def names_of(found: Sequence[str], columns: Mapping[str, str], layout: Layout) -> dict[str, str]:
     """Our name -> their column, for the fields that the layout reads.
 
-    A pair is read only by its own names: there a missing prompt is legal (implicit), so that another column that looks
-    like a prompt must not become one. Only `source` and ShareGPT's `conversations` have other names.
+    The prompt of a pair may be missing (implicit), so `detect_format` looks at the rows before it takes another column
+    for the prompt. There `history` is something else: the turns before it, not the prompt.
     """
     names: dict[str, str] = {}
     for ours in READ[layout]:
-        aliases = ALIASES[ours] if layout != "pair" or ours == "source" else ()
-        if layout == "pair" and ours == "prompt":
-            aliases = ("conversations",)
+        aliases = ALIASES[ours]
+        if ours == "prompt" and layout == "pair":
+            aliases = ("conversations", *(name for name in aliases if name != "history"))
+        if ours == "input" and ours not in columns and names.get("prompt") != "instruction":
+            continue
         candidates = [columns[ours]] if ours in columns else [ours, *aliases]
         if ours.endswith("_b") and f"{ours[:-1]}a" in names and ours not in columns:
             first = names[f"{ours[:-1]}a"]  # take the alias at the same place of the list as the one of the first

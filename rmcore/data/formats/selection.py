@@ -20,6 +20,7 @@ from rmcore.config import UserError
 from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.formats.judgements import all_pairs
+from rmcore.data.formats.turns import Turns, text_of_turn
 from rmcore.data.labels import LABEL_FIELDS
 
 MOST_ANSWERS = 16  # of a merged comparison: it is never cut, so it must stay short enough for a micro batch
@@ -151,7 +152,7 @@ def gathered(comparisons: Iterable[tuple[Comparison, int]], reads: Reads) -> Ite
     answers: set[str] = set()
     for comparison, group in comparisons:
         more = answers | set(map(_content, comparison.answers))
-        if run and (group != run_group or len(more) > MOST_ANSWERS or comparison.prompt != run[0].prompt):
+        if run and (group != run_group or len(more) > MOST_ANSWERS or not _same_prompt(comparison, run[0])):
             yield merged(run, reads)
             run, more = [], set(map(_content, comparison.answers))
         run.append(comparison)
@@ -178,7 +179,7 @@ def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
         return first
     # Answers that several rows share are kept once, at their first place; pairs and ties are renumbered to it.
     place: dict[str, int] = {}
-    different: list[list[dict[str, str]] | str] = []
+    different: list[Turns | str] = []
     joined: dict[str, list[Any]] = {label.name: [] for label in LABEL_FIELDS}
     for one in run:
         is_new = []
@@ -199,11 +200,15 @@ def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
     return replace(first, answers=tuple(different), rows=rows, **labels)
 
 
+def _same_prompt(one: Comparison, other: Comparison) -> bool:
+    return one.prompt == other.prompt and one.variables == other.variables
+
+
 def hash_text(text: str, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed)
 
 
-def _content(answer: list[dict[str, str]] | str) -> str:
+def _content(answer: Turns | str) -> str:
     if isinstance(answer, str):
         return answer
-    return "\x1e".join(f"{turn['role']}\x1f{turn['content']}" for turn in answer)
+    return "\x1e".join(text_of_turn(turn, "\x1f") for turn in answer)

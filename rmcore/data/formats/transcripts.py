@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rmcore.data.formats.fields import Turns
+from rmcore.data.formats.turns import Turns
 
 CUE = "\n\nAssistant:"
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")

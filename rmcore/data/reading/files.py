@@ -111,7 +111,7 @@ def read_files(
     schema, left_out = _common_schema(files, columns)
     # The rows contain the files' names.
     names = xxhash.xxh3_64_hexdigest("\0".join([*map(str, files), *left_out]).encode())
-    target = cache_dir / f"rows-v1-{content}-{names}.arrow"
+    target = cache_dir / f"rows-v2-{content}-{names}.arrow"
     try:
         if not target.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)

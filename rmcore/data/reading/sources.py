@@ -10,17 +10,19 @@ import itertools
 import json
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy
+import pyarrow
 import xxhash
 
 from rmcore.config import SourceConfig, UserError
 from rmcore.data.formats.row_format import needed_columns
+from rmcore.data.formats.turns import prose
 from rmcore.data.reading.files import (
     COMPRESSIONS,
     JSON,
@@ -95,17 +97,19 @@ def load_sources(
     cache_dir: Path,
     key: str = "data.train",
     whole: bool = False,
+    also: Collection[str] = (),
 ) -> list[Source]:
     """One Source per config, with `amount`, the split and `limit` applied.
 
     amount: a whole number takes that many rows, a fraction that share of the rows (above 1 it repeats rows). Which rows
     are taken depends only on `seed` and the content. limit: at most so many rows over all sources, in proportion, the
     first ones of each. cache_dir: rows of local files are cached there as Arrow. whole: rows with all columns, not
-    only those that a comparison needs. Raises UserError for a source that cannot be read.
+    only those that a comparison needs or reports. also: further columns that are read.
+    Raises UserError for a source that cannot be read.
     """
     sources: list[Source] = []
     for number, config in enumerate(configs):
-        source = _load(config, seed, cache_dir, key if len(configs) == 1 else f"{key}[{number}]", whole)
+        source = _load(config, seed, cache_dir, key if len(configs) == 1 else f"{key}[{number}]", whole, also)
         if any(other.label == source.label for other in sources):
             source = replace(source, label=f"{source.label}:{number}")
         sources.append(source)
@@ -117,7 +121,7 @@ def load_sources(
     return [_chosen(source, source._index[:share]) for source, share in zip(sources, shares, strict=True) if share]
 
 
-def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: bool) -> Source:
+def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: bool, also: Collection[str]) -> Source:
     columns = None if whole else config.columns
     parts = [_split(config, part.strip(), columns, seed, cache_dir, key) for part in config.split.split("+")]
     firsts = itertools.accumulate((len(part.rows) for part in parts), initial=0)
@@ -136,7 +140,7 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
         key=key,
         fingerprint=content,
         columns=config.columns,
-        _rows=rows if whole else _needed(rows, config.columns),
+        _rows=rows if whole else _needed(rows, config.columns, also),
         _index=index,
         _maps=tuple(pages for part in parts for pages in part.maps),
     )
@@ -179,12 +183,36 @@ def _label(path: str) -> str:
     return re.sub(rf"({'|'.join(map(re.escape, (*SUFFIXES, *COMPRESSIONS)))})+$", "", named[-1])
 
 
-def _needed(rows: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
-    """Removes the columns that no comparison reads."""
+def _needed(rows: datasets.Dataset, columns: Mapping[str, str], also: Collection[str]) -> datasets.Dataset:
+    """Removes the columns that no comparison reads, but keeps those with text, so that a comparison can report them."""
     if JSON in rows.column_names:
         return rows
-    names = needed_columns([name for name in rows.column_names if name != WHERE], columns)
-    return rows.select_columns([*names, *({WHERE} & {*rows.column_names})])
+    needed = needed_columns([name for name in rows.column_names if name != WHERE], columns)
+    kept = [name for name in rows.column_names if name in (WHERE, *also) or _holds_prose(rows, name)]
+    return rows.select_columns(list(dict.fromkeys([*needed, *kept])))
+
+
+def _holds_prose(rows: datasets.Dataset, name: str) -> bool:
+    """Whether some of the first values of a column look like content."""
+    column = rows.data.column(name)
+    if not _may_hold_text(column.type):
+        return False
+    found: list[Any] = []
+    for chunk in column.chunks:
+        found += chunk.drop_null()[: _HEAD - len(found)].to_pylist()
+        if len(found) >= _HEAD:
+            break
+    return bool(prose(found))
+
+
+def _may_hold_text(kind: pyarrow.DataType) -> bool:
+    """True for text, and for lists and records with text; False for numbers and for anything with bytes."""
+    if pyarrow.types.is_struct(kind):
+        inner = [kind.field(number).type for number in range(kind.num_fields)]
+        return any(map(_may_hold_text, inner)) and not any(map(pyarrow.types.is_binary, inner))
+    if isinstance(kind, pyarrow.ListType | pyarrow.LargeListType):
+        return _may_hold_text(kind.value_type)
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
 
 
 def _chosen(source: Source, index: numpy.ndarray) -> Source:

@@ -1,25 +1,30 @@
-"""Reads JSON lines, JSON arrays and CSV files, plain or compressed, and checks every row.
+"""Reads JSON lines, JSON documents and CSV files, plain or compressed, and checks every row.
 
-Input: a file.
+Input: a file, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 Output: for each row (the row as the text of a JSON object, its place). JSON lines and CSV are read as streams.
 Example: the file a.jsonl with the one line {"chosen": "x"} -> ('{"chosen": "x"}', "a.jsonl:1").
+
+A JSON document is an array of rows, an object with one such array ({"data": [...]}), or objects that span lines. It is
+parsed as a whole, so it takes a few times the size of the file in memory.
 
 A file that cannot be read raises a UserError that begins with FILE:LINE, or with FILE and contains line and column.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 
 from rmcore.config import UserError
+from rmcore.data.formats.row_format import ALIASES, LAYOUTS
 
 _MAGIC = {
     b"PAR1": "a parquet file",
@@ -28,30 +33,112 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK": "zip",
 }
+_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+# Keys that only a row has, not an object around the rows.
+_ROW_KEYS = {"prompt", "messages", "conversations", "text", "texts"}
+_ROW_KEYS |= {name for fields in LAYOUTS.values() for ours in fields for name in (ours, *ALIASES[ours])}
 
 
 def json_line_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """Yields (JSON text, where) of each line; blank lines are skipped."""
+    """Yields (JSON text, where) of each line; blank lines are skipped. A file with a JSON document gives its rows."""
+    only: tuple[Any, str, str] | None = None  # the first row, until there is a second one
+    count = 0
     for number, line in enumerate(_lines(file), start=1):
         where = f"{file}:{number}"
         text = _decoded(line, where).strip()
-        if text:
-            _check_object(_parsed(text, where), text, where)
-            yield text, where
+        if not text:
+            continue
+        count += 1
+        if count == 1 and _goes_on(text):
+            yield from _document_rows(file)
+            return
+        value = _parsed(text, where)
+        if count == 1 and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            yield from _document_rows(file)
+            return
+        _check_object(value, text, where)
+        if count == 1:
+            only = value, text, where
+            continue
+        if count == 2 and only is not None:
+            yield only[1:]
+        yield text, where
+    if count == 1 and only is not None:
+        yield from [only[1:]] if (rows := _rows_inside(only[0], file)) is None else _numbered(rows, file)
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """Yields (JSON text, where) of each row of a .json file: one array of objects, or JSON lines all the same.
-
-    An array is parsed as a whole, so it takes a few times the size of the file in memory. Large files should be JSON
-    lines, which are read as a stream.
-    """
+    """Yields (JSON text, where) of each row of a .json file: a document, or JSON lines all the same."""
     lines = (_decoded(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1))
-    if not next((line.lstrip() for line in lines if line.strip()), "").startswith("["):
+    if next((line.lstrip() for line in lines if line.strip()), "").startswith("["):
+        yield from _document_rows(file)
+    else:
         yield from json_line_rows(file)
-        return
+
+
+def _goes_on(line: str) -> bool:
+    """Whether the first line of a file is only the beginning of an object or an array."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return line[0] in "[{" and error.pos >= len(line)
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
+    """The rows of a file that is parsed as a whole: an array, an object around one, or objects over several lines."""
     text = "".join(_decoded(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1))
-    for number, value in enumerate(_parsed(text, str(file)), start=1):
+    values = None if text.lstrip().startswith("[") else _objects(text)
+    if values is None:
+        value = _parsed(text, str(file))
+        values = value if isinstance(value, list) else [value]
+    elif len(values) == 1 and (rows := _rows_inside(values[0], file)) is not None:
+        values = rows
+    del text
+    yield from _numbered(values, file)
+
+
+def _objects(text: str) -> list[Any] | None:
+    """The JSON values that follow each other in a text, None if it is not JSON."""
+    decoder, place, values = json.JSONDecoder(), 0, []
+    try:
+        while place < len(text):
+            if text[place].isspace():
+                place += 1
+                continue
+            value, place = decoder.raw_decode(text, place)
+            values.append(value)
+    except (ValueError, RecursionError):
+        return None
+    return values
+
+
+def _rows_inside(value: Any, file: Path) -> list[Any] | None:
+    """The rows in an object such as {"version": 1, "data": [...]}; None for an object that is a row."""
+    if not isinstance(value, dict):
+        return None
+    column = value.get("chosen")
+    if isinstance(column, list | dict) and column:
+        texts = all(isinstance(item, str) for item in column) if isinstance(column, list) else "0" in column
+        if texts:
+            raise UserError(f"{file}: holds columns, not rows; write one object per row (pandas: orient='records')")
+    if _ROW_KEYS & value.keys():
+        return None
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    if len(lists) > 1:
+        raise UserError(
+            f"{file}: several lists of rows ({', '.join(map(repr, lists[:8]))}); write each to its own file"
+        )
+    return value[lists[0]] if lists else None
+
+
+def _numbered(values: list[Any], file: Path) -> Iterator[tuple[str, str]]:
+    for number, value in enumerate(values, start=1):
         where = f"{file} row {number}"
         row = json.dumps(value, ensure_ascii=True)
         _check_object(value, row, where)
@@ -93,15 +180,27 @@ def _lines(file: Path) -> Iterator[bytes]:
     number = 0
     try:
         with _opened(file) as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(_in_utf8(stream), start=1):
                 yield _checked_head(line, file) if number == 1 else line
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{file}:{number + 1}: cannot be read: {error}") from None
 
 
+def _in_utf8(stream: io.BufferedReader) -> Iterable[bytes]:
+    """The lines of a stream in UTF-8; those of another encoding of Unicode if a byte order mark says which."""
+    head = stream.peek(4)[:4]
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    if encoding is None:
+        return stream
+    return (line.encode("utf-8") for line in io.TextIOWrapper(stream, encoding, newline="\n"))
+
+
 def _checked_head(head: bytes, file: Path) -> bytes:
     """The first line of a file, without a byte order mark. Raises UserError if it does not look like text."""
     what = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "binary")
+    half = max(head[:400:2].count(0), head[1:400:2].count(0))
+    if what == "binary" and len(head) > 8 and half > 0.9 * len(head[:400:2]):
+        raise UserError(f"{file}:1: UTF-16 text without a byte order mark: convert it to UTF-8 (iconv -f UTF-16LE)")
     if what != "binary" or b"\0" in head[:4096]:
         raise UserError(f"{file}:1: not text: it looks like {what}; the suffix of the name must match the content")
     return head.removeprefix(b"\xef\xbb\xbf")

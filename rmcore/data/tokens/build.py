@@ -17,14 +17,17 @@ from transformers import PreTrainedTokenizerFast
 from rmcore.config import Config
 from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
 from rmcore.data.formats.comparison import Comparison
+from rmcore.data.formats.fields import short
 from rmcore.data.formats.selection import RowHashes, Selection, duplicates, hash_text
 from rmcore.data.labels import LABEL_FIELDS
 from rmcore.data.tokens.cache import CacheWriter
 from rmcore.data.tokens.comparisons import EncodedRow, lay_out
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.limits import LengthLimits, apply_limits
+from rmcore.data.tokens.templates import Template
 
 CHUNK_ROWS = 1024
+MOST_UNREAD = 20  # columns and message keys that the report lists
 CHUNK_CHARACTERS = 2_000_000  # of rendered text; it bounds the memory of one call to the tokenizer to some 200 MB
 
 
@@ -72,11 +75,23 @@ class Work:
         self._kept = self._pairs = self._ties = self._scored = self._empty = 0
         self.names: dict[str, int] = {}  # source -> index
         self.refusal = ""
+        self.unread: Counter[str] = Counter()  # columns and message keys with content that is not read -> rows
+        self.missing: Counter[str] = Counter()  # content that the rendered texts do not contain -> rows
+        self.example: dict[str, str] = {}  # the first text of each kind of missing content
 
-    def counted(self, comparison: Comparison) -> Comparison:
-        """Remembers the hashes of a row, so that the report can count duplicates."""
-        self._hashes.add_judged(comparison)
+    def counted(self, comparison: Comparison, duplicates: bool) -> Comparison:
+        """Counts what is not read of a row, and remembers its hashes if the report is to count `duplicates` by them."""
+        self.unread.update(comparison.unread)
+        if duplicates:
+            self._hashes.add_judged(comparison)
         return comparison
+
+    def check(self, template: Template, comparison: Comparison, texts: tuple[str, ...]) -> None:
+        """Counts content of the data that the rendered texts of a comparison do not contain."""
+        found = dict(template.missing(comparison, texts))
+        self.missing.update(dict.fromkeys(found, comparison.rows))
+        for what, text in found.items():
+            self.example.setdefault(what, short(text))
 
     def tokenise(self, chunk: Chunk) -> None:
         """Tokenises a chunk, applies the limits, and writes it to the cache."""
@@ -125,6 +140,11 @@ class Work:
         warnings = [*self._encoder.warnings(), *([self.refusal] if self.refusal else [])]
         if self._empty:
             warnings.append(f"{self._empty:,} rows have an empty answer")
+        for what, rows in sorted(self.missing.items()):
+            example = self.example[what]
+            warnings.append(f"in {rows:,} rows the rendered text does not contain {what}, the first time {example}")
+        unread = sorted(self.unread.most_common(MOST_UNREAD), key=lambda item: (-item[1], item[0]))
+        warnings += [f"content that is not read, in {rows:,} rows: {what}" for what, rows in unread]
         return {
             "key": name,
             "rows": self.seen,
@@ -147,4 +167,4 @@ def _contents(comparison: Comparison) -> Iterator[str]:
         if isinstance(part, str):
             yield part
         else:
-            yield from (turn["content"] for turn in part)
+            yield from (turn.get("content", "") for turn in part)

@@ -29,6 +29,7 @@ from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, TokenizedCompariso
 from rmcore.host.files import fsync_directory
 
 FORMAT_VERSION = 3
+READER = 1  # raised when rows are read otherwise, so that what an older rmcore read of them is built again
 _BLOCK = 1 << 22  # bytes hashed at a time
 WAIT_SECONDS = 30.0  # between two log lines that say which process holds the lock
 
@@ -83,6 +84,7 @@ class CacheWriter:
         fingerprint.update(json.dumps(sources).encode())
         meta = {
             "format_version": FORMAT_VERSION,
+            "reader": READER,
             "bytes": {name: (self._directory / f"{name}.npy").stat().st_size for name in ARRAYS},
             "length": self._length,
             "hash": {name: self._hash[name].hexdigest() for name in ARRAYS},
@@ -115,6 +117,8 @@ def read(directory: Path) -> TokenizedComparisons:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise DamagedCache(f"format {meta['format_version']}, not {FORMAT_VERSION}")
+        if meta.get("reader") != READER:
+            raise DamagedCache("an older rmcore built it, which did not read all content of the rows")
         arrays = {name: _open_array(directory, name, meta) for name in ARRAYS}
         for name, counted in OFFSET_OF.items():
             if arrays[name][0] != 0 or arrays[name][-1] != len(arrays[counted]):
@@ -179,7 +183,7 @@ def _read_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], w
     except FileNotFoundError:
         pass
     except DamagedCache as damage:
-        _log.warning("the token cache %s is damaged (%s): preparing %s again", final, damage, what)
+        _log.warning("the token cache %s cannot be used (%s): preparing %s again", final, damage, what)
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
     temporary = root / f"{key}.building-{owner['host']}-{owner['pid']}"
     try:

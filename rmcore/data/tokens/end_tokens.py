@@ -32,7 +32,7 @@ def answer_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
 def ending_warning(template: Template, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """One sentence if `template` ends answers differently from the tokenizer's own chat template, else nothing."""
     expected = answer_ends(tokenizer)
-    if not expected or template.name == "tokenizer":
+    if not expected or template.name.startswith("tokenizer"):
         return []
     answers = (_PROBE, _PROBE) if template.wants_text else (_TURNS[1:], _TURNS[1:])
     prompt = "How are you" if template.wants_text else _TURNS[:1]

@@ -6,6 +6,8 @@ Example: simple_chat renders the prompt [user "2+2?"] with the answers ([assista
 ("User: 2+2?", ("User: 2+2?\n\nAssistant: 4<eos>", "User: 2+2?\n\nAssistant: 5<eos>")).
 
 Every template has one definition, its Jinja source: it is rendered here, and exported as the tokenizer's chat template.
+What a render would otherwise depend on is written at the top of that source: the variables of the configuration
+(data.chat_template_kwargs), and the date, if the template reads the clock. So the export renders the same text later.
 The text of the prompt does not have to be a prefix of the full texts; only the length limits and the samples table use
 it.
 """
@@ -15,21 +17,23 @@ import functools
 import json
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import xxhash
 
-from rmcore.config import UserError
+from rmcore.config import Config, UserError
 from rmcore.data.formats.comparison import Comparison, Turns
+from rmcore.data.formats.turns import EVERYTHING, REASONING, TemplateReads, all_texts
 
 _END = "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
 
@@ -66,8 +70,15 @@ NAMED_TEMPLATES = {
 }
 
 
+CLOCK = "strftime_now"  # the function by which templates read the clock
+
+
 class TemplateRefused(UserError):
     """A template refused one conversation (roles that do not alternate, for example); its row may be dropped."""
+
+
+# What a Jinja template is rendered with: turns, generation prompt, further variables (tools, documents, ...).
+_Render = Callable[[Turns, bool, Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,10 @@ class Template:
     name: str
     chat_template: str | None  # Jinja source for the exported tokenizer; None: texts are taken unchanged
     special_tokens: dict[str, str]  # variables of the template: {"eos_token": "</s>", ...}
-    _render_turns: Callable[[Turns, bool], str] | None = field(default=None, repr=False, compare=False)
+    date: str | None = None  # as of which it renders, if it reads the clock
+    warnings: tuple[str, ...] = ()  # configured variables that it does not read
+    reads: TemplateReads = EVERYTHING  # what of a row it uses
+    _render_turns: _Render | None = field(default=None, repr=False, compare=False)
 
     @property
     def wants_text(self) -> bool:
@@ -96,6 +110,16 @@ class Template:
         parts = [str(self.chat_template), *(f"{name}={token}" for name, token in sorted(self.special_tokens.items()))]
         return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line about its date, if it reads the clock."""
+        if self.date is None:
+            return ()
+        return (
+            f"data.template={self.name} reads the clock: all texts are rendered as of {self.date}, also by the "
+            f"exported model; data.date={self.date} gives the same texts on another day",
+        )
+
     def render(self, comparison: Comparison) -> tuple[str, tuple[str, ...]]:
         """-> (text of the prompt, one full text per answer).
 
@@ -104,7 +128,7 @@ class Template:
         Raises TemplateRefused if the template refuses the conversation, and ValueError for turns with `none`, or texts
         with the others.
         """
-        prompt = comparison.prompt
+        prompt, variables = comparison.prompt, comparison.variables
         if self._render_turns is None:
             if not isinstance(prompt, str):
                 raise ValueError("template none takes text; make the comparison with wants_text=True")
@@ -113,14 +137,75 @@ class Template:
         if isinstance(prompt, str):
             raise ValueError(f"template {self.name} takes turns; make the comparison with wants_text=False")
         conversations = [[*prompt, *answer] for answer in comparison.answers if not isinstance(answer, str)]
-        texts = tuple(self._render_turns(conversation, False) for conversation in conversations)
+        texts = tuple(self._text(conversation, False, variables) for conversation in conversations)
         before = conversations[0][:-1]
-        return (self._render_turns(before, True) if before else ""), texts
+        return (self._text(before, True, variables) if before else ""), texts
+
+    def _text(self, turns: Turns, cue: bool, variables: Mapping[str, Any]) -> str:
+        """The text of a conversation. A template that cannot take a turn without content gets an empty content."""
+        assert self._render_turns is not None
+        try:
+            return self._render_turns(turns, cue, variables)
+        except TemplateRefused:
+            if all("content" in turn for turn in turns):
+                raise
+            return self._render_turns([{"content": "", **turn} for turn in turns], cue, variables)
+
+    def missing(self, comparison: Comparison, texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        """Yields (what, text) for each text of the data that the rendered `texts` of a comparison do not contain.
+
+        White space does not count, because templates strip it. The named templates write all contents, but those that
+        `assistant_message_only` leaves out by its name.
+        """
+        if self.name in NAMED_TEMPLATES or isinstance(comparison.prompt, str):
+            return
+        for answer, text in zip(comparison.answers, texts, strict=True):
+            packed = ""
+            for what, part in _parts([*comparison.prompt, *answer], comparison.variables):  # type: ignore[list-item]
+                if part in text or not part.strip():
+                    continue
+                packed = packed or "".join(text.split())
+                if "".join(part.split()) not in packed and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
+                    yield what, part
 
 
-def load_template(name: str, tokenizer: Any) -> Template:
+def _parts(turns: Turns, variables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, text) of everything in a conversation that a template should write."""
+    for turn in turns:
+        role = turn["role"]
+        yield f"the content of {role} turns", turn.get("content", "")
+        for key, value in turn.items():
+            if key == "tool_calls":
+                for call in value:
+                    yield f"tool calls of {role} turns", _function_name(call)
+            elif key in REASONING and isinstance(value, str):
+                yield f"the {key} of {role} turns", value
+    for tool in variables.get("tools", ()):
+        yield "tools", _function_name(tool)
+    for document in variables.get("documents", ()):
+        for text in all_texts(document):
+            yield "documents", text
+
+
+def _function_name(tool: Mapping[str, Any]) -> str:
+    inner = tool.get("function")
+    name = (inner if isinstance(inner, Mapping) else tool).get("name")
+    return name if isinstance(name, str) else ""
+
+
+def template_of(config: Config, tokenizer: Any) -> Template:
+    """The template of a configuration; see `load_template`."""
+    data = config.data
+    return load_template(data.template, tokenizer, data.chat_template_kwargs, data.date)
+
+
+def load_template(
+    name: str, tokenizer: Any, variables: Mapping[str, Any] | None = None, today: str | None = None
+) -> Template:
     """`data.template` -> Template. Only the special tokens and the chat template of `tokenizer` are read.
 
+    `variables`: defaults of the template's own variables. `today` (YYYY-MM-DD; None: the present day): what a template
+    that reads the clock gets, at midnight.
     Raises UserError for an unknown name, a missing chat template or EOS token, and a missing or malformed file.
     """
     special_tokens = {
@@ -128,10 +213,11 @@ def load_template(name: str, tokenizer: Any) -> Template:
     }
     if name == "none":
         _require_eos(name, special_tokens)
-        return Template(name, None, special_tokens)
-    if name == "tokenizer":
-        return _tokenizer_template(tokenizer, special_tokens)
-    if name in NAMED_TEMPLATES:
+        return Template(name, None, special_tokens, warnings=tuple(_unread(variables or {}, frozenset(), name)))
+    own, _, choice = name.partition(":")
+    if own == "tokenizer":
+        source, origin = _source_of(tokenizer, choice), "the tokenizer's chat template"
+    elif name in NAMED_TEMPLATES:
         source, origin = NAMED_TEMPLATES[name], f"template {name}"
     elif name.endswith((".jinja", ".jinja2", ".j2")):
         source, origin = _read_jinja_file(Path(name)), name
@@ -142,10 +228,88 @@ def load_template(name: str, tokenizer: Any) -> Template:
         raise UserError(
             f"data.template: unknown name {name!r}{hint}; known: {', '.join(known)}, or the path of a .jinja file"
         )
-    if "eos_token" in source:
+    if "eos_token" in source and own != "tokenizer":
         _require_eos(name, special_tokens)
-    compiled = _compile(source, origin, sandboxed=name not in NAMED_TEMPLATES)
-    return Template(name, source, special_tokens, functools.partial(_render_jinja, compiled, origin, special_tokens))
+    tree = _parsed(source, origin)
+    reads = what_it_reads(tree)
+    own_names, day = reads.variables or frozenset(), None
+    warnings = tuple(_unread(variables or {}, own_names, name))
+    source = "".join(f"{{%- if {key} is not defined %}}{{%- set {key} = {value!r} %}}{{%- endif %}}"
+                     for key, value in (variables or {}).items() if key in own_names) + source  # fmt: skip
+    if _reads_clock(tree):
+        day = today or date.today().isoformat()
+        source = _stopped_clock(tree, date.fromisoformat(day)) + source
+    if own == "tokenizer":
+        render = _by_transformers(tokenizer, source)
+    else:
+        compiled = _compile(source, origin, sandboxed=name not in NAMED_TEMPLATES)
+        render = functools.partial(_render_jinja, compiled, origin, special_tokens)
+    return Template(name, source, special_tokens, day, warnings, reads, render)
+
+
+def what_it_reads(tree: jinja2.nodes.Template) -> TemplateReads:
+    """The names that a template may look up in a message, the roles that it knows, and its variables.
+
+    A template that writes whole messages (`message | tojson`, `message.items()`) reads every key.
+    """
+    names = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    names |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    if names.intersection(REASONING):
+        names.update(REASONING)
+    roles = set()
+    for test in tree.find_all(jinja2.nodes.Compare):
+        if _is_role(test.expr):
+            roles |= {node.value for operand in test.ops for node in (operand.expr, *operand.expr.find_all(_CONST))
+                      if isinstance(node, _CONST)}  # fmt: skip
+    variables = frozenset(jinja2.meta.find_undeclared_variables(tree) - {"messages", "add_generation_prompt"})
+    turns = {"messages"}
+    for loop in tree.find_all(jinja2.nodes.For):
+        if isinstance(loop.target, jinja2.nodes.Name) and "message" in str(loop.iter):
+            turns.add(loop.target.name)
+    whole = [node.node for node in tree.find_all(jinja2.nodes.Filter) if node.name in _WHOLE]
+    whole += [node.node for node in tree.find_all(jinja2.nodes.Getattr) if node.attr in ("items", "values")]
+    dumps = any(isinstance(node, jinja2.nodes.Name) and node.name in turns for node in whole)
+    return TemplateReads(None if dumps else frozenset(names), frozenset(roles), variables)
+
+
+def _is_role(node: jinja2.nodes.Node) -> bool:
+    if isinstance(node, jinja2.nodes.Getitem):
+        return isinstance(node.arg, _CONST) and node.arg.value == "role"
+    name = node.attr if isinstance(node, jinja2.nodes.Getattr) else getattr(node, "name", "")
+    return "role" in str(name)
+
+
+_CONST = jinja2.nodes.Const
+_WHOLE = ("tojson", "items", "dictsort", "string", "pprint")
+
+
+def _unread(variables: Mapping[str, Any], known: frozenset[str], name: str) -> Iterator[str]:
+    for key in variables:
+        if key in ("messages", "tools", "documents", "add_generation_prompt"):
+            raise UserError(
+                f"data.chat_template_kwargs: {key} comes with the rows; give variables of the template only"
+            )
+        if key not in known:
+            yield f"data.chat_template_kwargs.{key} has no effect: data.template={name} does not read it"
+
+
+def _reads_clock(tree: jinja2.nodes.Template) -> bool:
+    """Whether the template uses transformers' clock, and not the macro of that name with which an export stops it."""
+    macros = {node.name for node in tree.find_all(jinja2.nodes.Macro)}
+    return any(node.name == CLOCK for node in tree.find_all(jinja2.nodes.Name)) and CLOCK not in macros
+
+
+def _stopped_clock(tree: jinja2.nodes.Template, day: date) -> str:
+    """Jinja source in which strftime_now gives midnight of `day`, for every format in the template."""
+    formats = sorted({node.value for node in tree.find_all(jinja2.nodes.Const)
+                      if isinstance(node.value, str) and "%" in node.value})  # fmt: skip
+    moment = datetime.combine(day, time())
+    table = {text: moment.strftime(text) for text in formats}
+    return (
+        f"{{%- macro {CLOCK}(format) %}}"
+        "{%- set texts = " + repr(table) + " %}{{- texts[format] if format in texts "
+        "else raise_exception('the date in this format was not fixed: ' ~ format) }}{%- endmacro %}"
+    )
 
 
 def _require_eos(name: str, special_tokens: dict[str, str]) -> None:
@@ -164,31 +328,52 @@ def _read_jinja_file(path: Path) -> str:
         raise UserError(f"data.template: cannot read {path}: {reason}") from None
 
 
-def _tokenizer_template(tokenizer: Any, special_tokens: dict[str, str]) -> Template:
-    """The tokenizer's own chat template, through transformers' apply_chat_template."""
-    if not tokenizer.chat_template:
+def _source_of(tokenizer: Any, choice: str) -> str:
+    """The Jinja source of a tokenizer's chat template: of the one named `choice`, or of the default one."""
+    found = tokenizer.chat_template
+    if not found:
         raise UserError(
             "data.template=tokenizer: the tokenizer has no chat template; "
             f"set data.template to one of {', '.join(NAMED_TEMPLATES)}, none, or the path of a .jinja file"
         )
-    try:
-        source = tokenizer.get_chat_template()  # picks "default" where a tokenizer has several
-    except ValueError as error:
-        raise UserError(f"data.template: the tokenizer's chat templates cannot be used: {error}") from None
+    if isinstance(found, str):
+        if choice:
+            raise UserError(f"data.template=tokenizer:{choice}: the tokenizer has a single chat template; "
+                            "set data.template=tokenizer")  # fmt: skip
+        return found
+    if (choice or "default") not in found:
+        raise UserError(
+            f"data.template={'tokenizer:' + choice if choice else 'tokenizer'}: the tokenizer has the chat templates "
+            f"{', '.join(sorted(found))}; choose one: data.template=tokenizer:{min(found)}"
+        )
+    return str(found[choice or "default"])
 
-    def render(messages: Turns, add_generation_prompt: bool) -> str:
+
+def _by_transformers(tokenizer: Any, source: str) -> _Render:
+    """Renders the tokenizer's own chat template as its users do, through transformers' apply_chat_template."""
+
+    def render(messages: Turns, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"data.template: the tokenizer's chat template, line {error.lineno}: {error.message}"
-            ) from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            text = tokenizer.apply_chat_template(
+                [_with_reasoning(message) for message in messages],
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+            return str(text)
+        except Exception as error:  # a template is a program of somebody else and can raise anything
             raise TemplateRefused(
                 f"data.template: the tokenizer's chat template refused a conversation: {error}"
             ) from None
 
-    return Template("tokenizer", source, special_tokens, render)
+    return render
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under the two names that templates read, as newer transformers versions do."""
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -213,7 +398,7 @@ def _environment(sandboxed: bool) -> jinja2.Environment:
     environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals[CLOCK] = lambda format: datetime.now().strftime(format)
     return environment
 
 
@@ -222,22 +407,32 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
+def _parsed(source: str, origin: str) -> jinja2.nodes.Template:
+    try:
+        return _environment(True).parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"data.template: {origin}:{error.lineno}: {error.message}") from None
+
+
 def _compile(source: str, origin: str, *, sandboxed: bool) -> jinja2.Template:
     """Compiles under the name of the file, so that a traceback into the template has its line."""
     environment = _environment(sandboxed)
-    try:
-        code = environment.compile(source, filename=origin)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"data.template: {origin}:{error.lineno}: {error.message}") from None
+    code = environment.compile(source, filename=origin)
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
 def _render_jinja(
-    template: jinja2.Template, origin: str, special_tokens: dict[str, str], messages: Turns, add_generation_prompt: bool
+    template: jinja2.Template,
+    origin: str,
+    special_tokens: dict[str, str],
+    messages: Turns,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
 ) -> str:
-    variables = {**special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
+    given = {"tools": None, "documents": None, **special_tokens, **variables}
+    turns = [_with_reasoning(message) for message in messages]
     try:
-        return template.render(variables, tools=None, documents=None)
+        return template.render(given, messages=turns, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program of the user and can raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
         where = f"{origin}:{lines[-1]}" if lines else origin

@@ -208,6 +208,91 @@ def test_a_malformed_file_is_named_with_its_line(fault: str, tmp_path: Path, loa
     assert len(load(file)) == 1
 
 
+WRAPPED = [{"prompt": "p é", "chosen": "c", "rejected": "r"}, {"prompt": "q", "chosen": [], "rejected": {}}]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_json_documents_of_any_layout_hold_the_same_rows(name: str, tmp_path: Path, load) -> None:
+    documents = [
+        {"version": "1", "data": WRAPPED},
+        {"train": WRAPPED, "info": {"by": "x"}, "splits": ["train"]},
+        WRAPPED,
+    ]
+    texts = [json.dumps(document, indent=indent) for document in documents for indent in (None, 1)]
+    texts.append("\n".join(json.dumps(row, indent=2) for row in WRAPPED))  # as jq writes rows
+    texts.append("".join(json.dumps(row) + "\n\n" for row in WRAPPED))
+    for text in texts:
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+        source = load(tmp_path / name)
+        assert rows_of(source) == WRAPPED, text
+        assert place(source, 1) in (f"{tmp_path / name} row 2", f"{tmp_path / name}:3")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_single_row_is_no_wrapper(indent: int | None, tmp_path: Path, load) -> None:
+    turn = {"role": "user", "content": "x"}
+    for row in ({"chosen": [turn], "rejected": [turn, turn]}, {"messages": [turn], "extra": [turn]}, {"a": 1}):
+        (tmp_path / "a.json").write_text(json.dumps(row, indent=indent), encoding="utf-8")
+        assert rows_of(load(tmp_path / "a.json")) == [row]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            {"train": [{"a": 1}], "test": [{"a": 2}]},
+            r": several lists of rows \('train', 'test'\); write each to its own",
+        ),
+        ({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}, ": holds columns, not rows; .*records"),
+        ({"chosen": {"0": "a"}, "rejected": {"0": "b"}}, ": holds columns, not rows; .*records"),
+    ],
+)
+def test_documents_that_are_no_rows_are_refused(document: Any, message: str, tmp_path: Path, load) -> None:
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(document, indent=indent), encoding="utf-8")
+        with pytest.raises(UserError, match=f"^{tmp_path / 'a.json'}{message}"):
+            load(tmp_path / "a.json")
+
+
+def test_a_damaged_document_is_named_with_its_place(tmp_path: Path, load) -> None:
+    file = tmp_path / "a.jsonl"
+    for text, place in (
+        ('{\n"a": 1,\n"b" 2}\n', ": not JSON: .* at line 3, column 5"),
+        ("{\n", ": not JSON"),
+        ("[\n{}", ": not JSON"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=f"^{file}{place}"):
+            load(file)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv"])
+def test_other_encodings_are_read_by_their_byte_order_mark(encoding: str, kind: str, tmp_path: Path, load) -> None:
+    rows = [{"chosen": "é \U0001f600", "rejected": "\u0a0d"}, {"chosen": "b", "rejected": "c"}]
+    text = {
+        "json": json.dumps({"data": rows}, ensure_ascii=False),
+        "csv": "chosen,rejected\r\n" + "".join(f"{row['chosen']},{row['rejected']}\r\n" for row in rows),
+    }.get(kind, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    content = ("\ufeff" * encoding.endswith("e") + text).encode(encoding)
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    assert rows_of(load(file)) == rows
+
+
+def test_utf_16_that_cannot_be_read_is_explained(tmp_path: Path, load) -> None:
+    file = tmp_path / "a.jsonl"
+    line = '{"chosen": "a", "rejected": "b"}\n'
+    for content, message in (
+        (line.encode("utf-16-le"), ":1: UTF-16 text without a byte order mark: convert it to UTF-8"),
+        (line.encode("utf-16-be"), ":1: UTF-16 text without a byte order mark: convert it to UTF-8"),
+        (line.encode("utf-16") + b"\x00\xd8", ":2: cannot be read: "),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{file}{message}"):
+            load(file)
+
+
 def test_a_surrogate_pair_is_a_character(tmp_path: Path, load) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(rb'{"chosen": "\ud83d\ude00", "rejected": "\\ud83d"}')
