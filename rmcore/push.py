@@ -12,6 +12,7 @@ import sys
 
 from rmcore.config.schema import HubConfig
 from rmcore.host.command import run_command
+from rmcore.host.terminal import print_text
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     def work() -> None:
         from rmcore.hf_export.upload import push
 
-        print(push(given.directory, hub))
+        print_text(push(given.directory, hub))
 
     return run_command("rmcore push", work)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison, comparison_from_row, detect_format
+from rmcore.data.formats.fields import listed, short
 from rmcore.data.tokens.templates import Template
 
 MANY = ("answers", "responses", "completions")  # the keys of a list of answers
@@ -52,12 +53,12 @@ def comparison_of(row: Mapping[str, Any], template: Template, where: str) -> tup
     else:
         found = next((name for name in (*MANY, *ONE) if name in row), None)
         if "prompt" not in row or found is None:
-            raise UserError(f"{where}: a row needs {KINDS}; found {', '.join(map(str, row)) or 'nothing'}")
+            raise UserError(f"{where}: a row needs {KINDS}; found {listed(list(row))}")
         single = found in ONE
         answers = [row[found]] if single else row[found]
         prompt = {"prompt": row["prompt"]}
         if not isinstance(answers, list) or not answers:
-            raise UserError(f"{where}: {found} must be a list of answers, not {answers!r:.80}")
+            raise UserError(f"{where}: {found} must be a list of answers, not {short(answers)}")
     others = answers[1:] or answers
     pairs = [_pair({**prompt, "chosen": answers[0], "rejected": other}, template, where) for other in others]
     first = pairs[0]

@@ -14,6 +14,7 @@ from dataclasses import replace
 import uvicorn
 
 from rmcore.config import UserError
+from rmcore.host.terminal import print_text
 from rmcore.scoring.rows import trial_rows
 from rmcore.scoring.scorer import Scorer
 from rmcore.serving.app import Service, create_app
@@ -57,8 +58,8 @@ def serve(
             signal.signal(number, lambda *_: None)
         address.listen(BACKLOG)
         host, port = address.getsockname()[:2]
-        print(f"rmcore serve: {scorer.path}", flush=True)
-        print(f"rmcore serve: {model} on http://{host}:{port}", flush=True)
+        print_text(f"rmcore serve: {scorer.path}", flush=True)
+        print_text(f"rmcore serve: {model} on http://{host}:{port}", flush=True)
         uvicorn.Server(config).run(sockets=[address])
 
 

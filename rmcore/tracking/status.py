@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmcore.host.files import finite, write_text_atomically
+from rmcore.host.terminal import print_text
 from rmcore.parallel.world import World
 
 Status = Literal["running", "completed", "preempted", "failed"]
@@ -60,7 +61,7 @@ def record_status(
                 file.write(text)
                 file.truncate()
         except OSError:
-            print(f"rmcore.train: warning: {path} cannot be written: {error.strerror}", file=sys.stderr)
+            print_text(f"rmcore.train: warning: {path} cannot be written: {error.strerror}", sys.stderr)
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any]:

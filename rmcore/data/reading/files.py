@@ -27,6 +27,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from rmcore.config import UserError
+from rmcore.data.formats.fields import printable
 from rmcore.data.formats.row_format import needed_columns
 from rmcore.data.reading.text_rows import csv_rows, json_line_rows, json_rows
 from rmcore.host.model_directory import refuse_lfs_pointer
@@ -176,8 +177,8 @@ def _common_schema(files: list[Path], columns: Mapping[str, str] | None) -> tupl
             first, expected = next((file, kind) for file, kind in holders if kind != pyarrow.null())
             file, other = next((file, kind) for file, kind in holders if _common_type([expected, kind]) is None)
             raise UserError(
-                f"{file}: column {name} is of type {other}, but of type {expected} in {first}; list the files as "
-                "separate sources, or convert one of them"
+                f"{file}: column {printable(name)} is of type {other}, but of type {expected} in {first}; list the "
+                "files as separate sources, or convert one of them"
             )
     return pyarrow.schema([*fields, schemas[0].field(WHERE)]), left_out
 
