@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rmcore.host.files import finite, write_text_atomically
+from rmcore.host.files import finite, regular_file, write_text_atomically
 from rmcore.host.terminal import print_text
 from rmcore.parallel.world import World
 
@@ -57,7 +57,7 @@ def record_status(
         write_text_atomically(path, text)
     except OSError as error:
         try:  # a full disk has no room for a second file, and the old one must not keep the status "running"
-            with open(path, "r+", encoding="utf-8") as file:
+            with open(path, "r+", encoding="utf-8", opener=regular_file) as file:
                 file.write(text)
                 file.truncate()
         except OSError:

@@ -56,7 +56,16 @@ def test_a_hostile_column_name_reaches_the_terminal_as_text(tmp_path, capsys: py
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"promt\x1b]0;owned\x07\x9b2J\u202e": "a", "x": 1}) + "\n", encoding="utf-8")
     assert (
-        inspect(["model.name=synthetic", f"data.train.path={rows}", "data.max_tokens=64", f"run.dir={tmp_path}"]) == 2
+        inspect(
+            [
+                "model.name=synthetic",
+                f"data.train.path={rows}",
+                "data.max_tokens=64",
+                "data.template=none",
+                f"run.dir={tmp_path}",
+            ]
+        )
+        == 2
     )
     said = capsys.readouterr()
     assert "promt" in said.err and is_clean(said.out + said.err), said.err
