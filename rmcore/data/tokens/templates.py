@@ -24,11 +24,13 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 import xxhash
 
 from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison, Turns
+from rmcore.data.formats.fields import short
+from rmcore.data.tokens.sandbox import Sandbox, TooMuchWork, bounded
+from rmcore.host.terminal import one_line
 
 _END = "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
 
@@ -158,7 +160,7 @@ def _read_jinja_file(path: Path) -> str:
 
 
 def _tokenizer_template(tokenizer: Any, special_tokens: dict[str, str]) -> Template:
-    """The tokenizer's own chat template, through transformers' apply_chat_template."""
+    """The tokenizer's own chat template, rendered as transformers' apply_chat_template renders it."""
     if not tokenizer.chat_template:
         raise UserError(
             "data.template=tokenizer: the tokenizer has no chat template; "
@@ -169,19 +171,10 @@ def _tokenizer_template(tokenizer: Any, special_tokens: dict[str, str]) -> Templ
     except ValueError as error:
         raise UserError(f"data.template: the tokenizer's chat templates cannot be used: {error}") from None
 
-    def render(messages: Turns, add_generation_prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"data.template: the tokenizer's chat template, line {error.lineno}: {error.message}"
-            ) from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise TemplateRefused(
-                f"data.template: the tokenizer's chat template refused a conversation: {error}"
-            ) from None
-
-    return Template("tokenizer", source, special_tokens, render)
+    origin = "the tokenizer's chat template"
+    compiled = _compile(source, origin, sandboxed=True)
+    variables = dict(tokenizer.special_tokens_map)  # with the lists of further tokens, which files do not get
+    return Template("tokenizer", source, special_tokens, functools.partial(_render_jinja, compiled, origin, variables))
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -200,9 +193,9 @@ def _raise_exception(message: str) -> NoReturn:
 
 @functools.cache
 def _environment(sandboxed: bool) -> jinja2.Environment:
-    """A copy of the sandbox in which transformers renders chat templates. The named templates are part of this file, so
-    they render outside of the sandbox, which takes half the time."""
-    kind = jinja2.sandbox.ImmutableSandboxedEnvironment if sandboxed else jinja2.Environment
+    """A copy of the sandbox in which transformers renders chat templates, with bounds. The named templates are part of
+    this file, so they render outside of the sandbox, which takes half the time."""
+    kind = Sandbox if sandboxed else jinja2.Environment
     environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -219,9 +212,12 @@ def _compile(source: str, origin: str, *, sandboxed: bool) -> jinja2.Template:
     """Compiles under the name of the file, so that a traceback into the template has its line."""
     environment = _environment(sandboxed)
     try:
-        code = environment.compile(source, filename=origin)
+        with bounded({"": source}):
+            code = environment.compile(source, filename=origin)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"data.template: {origin}:{error.lineno}: {error.message}") from None
+        raise UserError(f"data.template: {origin}:{error.lineno}: {one_line(error.message)}") from None
+    except (RecursionError, MemoryError, SyntaxError, TooMuchWork) as error:  # of the code that Jinja makes of it
+        raise UserError(f"data.template: {origin}: too deeply nested or too large: {one_line(error)}") from None
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
@@ -230,8 +226,14 @@ def _render_jinja(
 ) -> str:
     variables = {**special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-        return template.render(variables, tools=None, documents=None)
+        with bounded(variables):
+            return template.render(variables, tools=None, documents=None)
     except Exception as error:  # a template is a program of the user and can raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == origin]
         where = f"{origin}:{lines[-1]}" if lines else origin
-        raise TemplateRefused(f"data.template: {where}: {type(error).__name__}: {error}") from None
+        if isinstance(error, TooMuchWork):
+            raise UserError(
+                f"data.template: {where}: refused, because {error}; the conversation begins {short(messages[:1])}"
+            ) from None
+        raise TemplateRefused(f"data.template: {where}: {type(error).__name__}: {one_line(error)}") from None
