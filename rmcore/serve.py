@@ -69,12 +69,11 @@ def serve(given: argparse.Namespace) -> None:
     server.serve(
         given.model,
         given.overrides,
-        Limits(given.max_body, given.max_texts, tokens, given.body_timeout, given.timeout),
+        Limits(given.max_body, given.max_texts, tokens, given.body_timeout, given.timeout, given.max_connections),
         host=given.host,
         port=given.port,
         normalise=given.normalise,
         most_waiting=given.max_waiting,
-        most_connections=given.max_connections,
     )
 
 

@@ -71,7 +71,8 @@ class _Meter:
 
 class _Thread(threading.local):
     meter = _Meter(math.inf, math.inf)  # outside of `bounded`, nothing is limited
-    end = math.inf  # by time.monotonic(), set by `until`
+    end = math.inf  # by time.monotonic()
+    room = math.inf  # characters that may still be written; both are set by `until`
 
 
 _THREAD = _Thread()
@@ -89,13 +90,22 @@ def bounded(variables: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def until(end: float) -> Iterator[None]:
-    """Inside, renderings of this thread also end at `end`, by time.monotonic()."""
-    _THREAD.end = end
+def until(end: float, room: float = math.inf) -> Iterator[None]:
+    """Inside, the renderings of this thread also end at `end` (by time.monotonic()), and together after `room`
+    characters."""
+    _THREAD.end, _THREAD.room = end, room
     try:
         yield
     finally:
-        _THREAD.end = math.inf
+        _THREAD.end = _THREAD.room = math.inf
+
+
+def written(text: str) -> str:
+    """The text of a rendering. Raises TooMuchWork if it does not fit into the room that `until` gives."""
+    _THREAD.room -= len(text)
+    if _THREAD.room < 0:
+        raise TooMuchWork("the texts of the request are too long")
+    return text
 
 
 def size_of(value: Any) -> int:
@@ -386,7 +396,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 if bits > MOST_BITS:
                     raise TooMuchWork(f"it computes a number of more than {MOST_BITS} bits")
         else:
-            _pay(max(_whole(left, right), 1) * (size_of(left) + size_of(right)))
+            _pay(max(_whole(left, right), 1) * sum(size_of(one) for one in (left, right) if not isinstance(one, int)))
         return left**right if operator == "**" else left * right
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ import xxhash
 from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison, Turns
 from rmcore.data.formats.fields import short
-from rmcore.data.tokens.sandbox import Sandbox, TooMuchWork, bounded
+from rmcore.data.tokens.sandbox import Sandbox, TooMuchWork, bounded, written
 from rmcore.host.terminal import one_line
 
 _END = "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
@@ -227,7 +227,7 @@ def _render_jinja(
     variables = {**special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
         with bounded(variables):
-            return template.render(variables, tools=None, documents=None)
+            return written(template.render(variables, tools=None, documents=None))
     except Exception as error:  # a template is a program of the user and can raise anything
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_code.co_filename == origin]
