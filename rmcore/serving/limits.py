@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rmcore.host.memory import LARGE, trim_freed_memory
 from rmcore.host.terminal import one_line
 from rmcore.scoring.rows import MANY
 
@@ -171,6 +172,8 @@ class Guard:
             )
         finally:
             self.held -= size
+            if size > LARGE:  # its texts and objects are freed, but glibc would keep their memory
+                trim_freed_memory()
             self.requests -= admitted
 
     def _check(self, scope: Scope, admitted: bool) -> None:

@@ -392,8 +392,9 @@ def test_five_thousand_hostile_requests_leave_the_memory_flat() -> None:
         assert answer.status_code in (200, 400, 404, 413, 422), answer.text
         if number % 500 == 499:
             sizes.append(service.memory("VmRSS") // MB)
-    print(f"statuses {statuses}, resident MB after each 500 requests {sizes}, peak {service.memory('VmHWM') // MB}")
-    assert is_answered(service) and sizes[-1] - sizes[1] < 100
+    peak = service.memory("VmHWM") // MB
+    print(f"statuses {statuses}, resident MB after each 500 requests {sizes}, peak {peak}")
+    assert is_answered(service) and max(sizes[5:]) - max(sizes[:5]) < 50
     assert service.end(signal.SIGTERM) == 0
 
 
