@@ -9,6 +9,7 @@ import runpy
 import sys
 
 from rmcore import __version__
+from rmcore.host.terminal import print_text
 
 COMMANDS = {
     "train": "train a reward model: CONFIG [key=value ...]",
@@ -31,17 +32,17 @@ def main() -> None:
     """Run a command. Exits with 2 if the command is unknown, else with the exit code of its module."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("--help", "-h"):
-        print("usage: rmcore COMMAND [arguments]\n")
-        print("\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items()))
-        print("\nrmcore COMMAND --help shows the arguments of a command; rmcore --version shows the version")
+        print_text("usage: rmcore COMMAND [arguments]\n")
+        print_text("\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items()))
+        print_text("\nrmcore COMMAND --help shows the arguments of a command; rmcore --version shows the version")
         raise SystemExit(0)
     if command == "--version":
-        print(f"rmcore {__version__}")
+        print_text(f"rmcore {__version__}")
         raise SystemExit(0)
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"rmcore: unknown command `{command}`; {hint}", file=sys.stderr)
+        print_text(f"rmcore: unknown command `{command}`; {hint}", sys.stderr)
         raise SystemExit(2)
     sys.argv = [f"rmcore {command}", *arguments]
     runpy.run_module(f"rmcore.{MODULES.get(command, command)}", run_name="__main__", alter_sys=True)

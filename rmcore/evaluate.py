@@ -24,6 +24,7 @@ from rmcore.evaluation.metrics import sentences, table
 from rmcore.evaluation.rewardbench import rewardbench_lines
 from rmcore.host.command import run_command
 from rmcore.host.files import finite
+from rmcore.host.terminal import print_text
 
 if TYPE_CHECKING:
     from rmcore.parallel.world import World
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
             report = evaluate_files(config, world, arguments.rewardbench, arguments.prior_sets)
             if world.is_main:
-                print(json.dumps(finite(report.metrics)) if arguments.json else as_text(report))
+                print_text(json.dumps(finite(report.metrics)) if arguments.json else as_text(report))
                 if arguments.report or arguments.png:
                     write(report, arguments.report, arguments.png)
 

@@ -16,6 +16,7 @@ import argparse
 import sys
 
 from rmcore.host.command import run_command
+from rmcore.host.terminal import print_text
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
         from rmcore.hf_export.from_checkpoint import export
 
         for line in export(given.run, given.out, given.overrides, given.normalise, given.max_shard_size):
-            print(line)
+            print_text(line)
 
     return run_command("rmcore export", work)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rmcore.config import Config, UserError, config_from_argv
 from rmcore.host.command import run_command
+from rmcore.host.terminal import print_text, visible
 
 ABOUT = (
     "The data doctor: rows kept and dropped, lengths, sharing, length bias, problems, examples. --json prints one JSON "
@@ -38,7 +39,7 @@ def inspect(config: Config, examples: int, plot: Path, as_json: bool) -> None:
     except (OSError, ValueError) as error:  # matplotlib raises ValueError when it does not know the suffix
         raise UserError(f"cannot write the picture {plot}: {getattr(error, 'strerror', error)}; set --plot") from None
     if as_json:
-        print(json.dumps({"parts": findings, "warnings": data.warnings, "plot": str(plot)}))
+        print_text(json.dumps({"parts": findings, "warnings": data.warnings, "plot": str(plot)}))
         return
 
     from rich.console import Console
@@ -49,7 +50,7 @@ def inspect(config: Config, examples: int, plot: Path, as_json: bool) -> None:
     console = Console(highlight=False)
     for name, part in parts.items():
         text = "\n".join([describe_part(part, config), *lines(findings[name]), ""])
-        console.print(text, markup=False, soft_wrap=True, emoji=False)
+        console.print(visible(text), markup=False, soft_wrap=True, emoji=False)
     for number in range(min(examples, len(data.train))):
         console.print(f"comparison {number} of data.train", style="bold", soft_wrap=True)
         show_first_example(data.train.comparison(number), tokenizer, console)
@@ -57,7 +58,7 @@ def inspect(config: Config, examples: int, plot: Path, as_json: bool) -> None:
     closing = [f"note: {note}" for note in data.notes]
     closing += [f"warning: {warning}" for warning in data.warnings]
     closing.append(f"picture of the lengths: {plot}")
-    console.print("\n".join(closing), markup=False, soft_wrap=True, emoji=False)
+    console.print(visible("\n".join(closing)), markup=False, soft_wrap=True, emoji=False)
 
 
 def main(argv: list[str]) -> int:

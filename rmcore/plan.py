@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from rmcore.config import Config, UserError, config_from_argv
 from rmcore.host.command import run_command
+from rmcore.host.terminal import print_text
 
 if TYPE_CHECKING:
     from rmcore.cost.data_size import Comparisons
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
         from rmcore.cost.report import as_dict, as_lines
 
         run = _estimate(config, options)
-        print(json.dumps(as_dict(run)) if options.json else "\n".join(as_lines(run)))
+        print_text(json.dumps(as_dict(run)) if options.json else "\n".join(as_lines(run)))
 
     return run_command("rmcore plan", work)
 

@@ -13,6 +13,7 @@ import time
 
 from rmcore.config import config_from_argv
 from rmcore.host.command import run_command
+from rmcore.host.terminal import print_text
 
 ABOUT = "Tokenise the data of a run ahead of time. --json prints one JSON object and nothing else."
 
@@ -33,9 +34,9 @@ def main(argv: list[str]) -> int:
         seconds, cache = time.monotonic() - started, str(cache_directory(config))
         if options.json:
             parts = {part.report["key"]: part.report for part in (data.train, data.eval) if part is not None}
-            print(json.dumps({"parts": parts, "warnings": data.warnings, "seconds": seconds, "cache": cache}))
+            print_text(json.dumps({"parts": parts, "warnings": data.warnings, "seconds": seconds, "cache": cache}))
         else:
-            print(f"{describe(data, config)}\nready in {cache} after {seconds:.1f} s")
+            print_text(f"{describe(data, config)}\nready in {cache} after {seconds:.1f} s")
 
     return run_command("rmcore prepare", work)
 

@@ -1,6 +1,7 @@
 """`rmcore push DIR USER/NAME` uploads an exported model to the Hugging Face hub.
 
-Input: a directory written by training or by `rmcore export`. Output: one commit, whose address is printed.
+Input: a directory written by training or by `rmcore export`. Output: one commit of the files that an export writes; its
+address is printed, and so are the names of other files in the directory, which stay here.
 Example: `rmcore push runs/hh/model me/hh-rm --revision v2` uploads the directory to the branch v2 of me/hh-rm. If the
 repository or the branch is missing, the command creates it; a new repository is private.
 
@@ -9,9 +10,11 @@ The token comes from HF_TOKEN or `hf auth login`. HF_ENDPOINT selects another hu
 
 import argparse
 import sys
+from pathlib import Path
 
 from rmcore.config.schema import HubConfig
 from rmcore.host.command import run_command
+from rmcore.host.terminal import print_text
 
 
 def main(argv: list[str]) -> int:
@@ -27,9 +30,12 @@ def main(argv: list[str]) -> int:
     hub = HubConfig(push=True, repo=given.repo, revision=given.revision, private=not given.public)
 
     def work() -> None:
-        from rmcore.hf_export.upload import push
+        from rmcore.hf_export.upload import exported_files, push
 
-        print(push(given.directory, hub))
+        print_text(push(given.directory, hub))
+        if others := exported_files(Path(given.directory))[1]:
+            shown = f"{', '.join(others[:8])}{', ...' if len(others) > 8 else ''}"
+            print_text(f"note: not part of the model and not uploaded: {len(others)} files: {shown}", sys.stderr)
 
     return run_command("rmcore push", work)
 

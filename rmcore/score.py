@@ -24,6 +24,7 @@ import argparse
 import sys
 
 from rmcore.host.command import run_command
+from rmcore.host.terminal import print_text
 
 PATIENCE = 7 * 24 * 3600.0  # seconds that a rank waits for the others to finish their chunks
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         if world.is_main:
             note = f"; {unscored:,} texts exceed the model's positions and have no reward" if unscored else ""
             stream = sys.stderr if given.out == "-" else sys.stdout
-            print(f"{count:,} rows written to {given.out}{note}", file=stream)
+            print_text(f"{count:,} rows written to {given.out}{note}", stream)
 
     return run_command("rmcore score", work)
 

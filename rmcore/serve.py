@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=None, metavar="N", help="per text, else 422 (None: the model's positions)"
     )
     made.add_argument("--max-waiting", type=int, default=4_000_000, metavar="TOKENS", help="in the queue, else 503")
-    made.add_argument("--max-connections", type=int, default=512, metavar="N", help="open at once, else 503")
+    made.add_argument(
+        "--max-connections", type=int, default=512, metavar="N", help="requests under way at once, else 503"
+    )
     made.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="until the answer, else 504")
     made.add_argument("--body-timeout", type=float, default=30.0, metavar="SECONDS", help="for a body, else 408")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="data.template=..., batch.tokens=..., ...")
@@ -69,12 +71,11 @@ def serve(given: argparse.Namespace) -> None:
     server.serve(
         given.model,
         given.overrides,
-        Limits(given.max_body, given.max_texts, tokens, given.body_timeout, given.timeout),
+        Limits(given.max_body, given.max_texts, tokens, given.body_timeout, given.timeout, given.max_connections),
         host=given.host,
         port=given.port,
         normalise=given.normalise,
         most_waiting=given.max_waiting,
-        most_connections=given.max_connections,
     )
 
 

@@ -30,7 +30,7 @@ from rmcore.data.batches.loader import Loader
 from rmcore.evaluation.evaluate import Evaluation
 from rmcore.host.command import run_command
 from rmcore.host.files import write_text_atomically
-from rmcore.host.terminal import survive_lost_output
+from rmcore.host.terminal import print_text, survive_lost_output
 from rmcore.parallel.optim import learning_rate, set_learning_rate
 from rmcore.parallel.world import World, first_error, running_world
 from rmcore.tracking.status import write_status
@@ -101,7 +101,7 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
     start = choose_start(config, world)
     if start.completed:
         if world.is_main:
-            print(f"the run in {directory} is completed already; to start it anew, set run.resume=never")
+            print_text(f"the run in {directory} is completed already; to start it anew, set run.resume=never")
         return
     write_status(world, directory, "running", step=start.step)
     state = assemble(config, world, start)

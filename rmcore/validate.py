@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore.config import Config, UserError, config_from_argv
+from rmcore.host.terminal import print_text
 
 ABOUT = (
     "Check config, tokenizer, model, template and data before a run. --json prints one JSON object and nothing else."
@@ -173,14 +174,14 @@ def main(argv: list[str]) -> int:
     config = config_from_argv(rest, "rmcore validate", ABOUT)
     checks = check_all(config)
     if options.json:
-        print(json.dumps({"passed": checks.passed, "checks": [asdict(check) for check in checks.done]}))
+        print_text(json.dumps({"passed": checks.passed, "checks": [asdict(check) for check in checks.done]}))
     else:
-        print(table(checks.done))
+        print_text(table(checks.done))
     if checks.passed:
         return 0
     failed = [check for check in checks.done if check.status == "failed"]
     shown = "\n".join(f"  {check.name}: {check.detail}" for check in failed)
-    print(f"rmcore validate: {len(failed)} of {len(checks.done)} checks failed:\n{shown}", file=sys.stderr)
+    print_text(f"rmcore validate: {len(failed)} of {len(checks.done)} checks failed:\n{shown}", sys.stderr)
     return 2
 
 

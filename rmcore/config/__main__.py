@@ -4,14 +4,15 @@ import json
 import sys
 
 from rmcore.config.schema import Config
+from rmcore.host.terminal import print_text
 
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 printed, 2 any other argument."""
     if argv != ["--schema"]:
-        print("usage: python -m rmcore.config --schema  (the JSON schema of a configuration file)", file=sys.stderr)
+        print_text("usage: python -m rmcore.config --schema  (the JSON schema of a configuration file)", sys.stderr)
         return 0 if argv in (["--help"], ["-h"]) else 2
-    print(json.dumps(Config.model_json_schema(), indent=2))
+    print_text(json.dumps(Config.model_json_schema(), indent=2))
     return 0
 
 

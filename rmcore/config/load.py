@@ -20,6 +20,7 @@ from rmcore.config.help import help_text
 from rmcore.config.layers import Layers, Origin, read_file, set_overrides, take_values
 from rmcore.config.schema import Config
 from rmcore.host.command import UserError, is_first_rank
+from rmcore.host.terminal import print_text
 
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
@@ -109,18 +110,18 @@ def config_from_argv(argv: Sequence[str], prog: str, about: str = "") -> Config:
     a mistake every rank raises SystemExit(2), and rank 0 prints it.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(Config, prog, about), end="")
+        print_text(help_text(Config, prog, about).removesuffix("\n"))
         raise SystemExit(0)
     if "--version" in argv:
-        print(f"rmcore {__version__}")
+        print_text(f"rmcore {__version__}")
         raise SystemExit(0)
     path = argv[0] if argv and "=" not in argv[0] and not argv[0].startswith("-") else None
     try:
         config, notes = _load(path, argv[1:] if path is not None else argv)
     except UserError as error:
         if is_first_rank():
-            print(f"{prog}: {error}\n(--help lists every key)", file=sys.stderr)
+            print_text(f"{prog}: {error}\n(--help lists every key)", sys.stderr)
         raise SystemExit(2) from None
     for note in notes if is_first_rank() else []:
-        print(f"{prog}: {note}", file=sys.stderr)
+        print_text(f"{prog}: {note}", sys.stderr)
     return config

@@ -16,6 +16,7 @@ from rmcore import __version__
 from rmcore.config import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.evaluation.metrics import sentences, table
+from rmcore.host.markdown import markdown_code, markdown_text
 from rmcore.scoring.normalisation import Normalisation
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -71,9 +72,7 @@ TRAINING = """\
 
 <details><summary>configuration</summary>
 
-```yaml
 {yaml}
-```
 
 </details>"""
 
@@ -108,32 +107,34 @@ def model_card(
     front["tags"] = ["reward-model", "rmcore"]
     if HUB_ID.fullmatch(base) and not os.path.isdir(base):
         front["base_model"] = base
-    name = config.hub.repo or "path/to/this/directory"
+    name = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
     use = USE.format(name=name, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
     if normalisation is not None:
         stored = normalisation.stored()
         use += NORMALISED.format(name=name, stored=json.dumps(stored), **stored)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
-        f"# A reward model on {base}",
+        f"# A reward model on {markdown_text(base)}",
         f"Trained by rmcore {__version__} with the objective `{config.loss.name}`.",
         "## Use\n\n" + use.rstrip(),
         "## Data\n\n" + _data(config, data),
         "## Metrics\n\n" + _metrics(metrics or {}),
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
-        "## Training\n\n" + TRAINING.format(yaml=config.dump_yaml().strip()),
+        "## Training\n\n" + TRAINING.format(yaml=markdown_code(config.dump_yaml().strip(), "yaml")),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _data(config: Config, data: TokenizedComparisons | None) -> str:
-    sources = ", ".join(f"{source.path} ({source.split})" for source in config.data.train)
-    lines = [f"{sources}; template `{config.data.template}`, at most {config.data.max_tokens} tokens.", ""]
+    sources = ", ".join(markdown_text(f"{source.path} ({source.split})") for source in config.data.train)
+    lines = [f"{sources}; template {markdown_code(config.data.template)}, at most {config.data.max_tokens} tokens.", ""]
     if data is None:
         return "\n".join([*lines, "The counts were not available when this directory was written."])
     report = data.report
     lines.append(f"{report.get('kept', 0):,} of {report.get('rows', 0):,} rows were kept.")
-    lines += [f"- dropped, {reason}: {rows:,}" for reason, rows in dict(report.get("dropped", {})).items()]
+    lines += [
+        f"- dropped, {markdown_text(reason)}: {rows:,}" for reason, rows in dict(report.get("dropped", {})).items()
+    ]
     if data.fingerprint:
         lines += ["", f"Fingerprint of the tokenised data: `{data.fingerprint}`."]
     return "\n".join(lines)
@@ -143,5 +144,5 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     if "accuracy" not in metrics:
         return "The run had no evaluation."
     heads, rows = table(metrics, "card")
-    head, *lines = [f"| {' | '.join(cells)} |" for cells in [["data", *heads[1:]], *rows]]
+    head, *lines = [f"| {' | '.join(map(markdown_text, cells))} |" for cells in [["data", *heads[1:]], *rows]]
     return "\n".join([head, "|---" * len(heads) + "|", *lines, "", *sentences(metrics, card=True)])

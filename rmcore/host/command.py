@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from rmcore.host.terminal import escape_what_cannot_be_encoded
+from rmcore.host.terminal import escape_what_cannot_be_encoded, print_text
 
 
 class ExplainedError(Exception):
@@ -43,6 +43,6 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
         work()
     except ExplainedError as error:
         if error.only_this_rank or is_first_rank():
-            print(f"{prog}: {error}", file=sys.stderr)
+            print_text(f"{prog}: {error}", sys.stderr)
         return error.exit_code
     return 0

@@ -1,11 +1,13 @@
-"""Writes files that survive a power cut: a new file is complete on disk before it takes its name.
+"""Writes files that survive a power cut (a new file is complete on disk before it takes its name), and only into files.
 
 Input: a path and a text. Output: the file. Example: `write_text_atomically(Path("run_status.json"), text)` writes
 .run_status.json.4711 (4711 is the process), flushes it to disk and renames it.
 """
 
+import errno
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ def write_text_atomically(path: Path, text: str) -> None:
         f".{path.name}.{os.getpid()}"
     )  # not mkstemp, which ignores the umask and creates files with mode 0600
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process with the same number
+        with open(temporary, "x", encoding="utf-8") as file:  # "x" does not write through a link of this name
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -38,6 +41,23 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def regular_file(path: str, flags: int) -> int:
+    """An opener for `open` that refuses symbolic links, pipes and devices: appending must not reach other files.
+
+    Raises OSError; its message says what the path is.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # opening a pipe would wait for a reader
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = f"{os.path.basename(path)} is a symbolic link, which is not followed"
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, f"{os.path.basename(path)} is not a regular file", path)
+    return handle
 
 
 def fsync_directory(directory: Path) -> None:

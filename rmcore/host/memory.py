@@ -45,6 +45,12 @@ def return_freed_memory() -> bool:
     return _set_malloc((M_MMAP_MAX, DEFAULT_MMAP_MAX), (M_MMAP_THRESHOLD, LARGE), (M_TRIM_THRESHOLD, LARGE))
 
 
+def trim_freed_memory() -> None:
+    """Give back to the system what the C library keeps of freed memory between objects that stay (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def available_memory() -> float:
     """Bytes of host memory that this process can still use, by the system and by its control group (Linux).
 

@@ -15,13 +15,16 @@ READ = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")  # weights, conf
 
 
 def check_model_directory(name: str) -> None:
-    """Raises UserError for Git LFS pointers, for an adapter, and for a model with adapter files next to its weights."""
+    """Raises UserError for Git LFS pointers, an index that leaves the directory, an adapter, and adapter files next to
+    weights."""
     folder = Path(name)
     if not folder.is_dir():
         return
     for pattern in READ:
         for file in sorted(folder.glob(pattern)):
             refuse_lfs_pointer(file, f"model.name {name}: ")
+    for index in sorted(folder.glob("*.index.json")):
+        indexed_files(index, f"model.name {name}: ")
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
         return
@@ -45,6 +48,21 @@ def refuse_lfs_pointer(file: Path, where: str = "") -> None:
         return  # whoever reads the file reports this
     if start == LFS:
         raise UserError(f"{where}{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
+
+
+def indexed_files(index: Path, where: str = "") -> list[str]:
+    """The names of the files of weights that an index (model.safetensors.index.json) lists, sorted.
+
+    Raises UserError, which begins with `where`, if it is not an index, or lists a file outside its directory.
+    """
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}{index} is not an index of weights: {type(error).__name__}") from None
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name or name in ("", "..")]
+    if outside:
+        raise UserError(f"{where}{index} refers to a file outside its directory: {min(map(repr, outside))[:200]}")
+    return sorted(names)
 
 
 def _base(adapter: Path) -> str:

@@ -1,7 +1,8 @@
 """Text for a terminal: control characters made visible, durations, and output that may fail without ending a program.
 
 Input: text, or the standard streams of the process. Output: text, or streams that write what can be written.
-Example: ESC becomes the sign for ESC; an emoji on a console in GBK becomes "\\U0001f600".
+Example: ESC becomes the sign for ESC, a right-to-left override "\\u202e"; an emoji on a console in GBK becomes
+"\\U0001f600".
 """
 
 import contextlib
@@ -11,12 +12,33 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+# C0 and DEL as their signs. C1, which terminals obey as they obey ESC, the characters that reorder the line around them
+# (Unicode standard annex 9) and the Unicode line separators as escapes.
 CONTROL_CHARACTERS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {127: "\u2421"}
+CONTROL_CHARACTERS |= {c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}
+CONTROL_CHARACTERS |= {
+    c: f"\\u{c:04x}" for first, last in ((0x2028, 0x202E), (0x2066, 0x206F)) for c in range(first, last + 1)
+}
 
 
 def visible(text: str) -> str:
     """Replace control characters by visible signs: an escape sequence in the data could rewrite the terminal."""
-    return text.translate(CONTROL_CHARACTERS)
+    return text if text.isascii() and text.isprintable() else text.translate(CONTROL_CHARACTERS)
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """A foreign text, such as the message of a library, as part of a line: white space joined, at most `most` long."""
+    line = visible(" ".join(str(text).split()))
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
+
+def print_text(text: object, file: TextIO | None = None, *, flush: bool = False) -> None:
+    """Print a line or more, made `visible`, to standard output or `file`.
+
+    All of rmcore prints by this function or by a rich console, because any message may contain names and texts of data,
+    models and templates.
+    """
+    print(visible(str(text)), file=file, flush=flush)
 
 
 def clock(seconds: float) -> str:

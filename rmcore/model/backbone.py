@@ -24,7 +24,7 @@ from rmcore.model.classifier import brings_code, classifier_class, new_classifie
 from rmcore.model.layout_context import recompute_contexts
 from rmcore.model.meta_model import fresh_head, grow, model_on_meta, refuse_unexpected, set_padding
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
-from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
+from rmcore.model.safetensors_weights import check_indices, listed, wrong_checkpoint_hint
 from rmcore.model.synthetic_model import synthetic_model_config
 
 SYNTHETIC = "synthetic"  # model.name of the tiny model that comes with rmcore
@@ -157,6 +157,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> PreTrainedM
     own_code = brings_code(hf_config, trust_remote_code=config.trust_remote_code)
     loader: Any = AutoModelForSequenceClassification if own_code else classifier_class(hf_config)
     try:
+        check_indices(config.name, config.revision)
         model, report = loader.from_pretrained(
             config.name,
             revision=config.revision,
@@ -166,6 +167,8 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> PreTrainedM
             ignore_mismatched_sizes=True,
             **({"trust_remote_code": True} if own_code else {}),
         )
+    except UserError as error:
+        raise UserError(f"model.name {config.name}: {error}") from None
     except Exception as error:  # safetensors and transformers raise many kinds for files that are not a model
         raise UserError(unreadable(config, error)) from None
     mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]}

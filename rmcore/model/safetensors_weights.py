@@ -7,7 +7,6 @@ Example: `gpt_neox.layers.3.mlp.dense_h_to_4h.weight` [8192, 2048] of pythia-1b 
 2 of 4 reads its rows 4096 to 6143, 8 MiB of bf16, and no other byte of that weight.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from rmcore.config import UserError
+from rmcore.host.model_directory import indexed_files
 from rmcore.model.conversion import Conversion
 
 WantedRows = Mapping[str, tuple[int, Tensor]]  # name -> (first row, the rows to fill, on any device)
@@ -96,17 +96,26 @@ def _copies(entry: StoredTensor | StoredExperts, first: int, rows: Tensor) -> It
 def weight_files(name: str, revision: str | None) -> list[Path] | None:
     """The safetensors files of a model, fetched from the hub where needed; None when the model has none.
 
-    Raises OSError, ValueError or KeyError: the index is broken, or the hub cannot be reached.
+    Raises UserError, OSError or ValueError: the index is broken, or the hub cannot be reached.
     """
     known: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, "model.safetensors.index.json", **known)
     if index is None:
         single = cached_file(name, "model.safetensors", **known)
         return [Path(single)] if single is not None else None
-    listed = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    if any(Path(file).name != file for file in listed):
-        raise ValueError(f"{index} refers to a file outside its directory")
-    return [Path(str(cached_file(name, file, revision=revision))) for file in listed]
+    return [Path(str(cached_file(name, file, revision=revision))) for file in indexed_files(Path(index))]
+
+
+def check_indices(name: str, revision: str | None) -> None:
+    """Raises UserError if an index that transformers will read, here or on the hub, lists files outside its directory.
+
+    A hub that cannot be reached is left to transformers to report.
+    """
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = cached_file(name, file, revision=revision, **quiet)
+        if index is not None:
+            indexed_files(Path(index))
 
 
 def open_weights(

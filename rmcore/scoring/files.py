@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from rmcore.config import UserError
 from rmcore.data.reading.files import suffix
-from rmcore.data.reading.text_rows import csv_rows, json_line_rows, json_rows
+from rmcore.data.reading.text_rows import MOST_ROW, TOO_LONG, csv_rows, json_line_rows, json_rows
 
 PlacedRow = tuple[dict[str, Any], str]  # (row, "FILE:LINE")
 Result = Mapping[str, Any]  # {"rewards": [...], "single": ...} of a row
@@ -69,8 +69,10 @@ def read_rows(path: Path | None) -> Iterator[PlacedRow]:
 
 
 def _standard_rows() -> Iterator[PlacedRow]:
-    for number, line in enumerate(sys.stdin.buffer, start=1):
+    for number, line in enumerate(iter(lambda: sys.stdin.buffer.readline(MOST_ROW + 1), b""), start=1):
         where = f"standard input:{number}"
+        if len(line) > MOST_ROW:
+            raise UserError(f"{where}: {TOO_LONG}")
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:

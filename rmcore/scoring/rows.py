@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison, comparison_from_row, detect_format
-from rmcore.data.formats.fields import parsed
+from rmcore.data.formats.fields import listed, parsed, short
 from rmcore.data.formats.row_format import ALIASES, CONTEXT
 from rmcore.data.tokens.templates import Template
 
@@ -61,13 +61,13 @@ def comparison_of(row: Mapping[str, Any], template: Template, where: str) -> tup
     else:
         found = next((name for name in (*MANY, *ONE) if name in row), None)
         if found is None or not any(name in row for name in PROMPT):
-            raise UserError(f"{where}: a row needs {KINDS}; found {', '.join(map(str, row)) or 'nothing'}")
+            raise UserError(f"{where}: a row needs {KINDS}; found {listed(list(row))}")
         single = found in ONE
         answers = [row[found]] if single else row[found]
         if isinstance(answers, str):
             answers = parsed(answers, found, where)
         if not isinstance(answers, list) or not answers:
-            raise UserError(f"{where}: {found} must be a list of answers, not {answers!r:.80}")
+            raise UserError(f"{where}: {found} must be a list of answers, not {short(answers)}")
     first, *others = [{**further, "chosen": answers[0], "rejected": other} for other in answers[1:] or answers]
     pairs = [_pair(first, template, where)]
     first_pair = pairs[0]

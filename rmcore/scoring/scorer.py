@@ -9,6 +9,8 @@ Texts are grouped by their prompt, also those of different rows; equal texts are
 token budget is split. The reward of a text depends on the other texts of its micro batch only by rounding.
 """
 
+import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,19 +116,23 @@ class Scorer:
         return rendered, self.encode(rendered)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[list[Text]]:
-        """The texts of each row as token ids."""
-        ids = iter(self._encoder.encode([text for one in rendered for text in one.texts]))
+        """The texts of each row as token ids; what the texts of a row begin with is tokenised once."""
+        encoded = self._encoder.encode_comparisons([(one.prompt, one.texts) for one in rendered])
+        ids = iter([text for _, *texts in encoded for text in texts])
         # A row without a prompt shares with no other row; its own texts may still begin alike.
         prompts = [one.prompt or f"row {number}" for number, one in enumerate(rendered)]
         return [[Text(next(ids), prompt) for _ in one.texts] for one, prompt in zip(rendered, prompts, strict=True)]
 
-    def score(self, texts: Sequence[Text]) -> list[float | None]:
-        """The reward of each text in order; None if it does not fit, or if the reward is NaN or Inf."""
+    def score(self, texts: Sequence[Text], deadline: float = math.inf) -> list[float | None]:
+        """The reward of each text in order; None if it does not fit, or if the reward is NaN or Inf.
+
+        Raises TimeoutError between two micro batches after `deadline`, by time.monotonic().
+        """
         fitting = [text for text in texts if self.fits(text.ids)]
         groups = grouped(fitting, self.token_budget, share=self._trained.share)
         reward_of: dict[bytes, float] = {}
         if groups:
-            rewards = self._packed_rewards(pack([[text.ids for text in group] for group in groups])).tolist()
+            rewards = self._packed_rewards(pack([[text.ids for text in group] for group in groups]), deadline).tolist()
             ordered = [text for group in groups for text in group]
             reward_of = {text.ids.tobytes(): reward for text, reward in zip(ordered, rewards, strict=True)}
         return [self._normalised(reward_of.get(text.ids.tobytes())) for text in texts]
@@ -136,12 +142,14 @@ class Scorer:
             return None
         return reward if self.normalisation is None else self.normalisation.apply(reward)
 
-    def _packed_rewards(self, data: TokenizedComparisons) -> torch.Tensor:
+    def _packed_rewards(self, data: TokenizedComparisons, deadline: float) -> torch.Tensor:
         """fp64 [A]: the reward of every answer, in order."""
         trained = self._trained
         rewards_A = torch.zeros(int(data.answer_offset[-1]), dtype=torch.float64)
         with torch.inference_mode(), trained.autocast():
             for numbers_C in micro_batches(computed_tokens(data, trained.share), trained.token_budget):
+                if time.monotonic() > deadline:
+                    raise TimeoutError
                 batch = build_batch(data, numbers_C, trained.share).on(trained.device)
                 places = [np.arange(data.answer_offset[n], data.answer_offset[n + 1]) for n in batch.comparisons_C]
                 rewards_A[torch.from_numpy(np.concatenate(places))] = trained.model(batch).rewards_A.double().cpu()

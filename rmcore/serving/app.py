@@ -9,17 +9,24 @@ POST /get_reward   OpenRLHF's remote reward model (utils/remote_rm_utils.py): wh
      /rewards      the rows of `rmcore score`
 GET  /health, /metrics (Prometheus)
 
-A request is answered as a whole or refused as a whole, with {"error": one sentence} and 400 (not JSON), 408 (its body
-came too slowly), 413 (too large), 422 (invalid for the endpoint, too many or too long texts), 503 (the queue is full),
-504 (not done in time), 500 (the model failed, or a reward is NaN).
+A request is answered as a whole or refused as a whole, with {"error": one sentence} and 400 (not JSON), 403 (a Host
+header of another machine), 408 (its body came too slowly), 413 (too large), 422 (invalid for the endpoint, too many or
+too long texts), 503 (the queue is full), 504 (not done in time), 500 (the model failed, or a reward is NaN).
+
+What a request would take is counted on its raw rows first. Then it is rendered and tokenised in small steps, in turns
+with other requests, and dropped when its time is over.
 """
 
 import asyncio
+import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -29,11 +36,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from rmcore.config import UserError
+from rmcore.data.tokens.sandbox import until
 from rmcore.scoring.files import with_rewards
 from rmcore.scoring.rows import Rendered
 from rmcore.scoring.scorer import Scorer, Text
 from rmcore.serving.batcher import Batcher, Full, Late, Stopping
-from rmcore.serving.limits import BodyLimit, Limits, Refused, error_answer
+from rmcore.serving.limits import Guard, Limits, Refused, check_rows, check_text, error_answer
 from rmcore.serving.prometheus import Metrics
 
 
@@ -43,17 +51,19 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-Texts = str | list[str]
+# Only the first wrong item is reported: a list of a million errors would take gigabytes.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Texts = str | Strings
 
 
 class GetReward(Body):
     query: Texts
-    prompts: list[str] | None = None
+    prompts: Strings | None = None
 
 
 class Classify(Body):
     input: Texts | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -67,74 +77,153 @@ class ScorePairs(Body):
 
 
 class Rows(Body):
-    rows: list[dict[str, Any]] = Field(min_length=1)
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+
+
+class Asked(NamedTuple):
+    """A row of a request. `whole`: a text that the client has rendered, and perhaps the prompt that it begins with."""
+
+    row: Mapping[str, Any]
+    where: str
+    whole: bool = False
+
+
+class Answered(NamedTuple):
+    """A row's rewards, and whether its form has only one text."""
+
+    rewards: list[float]
+    single: bool
+
+
+Encoded = tuple[list[Rendered], list[Text]]
+
+ENCODERS = 2  # requests that are rendered and tokenised at once; the tokenizer itself uses all cores
+SLICE_SECONDS = 0.05  # of this work on one request, before the next one has its turn
+CHUNK = 500_000  # characters that are tokenised at once, which takes some 100 MB
 
 
 class Service:
-    """Computes the rewards of rendered rows within the limits, for all endpoints."""
+    """Computes the rewards of rows within the limits, for all endpoints."""
 
     def __init__(self, scorer: Scorer, batcher: Batcher, limits: Limits) -> None:
         self.scorer, self.batcher, self.limits = scorer, batcher, limits
+        self.name = Path(scorer.name).resolve().name if os.path.isdir(scorer.name) else scorer.name  # shows no path
         self.metrics = Metrics(batcher)
+        self._encoders = ThreadPoolExecutor(ENCODERS, "rmcore-encoder")
 
-    async def rewards(self, render: Callable[[], Sequence[Rendered]]) -> tuple[list[list[float]], int]:
-        """The rewards of each row, and the tokens of all texts. Raises Refused."""
+    async def rewards(self, asked: Sequence[Asked]) -> tuple[list[Answered], int]:
+        """What the rows are worth, and the tokens of all texts. Raises Refused."""
+        check_rows([one.row for one in asked], self.limits)
         deadline = time.monotonic() + self.limits.seconds
-        encoded = await run_in_threadpool(self._encode, render)
-        texts = [text for row in encoded for text in row]
         try:
-            waiting = self.batcher.submit(texts, deadline)
-            found = await asyncio.wait_for(asyncio.wrap_future(waiting), self.limits.seconds)
+            return await asyncio.wait_for(self._rewards(asked, deadline), self.limits.seconds)
         except (Full, Stopping) as error:
             why = "too many requests are waiting" if isinstance(error, Full) else "the service is stopping"
             raise Refused(503, f"{why}: try again later") from None
         except (Late, TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             raise Refused(504, f"not done within {self.limits.seconds:g} seconds") from None
+
+    async def _rewards(self, asked: Sequence[Asked], deadline: float) -> tuple[list[Answered], int]:
+        steps = self._encode(asked)
+        encoded = None
+        while encoded is None:  # in turns with the other requests
+            encoded = await asyncio.get_running_loop().run_in_executor(self._encoders, self._advance, steps, deadline)
+        rows, texts = encoded
+        found = await asyncio.wrap_future(self.batcher.submit(texts, deadline))
         if any(reward is None for reward in found):
             raise Refused(500, "a reward of the model is not a number")
         numbers = iter([reward for reward in found if reward is not None])
-        return [[next(numbers) for _ in row] for row in encoded], sum(len(text.ids) for text in texts)
+        answered = [Answered([next(numbers) for _ in row.texts], row.single) for row in rows]
+        return answered, sum(len(text.ids) for text in texts)
 
-    def _encode(self, render: Callable[[], Sequence[Rendered]]) -> list[list[Text]]:
+    def _advance(self, steps: Iterator[Encoded | None], deadline: float) -> Encoded | None:
+        """Do a part of the work on a request; the result once it is complete. Raises Refused, TimeoutError."""
+        began = time.monotonic()
+        with until(deadline, self.limits.characters):
+            for result in steps:
+                if result is not None:
+                    return result
+                now = time.monotonic()
+                if now > deadline:
+                    raise TimeoutError
+                if now > began + SLICE_SECONDS:
+                    return None
+        raise AssertionError("the last step gives the result")
+
+    def _encode(self, asked: Sequence[Asked]) -> Iterator[Encoded | None]:
+        """Render and tokenise, in steps: None after each row and each chunk, and in the end the rows and all texts."""
+        rows: list[Rendered] = []
+        count = 0
+        for one in asked:
+            rows.append(self._rendered(one))
+            for text in rows[-1].texts:
+                check_text(text, count, self.limits)
+                count += 1
+            yield None
+        # A row without a prompt shares with no other row; its own texts may still begin alike.
+        prompts = iter([one.prompt or f"row {number}" for number, one in enumerate(rows) for _ in one.texts])
+        texts: list[Text] = []
+        longest = min(self.limits.tokens, self.scorer.longest)
+        for chunk in _chunks(rows):
+            for made in chain.from_iterable(self.scorer.encode(chunk)):
+                if not 0 < len(made.ids) <= longest:
+                    raise Refused(422, f"text {len(texts)} has {len(made.ids)} tokens: a text may have 1 to {longest}")
+                texts.append(made._replace(prompt=next(prompts)))
+            yield None
+        yield rows, texts
+
+    def _rendered(self, asked: Asked) -> Rendered:
+        if asked.whole:
+            text = self.scorer.as_rendered(self._unpadded(asked.row["text"]))
+            return Rendered(asked.row["prompt"], [text], True)
         try:
-            rendered = render()
+            return self.scorer.render(asked.row, asked.where)
         except UserError as error:
             raise Refused(422, str(error)) from None
-        count = sum(len(row.texts) for row in rendered)
-        if not 0 < count <= self.limits.texts:
-            raise Refused(422, f"{count} texts: a request may have 1 to {self.limits.texts}")
-        for number, text in enumerate(text for row in rendered for text in row.texts):
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise Refused(422, f"text {number} contains a lone surrogate, which is half a character")
-        encoded = self.scorer.encode(rendered)
-        longest = min(self.limits.tokens, self.scorer.longest)
-        for number, one in enumerate(text for row in encoded for text in row):
-            if not 0 < len(one.ids) <= longest:
-                raise Refused(422, f"text {number} has {len(one.ids)} tokens: a text may have 1 to {longest}")
-        return encoded
 
-    def whole(self, texts: Texts, prompts: Sequence[str] | None = None) -> list[Rendered]:
+    def whole(self, texts: Texts, prompts: Sequence[str] | None = None) -> list[Asked]:
         """Whole texts, each with the prompt that it may share with others."""
         listed = [texts] if isinstance(texts, str) else texts
         if prompts is not None and len(prompts) != len(listed):
             raise Refused(422, f"{len(prompts)} prompts for {len(listed)} texts")
         return [
-            Rendered(prompts[place] if prompts else "", [self.scorer.as_rendered(self._unpadded(text))], True)
+            Asked({"text": text, "prompt": prompts[place] if prompts else ""}, f"text {place}", whole=True)
             for place, text in enumerate(listed)
         ]
 
     def _unpadded(self, text: str) -> str:
         """The text without padding tokens at its ends, which trainers that decode whole batches leave there."""
-        pad = self.scorer.pad
-        while pad and text.startswith(pad):
-            text = text.removeprefix(pad)
-        while pad and text.endswith(pad):
-            text = text.removesuffix(pad)
-        return text
+        pad, first, last = self.scorer.pad, 0, len(text)
+        while pad and text.startswith(pad, first):
+            first += len(pad)
+        while pad and last - len(pad) >= first and text.endswith(pad, first, last):
+            last -= len(pad)
+        return text[first:last]
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application. At its end (lifespan) it answers the waiting requests and ends the model's thread."""
+def _chunks(rows: Sequence[Rendered]) -> Iterator[list[Rendered]]:
+    """All texts in order, about CHUNK characters at a time; neighbours of one prompt together."""
+    chunk: list[Rendered] = []
+    characters = 0
+    for row in rows:
+        for text in row.texts:
+            if row.prompt and chunk and chunk[-1].prompt == row.prompt:
+                chunk[-1].texts.append(text)
+            else:
+                chunk.append(Rendered(row.prompt, [text], False))
+            characters += len(text)
+            if characters >= CHUNK:
+                yield chunk
+                chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def create_app(service: Service, local: bool = False) -> FastAPI:
+    """The application. At its end (lifespan) it answers the waiting requests and ends the model's thread.
+
+    `local`: only requests with the Host header of a loopback address are answered.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -157,7 +246,7 @@ def create_app(service: Service) -> FastAPI:
         if first["type"] == "json_invalid":
             return error_answer(400, "the body is not JSON")
         place = ".".join(str(part) for part in first["loc"][1:])[:200]
-        return error_answer(422, f"{place or 'the body'}: {first['msg']}".encode("ascii", "backslashreplace").decode())
+        return error_answer(422, f"{place or 'the body'}: {first['msg']}")
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
@@ -165,58 +254,51 @@ def create_app(service: Service) -> FastAPI:
 
     _add_endpoints(app, service)
     app.middleware("http")(service.metrics.measure)
-    app.add_middleware(BodyLimit, limits=service.limits, refused=service.metrics.count)
+    app.add_middleware(Guard, limits=service.limits, refused=service.metrics.count, local=local)
     return app
 
 
 def _add_endpoints(app: FastAPI, service: Service) -> None:
-    scorer = service.scorer
-
     @app.post("/get_reward")
     async def get_reward(asked: GetReward) -> dict[str, Any]:
-        found, _ = await service.rewards(lambda: service.whole(asked.query, asked.prompts))
-        return {"rewards": [reward for row in found for reward in row]}
+        found, _ = await service.rewards(service.whole(asked.query, asked.prompts))
+        return {"rewards": [reward for row in found for reward in row.rewards]}
 
     @app.post("/classify")
     async def classify(asked: Classify) -> dict[str, Any]:
         if (asked.input is None) == (asked.messages is None):
             raise Refused(422, "give input (texts) or messages (turns)")
         if asked.messages is not None:
-            row = asked.model_dump(exclude={"input"})
-            found, tokens = await service.rewards(lambda: [scorer.render(row, "messages")])
+            rows = [Asked(asked.model_dump(exclude={"input"}, exclude_none=True), "messages")]
         else:
-            found, tokens = await service.rewards(lambda: service.whole(asked.input or []))
-        data = [{"index": index, "label": "reward", "probs": row, "num_classes": 1} for index, row in enumerate(found)]
-        return _listed(scorer.name, "classify", data, tokens)
+            rows = service.whole(asked.input or [])
+        found, tokens = await service.rewards(rows)
+        data = [
+            {"index": index, "label": "reward", "probs": row.rewards, "num_classes": 1}
+            for index, row in enumerate(found)
+        ]
+        return _listed(service.name, "classify", data, tokens)
 
     @app.post("/score")
     async def score(asked: ScorePairs) -> dict[str, Any]:
         prompts, answers = asked.text_1 or asked.queries, asked.text_2 or asked.documents
         if not prompts or not answers:
             raise Refused(422, "give text_1 (prompt) and text_2 (answers), or queries and documents")
-        found, tokens = await service.rewards(
-            lambda: [scorer.render(row, f"pair {number}") for number, row in enumerate(paired(prompts, answers))]
-        )
-        rewards = [reward for row in found for reward in row]
+        rows = [Asked(row, f"pair {number}") for number, row in enumerate(paired(prompts, answers))]
+        found, tokens = await service.rewards(rows)
+        rewards = [reward for row in found for reward in row.rewards]
         data = [{"index": index, "object": "score", "score": reward} for index, reward in enumerate(rewards)]
-        return _listed(scorer.name, "score", data, tokens)
+        return _listed(service.name, "score", data, tokens)
 
     @app.post("/rewards")
     async def rewards(asked: Rows) -> dict[str, Any]:
-        rendered: list[Rendered] = []
-
-        def render() -> list[Rendered]:
-            rendered.extend(scorer.render(row, f"row {number}") for number, row in enumerate(asked.rows))
-            return rendered
-
-        found, _ = await service.rewards(render)
-        pairs = zip(rendered, found, strict=True)
-        return {"rows": [with_rewards({}, list(row), one.single) for one, row in pairs]}
+        found, _ = await service.rewards([Asked(row, f"row {number}") for number, row in enumerate(asked.rows)])
+        return {"rows": [with_rewards({}, list(row.rewards), row.single) for row in found]}
 
     @app.get("/health")
     async def health() -> JSONResponse:
         alive = service.batcher.alive
-        return JSONResponse({"status": "ok" if alive else "stopping", "model": scorer.name}, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else "stopping", "model": service.name}, 200 if alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:

@@ -59,12 +59,13 @@ class Batcher:
     """The queue and the thread that empties it.
 
     Args:
-        score: texts -> rewards, in order; called by one thread only.
+        score: (texts, deadline) -> rewards, in order; called by one thread only. It raises TimeoutError when it sees
+            that the deadline has passed, so that a request that nobody waits for does not hold up the others.
         budget: most tokens of the jobs that are scored together; a larger job is a batch of its own.
         most_waiting: tokens that may wait; a job is always accepted by an empty queue.
     """
 
-    def __init__(self, score: Callable[[Sequence[Text]], Rewards], budget: int, most_waiting: int) -> None:
+    def __init__(self, score: Callable[[Sequence[Text], float], Rewards], budget: int, most_waiting: int) -> None:
         self._score, self._budget, self._most_waiting = score, budget, most_waiting
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -138,12 +139,12 @@ class Batcher:
     def _answer(self, jobs: list[Job]) -> None:
         texts = [text for job in jobs for text in job.texts]
         try:
-            rewards = self._score(texts)
+            rewards = self._score(texts, max(job.deadline for job in jobs))
             if len(rewards) != len(texts):
                 raise RuntimeError(f"{len(rewards)} rewards for {len(texts)} texts")
         except Exception as error:
             if len(jobs) == 1:
-                jobs[0].done.set_exception(error)
+                jobs[0].done.set_exception(Late() if isinstance(error, TimeoutError) else error)
                 return
             for job in jobs:  # one by one, so that a job that fails does not fail the others
                 self._answer([job])

@@ -6,6 +6,8 @@ Example: serve("runs/hh/model", [], Limits(), port=5000) prints how rewards are 
 "rmcore serve: runs/hh/model on http://127.0.0.1:5000".
 """
 
+import functools
+import math
 import signal
 import socket
 from collections.abc import Sequence
@@ -14,13 +16,16 @@ from dataclasses import replace
 import uvicorn
 
 from rmcore.config import UserError
+from rmcore.host.terminal import print_text
 from rmcore.scoring.rows import trial_rows
 from rmcore.scoring.scorer import Scorer
 from rmcore.serving.app import Service, create_app
 from rmcore.serving.batcher import Batcher
-from rmcore.serving.limits import Limits
+from rmcore.serving.connections import Connection
+from rmcore.serving.limits import Limits, is_loopback
 
 BACKLOG = 2048  # connections that the kernel may hold before they are accepted
+SPARE = 64  # connections beyond the requests that may be under way: for /health, and to refuse further requests
 
 
 def serve(
@@ -32,34 +37,33 @@ def serve(
     port: int = 5000,
     normalise: bool = False,
     most_waiting: int = 4_000_000,
-    most_connections: int = 512,
 ) -> None:
     """Load, listen and answer until SIGTERM or SIGINT; then answer the requests under way. Raises UserError.
 
     Args:
         most_waiting: tokens that may wait; further requests are answered with 503.
-        most_connections: further connections are answered with 503.
     """
     with bound(host, port) as address:  # before the model is loaded, which may take minutes
         scorer = Scorer(model, overrides, normalise=normalise)
         scorer.choose_path(trial_rows())
         limits = replace(limits, tokens=min(limits.tokens, scorer.longest))
-        app = create_app(Service(scorer, Batcher(scorer.score, scorer.token_budget, most_waiting), limits))
+        service = Service(scorer, Batcher(scorer.score, scorer.token_budget, most_waiting), limits)
         config = uvicorn.Config(
-            app,
+            create_app(service, local=is_loopback(address.getsockname()[0])),
+            http=functools.partial(Connection, most_open=limits.requests + SPARE),  # type: ignore[arg-type]
+            ws="none",
             log_level="warning",
-            limit_concurrency=most_connections,
             backlog=BACKLOG,
             timeout_keep_alive=60,
-            timeout_graceful_shutdown=int(limits.seconds) + 1,
+            timeout_graceful_shutdown=math.ceil(limits.body_seconds + limits.seconds) + 1,
         )
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again when it is done
             signal.signal(number, lambda *_: None)
         address.listen(BACKLOG)
         host, port = address.getsockname()[:2]
         for line in (*scorer.template.notes, scorer.path):
-            print(f"rmcore serve: {line}", flush=True)
-        print(f"rmcore serve: {model} on http://{host}:{port}", flush=True)
+            print_text(f"rmcore serve: {line}", flush=True)
+        print_text(f"rmcore serve: {model} on http://{host}:{port}", flush=True)
         uvicorn.Server(config).run(sockets=[address])
 
 

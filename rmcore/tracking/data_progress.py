@@ -15,7 +15,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from rmcore.host.terminal import clock
+from rmcore.host.terminal import clock, print_text
 
 SECONDS = 10.0  # between two lines in a log file
 
@@ -48,7 +48,7 @@ class DataProgress:
         self._printed[what] = now
         rate = (done - first) / (now - started)
         left = f", {rate:,.0f} rows/s, eta {clock((total - done) / rate)}" if rate > 0 else ""
-        print(f"{what}: {done:,} of {total:,} rows{left}", file=sys.stderr, flush=True)
+        print_text(f"{what}: {done:,} of {total:,} rows{left}", sys.stderr)
 
     def _update_bar(self, done: int, total: int, what: str) -> None:
         if self._bar is None:

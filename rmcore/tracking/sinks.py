@@ -18,8 +18,8 @@ from typing import Any, TextIO
 from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.evaluation.samples import SampleRow
-from rmcore.host.files import finite, write_text_atomically
-from rmcore.host.terminal import visible
+from rmcore.host.files import finite, regular_file, write_text_atomically
+from rmcore.host.markdown import markdown_text
 from rmcore.tracking.moment import Moment
 
 
@@ -50,14 +50,18 @@ class JsonLines:
 def _continue_lines(path: Path, step: int) -> TextIO:
     """Open for appending after the last line up to `step`. Later lines and half a line left by a kill are removed.
 
-    At step 0 a former file is kept under another name.
+    At step 0 a former file is kept under another name. Raises UserError for a link or a pipe of this name.
     """
-    if path.exists() and step == 0:
-        os.replace(path, _free_name(path))
-    elif path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        write_text_atomically(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
-    return open(path, "a", encoding="utf-8")
+    try:
+        if os.path.lexists(path) and step == 0:
+            os.replace(path, _free_name(path))
+        elif os.path.lexists(path):
+            with open(path, encoding="utf-8", errors="replace", opener=regular_file) as file:
+                lines = file.read().splitlines()
+            write_text_atomically(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        return open(path, "a", encoding="utf-8", opener=regular_file)
+    except OSError as error:
+        raise UserError(f"run.dir {path.parent}: {error.strerror or error}") from None
 
 
 def _step_of(line: str) -> float:
@@ -71,7 +75,7 @@ def _step_of(line: str) -> float:
 def _free_name(path: Path) -> Path:
     """metrics.jsonl -> metrics.1.jsonl, or the next number that is not used."""
     number = 1
-    while (name := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    while os.path.lexists(name := path.with_name(f"{path.stem}.{number}{path.suffix}")):
         number += 1
     return name
 
@@ -101,7 +105,7 @@ class TensorBoard:
     def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
         lines = ["| prompt | chosen | rejected | rewards | correct |", "|---|---|---|---|---|"]
         for row in rows:
-            texts = (_cell(text) for text in (row.prompt, row.chosen, row.rejected))
+            texts = (markdown_text(text) for text in (row.prompt, row.chosen, row.rejected))
             rewards = f"{row.chosen_reward:.4f} / {row.rejected_reward:.4f}"
             lines.append(f"| {' | '.join(texts)} | {rewards} | {'yes' if row.correct else 'no'} |")
         self._writer.add_text("eval/samples", "\n".join(lines), at.episode)
@@ -109,11 +113,6 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _cell(text: str) -> str:
-    """Text that stays inside its cell of a Markdown table."""
-    return visible(text).replace("|", "\\|").replace("\n", " ")
 
 
 class WeightsAndBiases:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rmcore.host.files import finite, write_text_atomically
+from rmcore.host.files import finite, regular_file, write_text_atomically
+from rmcore.host.terminal import print_text
 from rmcore.parallel.world import World
 
 Status = Literal["running", "completed", "preempted", "failed"]
@@ -56,11 +57,11 @@ def record_status(
         write_text_atomically(path, text)
     except OSError as error:
         try:  # a full disk has no room for a second file, and the old one must not keep the status "running"
-            with open(path, "r+", encoding="utf-8") as file:
+            with open(path, "r+", encoding="utf-8", opener=regular_file) as file:
                 file.write(text)
                 file.truncate()
         except OSError:
-            print(f"rmcore.train: warning: {path} cannot be written: {error.strerror}", file=sys.stderr)
+            print_text(f"rmcore.train: warning: {path} cannot be written: {error.strerror}", sys.stderr)
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 from rmcore.evaluation.trained import on_one_day
+from rmcore.host.terminal import visible
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.reward_model import SHARED, RewardModel
@@ -138,7 +139,7 @@ def introduce(run: Run, *more: str) -> None:
     """Before the first step, on rank 0: print the facts about the run, and the first comparison token by token."""
     console = Console(quiet=not run.world.is_main, highlight=False)
     for line in (*run.start.lines, *run.lines, *more):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(visible(line), markup=False, soft_wrap=True)
     show_first_example(run.data.train.comparison(run.plan.first()), run.tokenizer, console)
 
 

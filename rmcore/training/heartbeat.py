@@ -29,6 +29,7 @@ import torch.distributed as dist
 from rmcore.config import UserError
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.host.faults import fault
+from rmcore.host.terminal import print_text
 from rmcore.parallel.world import RankError, World, all_gather_json
 from rmcore.tracking.status import record_status
 from rmcore.tracking.tracker import Tracker
@@ -171,7 +172,7 @@ class Heartbeat:
 
     def _print(self, message: str) -> None:
         self._printed = True
-        print(f"rmcore.train: {message}", file=sys.stderr, flush=True)
+        print_text(f"rmcore.train: {message}", sys.stderr)
         if self.run_dir is not None:
             record_status(self.run_dir, "failed", step=self.step, reason=message)
 

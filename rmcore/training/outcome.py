@@ -19,6 +19,7 @@ import torch
 
 from rmcore.config import UserError
 from rmcore.host.files import write_text_atomically
+from rmcore.host.terminal import print_text
 from rmcore.parallel.world import LEAVING, SAVING
 from rmcore.tracking.status import record_status
 from rmcore.training.heartbeat import Heartbeat
@@ -45,7 +46,7 @@ def recorded(run_dir: str, heartbeat: Heartbeat, signals: Signals) -> Iterator[N
     except Stopped as stop:
         if heartbeat.is_main:
             step = stop.step or heartbeat.step  # 0: the signal came outside the loop, where everything is saved
-            print(f"rmcore.train: {stop} at step {step}; run the same command again to resume", file=sys.stderr)
+            print_text(f"rmcore.train: {stop} at step {step}; run the same command again to resume", sys.stderr)
             record_status(run_dir, "preempted", step=step, episode=stop.episode, reason=str(stop))
         raise Ending(STOPPED) from None
     except Exception as error:

@@ -29,6 +29,7 @@ from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.cost.memory import BYTES_A_PARAMETER
 from rmcore.hf_export.rehearsal import Sizes
+from rmcore.host.files import regular_file
 from rmcore.parallel.world import World, first_error
 
 TOUCH_SECONDS = 5.0
@@ -91,7 +92,8 @@ class _Lock:
         self._path = directory / ".lock"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the lock is held)
+            # Open as long as the lock is held.
+            self._file = open(self._path, "a+", encoding="utf-8", opener=regular_file)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"run.dir {directory} cannot be written: {error.strerror or error}") from None
         try:

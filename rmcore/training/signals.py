@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rmcore.host.terminal import print_text
 from rmcore.parallel.world import World, any_rank_max
 
 TWICE = 2.0  # seconds after which a signal is a second one
@@ -85,7 +86,7 @@ class Signals:
         if self.received and now - self._first < TWICE:
             return
         if self.received:
-            print("rmcore.train: a second signal: leaving at once", file=sys.stderr, flush=True)
+            print_text("rmcore.train: a second signal: leaving at once", sys.stderr)
             os._exit(128 + number)
         self.received, self._first = number, now
         if not self._deferred:

@@ -60,6 +60,29 @@ def test_a_public_repository_with_the_option(tmp_path: Path, hub: Hub) -> None:
     assert asked.get("private") is False or asked.get("visibility") == "public"
 
 
+def test_only_what_an_export_writes_is_uploaded(tmp_path: Path, hub: Hub) -> None:
+    """Secrets, links and strangers in the directory stay here and are reported; a link in place of a file ends it."""
+    model = tmp_path / "model"
+    export(model, max_shard_size="50KB")
+    written = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    others = [".env", ".ssh/id_rsa", "notes.txt", "optimizer.safetensors", "model.safetensors.bak", "sub/config.json"]
+    others += ["deploy.py", ".git/config", "README.md~", "events.out.tfevents.1"]
+    for name in others:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("secret")
+    (model / "passwd").symlink_to("/etc/passwd")
+    (model / "home").symlink_to(tmp_path, target_is_directory=True)
+    done = push(hub.address, str(model), "me/rm")
+    assert done.returncode == 0, done.stderr
+    assert set(hub.repos["me/rm"]["branches"]["main"]) == written
+    assert f"not uploaded: {len(others) + 2} files: .env, " in done.stderr
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    (model / "chat_template.jinja").symlink_to("/etc/passwd")
+    refused = push(hub.address, str(model), "me/other")
+    assert refused.returncode == 2 and "chat_template.jinja is a symbolic link" in refused.stderr
+    assert "me/other" not in hub.repos
+
+
 def test_a_refusal_of_the_hub_is_one_line(tmp_path: Path, hub: Hub) -> None:
     export(tmp_path / "model")
     hub.refuse = ("/api/repos/create",)

@@ -1,6 +1,7 @@
 """Model directories that are refused before transformers reads them, by the commands that load a model."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from rmcore.config.schema import ModelConfig
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.host.model_directory import check_model_directory
 from rmcore.model.backbone import load_model_config
+from rmcore.model.safetensors_weights import check_indices, weight_files
 from rmcore.model.synthetic_model import synthetic_model_config
 from tests.harness.paths import ROOT
 
@@ -62,3 +64,30 @@ def test_data_that_is_a_pointer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(POINTER)
     with pytest.raises(UserError, match=rf"^{tmp_path}/pairs\.jsonl is a Git LFS pointer"):
         read_files([tmp_path / "pairs.jsonl"], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/hostname", "sub/model.safetensors", "..", "", 3, None])
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_cannot_list_files_outside_its_directory(folder: Path, kind: str, file: object) -> None:
+    """By every reader: rmcore's own, and transformers', before which check_model_directory and check_indices run."""
+    index = folder / f"{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"score.weight": "model-1.safetensors"}}))
+    check_model_directory(str(folder))
+    check_indices(str(folder), None)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "score.weight": file}}))
+    message = rf"{re.escape(index.name)} refers to a file outside its directory"
+    for read in (
+        lambda: load_model_config(ModelConfig(name=str(folder))),
+        lambda: check_indices(str(folder), None),
+        lambda: weight_files(str(folder), None),
+    ):
+        if kind == "model.safetensors" or read.__code__.co_names[0] != "weight_files":
+            with pytest.raises(UserError, match=message):
+                read()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000, "\xff"])
+def test_what_is_not_an_index_is_one_message(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is not an index of weights"):
+        load_model_config(ModelConfig(name=str(folder)))

@@ -1,7 +1,6 @@
 """Checks `rmcore serve` over real HTTP: the rewards of plain transformers for many clients, and all refusals."""
 
 import asyncio
-import contextlib
 import json
 import os
 import queue
@@ -9,8 +8,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,12 +27,10 @@ from rmcore.serve import main
 from rmcore.serving.app import Service, create_app
 from rmcore.serving.batcher import Batcher, Full, Late, Stopping
 from rmcore.serving.limits import Limits
-from tests.harness.paths import ROOT, SHARED, needs_shared
+from tests.harness.paths import needs_shared
+from tests.harness.service import MODEL, SETTINGS, WAIT, Served, raw
 
-MODEL = str(SHARED / "oracle" / "model")
-SETTINGS = ["data.template=none", "parallel.precision=fp32"]
 CLOSE = 1e-5  # six layers in fp32: sums of hundreds of terms of order 1, each rounded at 6e-8
-WAIT = 120.0  # seconds for a process to start or end where many share the cores
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -50,7 +45,7 @@ class Held:
         self.go = threading.Event()
         self.began: queue.Queue[list[int]] = queue.Queue()
 
-    def __call__(self, texts: Any) -> list[float | None]:
+    def __call__(self, texts: Any, deadline: float = 0.0) -> list[float | None]:
         numbers = [int(text.ids[0]) for text in texts]
         self.began.put(numbers)
         assert self.go.wait(WAIT)
@@ -111,34 +106,6 @@ def test_full_late_cancelled_and_stopped() -> None:
 
 
 # --- the service ------------------------------------------------------------------------------------------------------
-class Served:
-    """A service in a process of its own."""
-
-    def __init__(self, *arguments: str, model: str = MODEL) -> None:
-        command = [sys.executable, "-m", "rmcore.serve", model, "--port", "0", *arguments, *SETTINGS]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert self.process.stdout is not None and self.process.stderr is not None
-        for line in self.process.stdout:
-            if " on http://" in line:
-                self.address = line.split(" on ")[1].strip()
-                return
-        raise AssertionError(self.process.stderr.read())
-
-    def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(self.address + path, json=body, timeout=WAIT, trust_env=False)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        try:
-            self.process.communicate(timeout=WAIT)
-        finally:
-            self.process.kill()
-        return self.process.returncode
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     service = Served("--max-body", "200000", "--max-texts", "300", "--body-timeout", "1")
@@ -224,21 +191,9 @@ def test_what_cannot_be_answered_is_refused_in_a_sentence(
     assert served.post("/get_reward", {"query": ["still here"]}).status_code == 200
 
 
-def raw(service: Served, data: bytes) -> bytes:
-    """What the service answers to these bytes, until it closes."""
-    host, port = service.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=WAIT) as connection:
-        connection.sendall(data)
-        pieces = []
-        with contextlib.suppress(ConnectionResetError):
-            while piece := connection.recv(65536):
-                pieces.append(piece)
-    return b"".join(pieces)
-
-
 @needs_shared
 def test_slow_broken_and_endless_bodies(served: Served) -> None:
-    head = b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     assert b" 408 " in raw(served, head + b'Content-Length: 100\r\n\r\n{"query"')  # the rest never comes
     assert b" 413 " in raw(served, head + b"Content-Length: 99999999999\r\n\r\n")
     chunk = b"8000\r\n" + b"a" * 0x8000 + b"\r\n"
@@ -317,7 +272,7 @@ def test_a_model_that_fails_or_gives_no_number_is_an_error() -> None:
     scorer.choose_path(trial_rows())
     gives: list[Any] = []
 
-    def score(texts: Any) -> list[float | None]:
+    def score(texts: Any, deadline: float) -> list[float | None]:
         return [None] * len(texts) if gives else scorer.score(texts[1:])  # a reward too few
 
     batcher = Batcher(score, budget=1000, most_waiting=1000)
@@ -339,7 +294,7 @@ def test_a_model_that_fails_or_gives_no_number_is_an_error() -> None:
 
 @needs_shared
 def test_health_and_unknown_paths(served: Served) -> None:
-    assert httpx.get(served.address + "/health", trust_env=False).json() == {"status": "ok", "model": MODEL}
+    assert httpx.get(served.address + "/health", trust_env=False).json() == {"status": "ok", "model": Path(MODEL).name}
     assert httpx.get(served.address + "/../etc/passwd", trust_env=False).status_code == 404
     assert httpx.get(served.address + "/get_reward", trust_env=False).status_code == 405
 

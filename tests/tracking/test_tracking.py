@@ -82,7 +82,7 @@ def test_every_sink_gets_the_metrics(tmp_path: Path) -> None:
     text = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "path: synthetic" in text["config/text_summary"]
     table = text["eval/samples/text_summary"].splitlines()
-    assert len(table) == 2 + 12 and table[2] == "| prompt 0 \\| | yes indeed | no [bold] | 1.2500 / -0.3333 | yes |"
+    assert len(table) == 2 + 12 and table[2] == "| prompt 0 \\| | yes indeed | no \\[bold\\] | 1.2500 / -0.3333 | yes |"
 
     output = printed(console)
     assert "step 1/10 episode 64 epoch 0.250 loss 0.6931 accuracy 0.500 lr 3.00e-06" in output and "eta 0:" in output

@@ -27,8 +27,9 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from rmcore.config import UserError
+from rmcore.data.formats.fields import printable
 from rmcore.data.formats.row_format import needed_columns
-from rmcore.data.reading.text_rows import csv_rows, json_line_rows, json_rows
+from rmcore.data.reading.text_rows import MOST_ROW, TOO_LONG, csv_rows, json_line_rows, json_rows
 from rmcore.host.model_directory import refuse_lfs_pointer
 
 WHERE, JSON = "__where__", "__json__"
@@ -176,8 +177,8 @@ def _common_schema(files: list[Path], columns: Mapping[str, str] | None) -> tupl
             first, expected = next((file, kind) for file, kind in holders if kind != pyarrow.null())
             file, other = next((file, kind) for file, kind in holders if _common_type([expected, kind]) is None)
             raise UserError(
-                f"{file}: column {name} is of type {other}, but of type {expected} in {first}; list the files as "
-                "separate sources, or convert one of them"
+                f"{file}: column {printable(name)} is of type {other}, but of type {expected} in {first}; list the "
+                "files as separate sources, or convert one of them"
             )
     return pyarrow.schema([*fields, schemas[0].field(WHERE)]), left_out
 
@@ -234,11 +235,13 @@ def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
         return
     read = {".csv": csv_rows, ".json": json_rows}.get(str(kind), json_line_rows)
     rows: list[tuple[str, str]] = []
+    size = 0
     for row in read(file):
         rows.append(row)
-        if len(rows) == _ROWS_A_BATCH:
+        size += len(row[0])
+        if len(rows) == _ROWS_A_BATCH or size >= MOST_ROW:
             yield _json_batch(rows)
-            rows = []
+            rows, size = [], 0
     if rows:
         yield _json_batch(rows)
 
@@ -252,9 +255,18 @@ def _table_batches(file: Path, kind: str) -> Iterator[pyarrow.RecordBatch]:
     count = 0
     with _damage_explained(file, kind):
         for batch in _parquet_batches(file) if kind == ".parquet" else _arrow_batches(file):
+            if batch.nbytes > MOST_ROW:
+                _check_sizes(batch, file, count)
             where = pyarrow.array([f"{file} row {count + i + 1}" for i in range(batch.num_rows)], pyarrow.string())
             count += batch.num_rows
             yield batch.append_column(WHERE, where)
+
+
+def _check_sizes(batch: pyarrow.RecordBatch, file: Path, before: int) -> None:
+    """Raises UserError for a row that is too large; `before`: rows of the file before this batch."""
+    for number in range(batch.num_rows):
+        if batch.slice(number, 1).nbytes > MOST_ROW:
+            raise UserError(f"{file} row {before + number + 1}: {TOO_LONG}")
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import gzip
 import io
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import pyarrow
 
 from rmcore.config import UserError
 from rmcore.data.formats.row_format import ALIASES, LAYOUTS
+from rmcore.host.memory import available_memory
 
 _MAGIC = {
     b"PAR1": "a parquet file",
@@ -40,6 +40,11 @@ _MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
 # Keys that only a row has, not an object around the rows.
 _ROW_KEYS = {"prompt", "messages", "conversations", "text", "texts"}
 _ROW_KEYS |= {name for fields in LAYOUTS.values() for ours in fields for name in (ours, *ALIASES[ours])}
+
+
+MOST_ROW = 32 << 20  # bytes of a row; far beyond what any model reads, and little enough to be parsed
+TOO_LONG = f"a row of more than {MOST_ROW >> 20} MiB, which no model can read"
+PARSED = 25  # a JSON array takes up to this many times its size in memory
 
 
 def json_line_rows(file: Path) -> Iterator[tuple[str, str]]:
@@ -147,14 +152,22 @@ def _numbered(values: list[Any], file: Path) -> Iterator[tuple[str, str]]:
 
 def csv_rows(file: Path) -> Iterator[tuple[str, str]]:
     """Yields (JSON text, where) of each row under the header; every cell is text, and blank lines are skipped."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB a cell, is too short for long answers
-    lines = (_decoded(line, f"{file}:{number}") for number, line in enumerate(_lines(file), start=1))
-    reader = csv.reader(lines, strict=True)
+    csv.field_size_limit(MOST_ROW)  # the default, 128 KiB a cell, is too short for long answers
+    line, size = 1, 0  # first line of the row that is being read, and its bytes so far
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for number, text in enumerate(_lines(file), start=1):
+            size += len(text)
+            if size > MOST_ROW:
+                raise UserError(f"{file}:{line}: {TOO_LONG}; is a quotation mark missing?")
+            yield _decoded(text, f"{file}:{number}")
+
+    reader = csv.reader(lines(), strict=True)
     header: list[str] | None = None
-    line = 1
     try:
         for cells in reader:
-            where, line = f"{file}:{line}", reader.line_num + 1
+            where, line, size = f"{file}:{line}", reader.line_num + 1, 0
             if header is None:
                 header = _checked_header(cells, where)
             elif len(cells) == len(header):
@@ -208,10 +221,44 @@ def _checked_head(head: bytes, file: Path) -> bytes:
 
 def _opened(file: Path) -> io.BufferedReader:
     if file.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.open(file))
+        return io.BufferedReader(_Bounded(gzip.open(file)))
     if file.name.lower().endswith(".zst"):
-        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
-    return open(file, "rb")
+        return io.BufferedReader(_Bounded(pyarrow.input_stream(str(file), compression="zstd")))
+    return io.BufferedReader(_Bounded(open(file, "rb")))
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that raises ValueError for a line of more than MOST_ROW bytes: 1.5 MB of gzip can hold one of 1.5 GB.
+
+    A file that begins with a bracket is parsed as a whole. It may be a single line, but must fit into memory.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._in_line, self._total, self._is_array = 0, 0, False
+        self._room = available_memory()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._stream.read(len(buffer))
+        buffer[: len(piece)] = piece
+        if not self._total:
+            self._is_array = piece.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        self._total += len(piece)
+        end = piece.rfind(b"\n")
+        self._in_line = self._in_line + len(piece) if end < 0 else len(piece) - end - 1
+        if self._is_array and PARSED * self._total > self._room:
+            size = f"{self._total / 1e9:.3g} GB or more"
+            raise ValueError(f"a JSON array is parsed as a whole, and {size} do not fit into memory: use JSON lines")
+        if self._in_line > MOST_ROW and not self._is_array:
+            raise ValueError(TOO_LONG)
+        return len(piece)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _decoded(line: bytes, where: str) -> str:
@@ -235,6 +282,8 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _check_object(value: Any, text: str, where: str) -> None:
+    if len(text) > MOST_ROW:
+        raise UserError(f"{where}: {TOO_LONG}")
     if not isinstance(value, dict):
         raise UserError(f"{where}: each row must be a JSON object, not {text[:60]!r}")
     if re.search(r"\\u[dD][89a-fA-F]", text):  # in UTF-8 text, a lone surrogate can only be written as an escape

@@ -28,12 +28,14 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 import xxhash
 
 from rmcore.config import Config, UserError
 from rmcore.data.formats.comparison import Comparison, Turns
+from rmcore.data.formats.fields import short
 from rmcore.data.formats.turns import EVERYTHING, REASONING, TemplateReads, all_texts
+from rmcore.data.tokens.sandbox import Sandbox, TooMuchWork, bounded, written
+from rmcore.host.terminal import one_line
 
 _END = "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
 
@@ -239,11 +241,10 @@ def load_template(
     if _reads_clock(tree):
         day = today or date.today().isoformat()
         source = _stopped_clock(tree, date.fromisoformat(day)) + source
-    if own == "tokenizer":
-        render = _by_transformers(tokenizer, source)
-    else:
-        compiled = _compile(source, origin, sandboxed=name not in NAMED_TEMPLATES)
-        render = functools.partial(_render_jinja, compiled, origin, special_tokens)
+    compiled = _compile(source, origin, sandboxed=name not in NAMED_TEMPLATES)
+    # A tokenizer's own template gets what transformers gives it: also the lists of further tokens.
+    tokens = dict(tokenizer.special_tokens_map) if own == "tokenizer" else special_tokens
+    render = functools.partial(_render_jinja, compiled, origin, tokens)
     return Template(name, source, special_tokens, day, warnings, reads, render)
 
 
@@ -349,27 +350,6 @@ def _source_of(tokenizer: Any, choice: str) -> str:
     return str(found[choice or "default"])
 
 
-def _by_transformers(tokenizer: Any, source: str) -> _Render:
-    """Renders the tokenizer's own chat template as its users do, through transformers' apply_chat_template."""
-
-    def render(messages: Turns, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-        try:
-            text = tokenizer.apply_chat_template(
-                [_with_reasoning(message) for message in messages],
-                chat_template=source,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
-            return str(text)
-        except Exception as error:  # a template is a program of somebody else and can raise anything
-            raise TemplateRefused(
-                f"data.template: the tokenizer's chat template refused a conversation: {error}"
-            ) from None
-
-    return render
-
-
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under the two names that templates read, as newer transformers versions do."""
     reasoning = next((message[key] for key in REASONING if key in message), None)
@@ -392,9 +372,9 @@ def _raise_exception(message: str) -> NoReturn:
 
 @functools.cache
 def _environment(sandboxed: bool) -> jinja2.Environment:
-    """A copy of the sandbox in which transformers renders chat templates. The named templates are part of this file, so
-    they render outside of the sandbox, which takes half the time."""
-    kind = jinja2.sandbox.ImmutableSandboxedEnvironment if sandboxed else jinja2.Environment
+    """A copy of the sandbox in which transformers renders chat templates, with bounds. The named templates are part of
+    this file, so they render outside of the sandbox, which takes half the time."""
+    kind = Sandbox if sandboxed else jinja2.Environment
     environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -409,15 +389,26 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 def _parsed(source: str, origin: str) -> jinja2.nodes.Template:
     try:
-        return _environment(True).parse(source)
+        with bounded({"": source}):
+            return _environment(True).parse(source)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"data.template: {origin}:{error.lineno}: {error.message}") from None
+        raise UserError(f"data.template: {origin}:{error.lineno}: {one_line(error.message)}") from None
+    except (RecursionError, MemoryError, TooMuchWork) as error:
+        raise _too_large(origin, error) from None
+
+
+def _too_large(origin: str, error: BaseException) -> UserError:
+    return UserError(f"data.template: {origin}: too deeply nested or too large: {one_line(error)}")
 
 
 def _compile(source: str, origin: str, *, sandboxed: bool) -> jinja2.Template:
     """Compiles under the name of the file, so that a traceback into the template has its line."""
     environment = _environment(sandboxed)
-    code = environment.compile(source, filename=origin)
+    try:
+        with bounded({"": source}):
+            code = environment.compile(source, filename=origin)
+    except (RecursionError, MemoryError, SyntaxError, TooMuchWork) as error:  # of the code that Jinja makes of it
+        raise _too_large(origin, error) from None
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
@@ -430,10 +421,17 @@ def _render_jinja(
     variables: Mapping[str, Any],
 ) -> str:
     given = {"tools": None, "documents": None, **special_tokens, **variables}
-    turns = [_with_reasoning(message) for message in messages]
+    given |= {"messages": [_with_reasoning(message) for message in messages]}
+    given["add_generation_prompt"] = add_generation_prompt
     try:
-        return template.render(given, messages=turns, add_generation_prompt=add_generation_prompt)
+        with bounded(given):
+            return written(template.render(given))
     except Exception as error:  # a template is a program of the user and can raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == origin]
         where = f"{origin}:{lines[-1]}" if lines else origin
-        raise TemplateRefused(f"data.template: {where}: {type(error).__name__}: {error}") from None
+        if isinstance(error, TooMuchWork):
+            raise UserError(
+                f"data.template: {where}: refused, because {error}; the conversation begins {short(messages[:1])}"
+            ) from None
+        raise TemplateRefused(f"data.template: {where}: {type(error).__name__}: {one_line(error)}") from None
