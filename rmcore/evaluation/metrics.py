@@ -27,8 +27,9 @@ class Metric:
     Args:
         name: the key in the dict of metrics, which is also the key in `rmcore evaluate --json`.
         meaning: one sentence for people.
-        prefix: what metrics.jsonl writes before the name.
+        prefix: what metrics.jsonl writes before the name; of an evaluation, that of the set without a name.
         logged: False for what only --json, the report and the card hold.
+        better: whether more or less of it is better, so that run.best_metric may be this metric; None: neither.
         sometimes: the metric is missing in many runs (a known GPU, several answers or another objective needed).
         console: label and format on the console; None keeps the metric off it.
         column: heading and format in tables.
@@ -42,6 +43,7 @@ class Metric:
     meaning: str
     prefix: str = "eval/rm/"
     logged: bool = True
+    better: Literal["more", "less"] | None = None
     sometimes: bool = False
     console: tuple[str, str] | None = None
     column: tuple[str, str] = ("", "")
@@ -111,6 +113,7 @@ EVALUATION = (
     Metric(
         "accuracy",
         "Share of the pairs with r_chosen > r_rejected; a tie is an error, 0.5 is chance.",
+        better="more",
         console=("accuracy", ".4f"),
         column=("accuracy", ".4f"),
         tables=ALL_TABLES,
@@ -119,6 +122,7 @@ EVALUATION = (
     Metric(
         "accuracy_low",
         "Lower end of the 95 % interval of the accuracy (Wilson). Pairs of one comparison are not independent trials.",
+        better="more",
         console=("from", ".4f"),
         column=("95 % interval", ".4f"),  # the cell holds both ends: see `_cell`
         tables=ALL_TABLES,
@@ -137,6 +141,7 @@ EVALUATION = (
     Metric(
         "length_matched_accuracy",
         "Accuracy on the pairs whose lengths differ by at most a tenth of the longer. Only where there are such pairs.",
+        better="more",
         sometimes=True,
         column=("like lengths", ".4f"),
         tables=("page",),
@@ -145,6 +150,22 @@ EVALUATION = (
     Metric(
         "length_matched_count", "Number of pairs whose lengths differ by at most a tenth of the longer.", logged=False
     ),
+    Metric(
+        "length_controlled_accuracy",
+        "Accuracy at equal length: sigmoid(a) of the fit log odds(right) = a + b tanh(difference of the lengths / "
+        "their standard deviation). Only where the differences vary, or all are 0.",
+        better="more",
+        sometimes=True,
+        console=("equal_length", ".4f"),
+        column=("equal length", ".4f"),
+        tables=("evaluate", "page"),
+        tile="{length_controlled_low:.3f} to {length_controlled_high:.3f}",
+        sentence="Equal length: accuracy {length_controlled_accuracy:.4f} (95 % interval {length_controlled_low:.4f} "
+        "to {length_controlled_high:.4f}) by a logistic fit on the difference of the lengths.",
+        on_card=True,
+    ),
+    Metric("length_controlled_low", "Lower end of the 95 % interval of `length_controlled_accuracy`.", sometimes=True),
+    Metric("length_controlled_high", "Upper end of this interval.", sometimes=True),
     Metric(
         "accuracy_chosen_longer",
         "Accuracy on the pairs whose preferred answer is the longer one.",
@@ -161,6 +182,7 @@ EVALUATION = (
         "loss",
         "Mean of -log sigmoid(r_chosen - r_rejected), whatever the objective; ln 2 = 0.693 is chance, "
         "more means confidently wrong.",
+        better="less",
         console=("loss", ".4f"),
         column=("loss", ".4f"),
         tables=ALL_TABLES,
@@ -170,6 +192,7 @@ EVALUATION = (
         "objective_loss",
         "Mean of the training objective with its margins and extras, the only metric in which ties count. "
         "Only where the objective differs from the plain pairwise loss.",
+        better="less",
         sometimes=True,
         console=("objective", ".4f"),
     ),
@@ -189,6 +212,7 @@ EVALUATION = (
     Metric(
         "reward_margin",
         "Mean of r_chosen - r_rejected. If it grows while the loss of the evaluation grows, the model overfits.",
+        better="more",
         console=("reward_margin", ".4f"),
         column=("margin", ".3f"),
         tables=("evaluate", "page"),
@@ -198,6 +222,7 @@ EVALUATION = (
         "ece",
         "Expected calibration error: mean distance of the confidence, sigmoid of the size of the margin, from the "
         "share of correct pairs, over ten bins.",
+        better="less",
         column=("ECE", ".3f"),
         tables=("page",),
         tile="0: confidence is accuracy",
@@ -208,6 +233,7 @@ EVALUATION = (
     Metric(
         "brier",
         "Brier score: mean of (1 - sigmoid(r_chosen - r_rejected))^2; 0.25 is chance.",
+        better="less",
         column=("Brier", ".3f"),
         tables=("page",),
         tile="chance 0.250",
@@ -231,6 +257,7 @@ EVALUATION = (
         "best_of_k_accuracy",
         "Share of the comparisons in which a best answer has the highest reward; if n answers share the highest "
         "reward, each is worth 1/n. Only for comparisons of three or more answers.",
+        better="more",
         sometimes=True,
         column=("best of k", ".4f"),
         tables=("page",),
