@@ -93,7 +93,8 @@ def explain(error: ValidationError, schema: type[BaseModel], layers: Layers) -> 
                 place = None
             yield place, f"{name} is missing: {meaning}"
         elif finding["type"] == "conflict":
-            yield layers.origin(tuple(finding["ctx"]["key"].split("."))), finding["msg"]
+            key = tuple(int(part) if part.isdecimal() else part for part in finding["ctx"]["key"].split("."))
+            yield layers.origin(key), finding["msg"]
         else:
             kind = kind_of_field(field) if field else "mapping of keys"
             origin = layers.origin(path)

@@ -7,10 +7,19 @@ Input: plain values. Output: a frozen `Config`, or pydantic's list of mistakes. 
 """
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from rmcore.config.layers import TAG, plain_kind
@@ -46,6 +55,12 @@ def _no_required_keys(schema: JsonDict) -> None:
     schema.pop("required")
 
 
+UNNAMED = "rm"  # the set of the evaluation data without a name: its metrics are eval/rm/accuracy, eval/rm/loss, ...
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# The only split of a published evaluation set, so that its path is enough.
+ONLY_SPLIT = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
+
+
 class SourceConfig(Section):
     """one data set"""
 
@@ -60,6 +75,15 @@ class SourceConfig(Section):
     columns: dict[str, str] = Field(
         {}, description="rmcore's column names mapped to those in the data: {chosen: better, ...}"
     )
+    set: Text | None = Field(
+        None,
+        description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `set: null`: checkpoints of versions without this key must still fit the configuration."""
+        return {key: value for key, value in handler(self).items() if key != "set" or value is not None}
 
 
 def _as_list(value: Any) -> Any:
@@ -88,12 +112,20 @@ def _with_path_of(train: Any, source: Any) -> Any:
     return completed if rows[0] != rows[1] else source
 
 
+def _with_split(source: Any) -> Any:
+    if isinstance(source, dict) and "split" not in source and source.get("path") in ONLY_SPLIT:
+        return {**source, "split": ONLY_SPLIT[source["path"]]}
+    return source
+
+
 class DataConfig(Section):
     """the preference pairs"""
 
     train: Sources = Field(description="training data: one source or a list of sources, each with the keys below")
     eval: Sources = Field(
-        (), description="evaluation data, like data.train; without a path: the data set of the only train source"
+        (),
+        description="evaluation data, like data.train; without a path: the data set of the only train source. "
+        "RewardBench 1 and 2 are scored by their rules, too",
     )
     template: PathText = Field(
         "tokenizer",
@@ -117,7 +149,10 @@ class DataConfig(Section):
     )
     shuffle: bool = Field(True, description="shuffle the rows in every epoch")
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="share of train held out for evaluation, by prompt; excludes eval"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of train held out for evaluation, by prompt; excludes sources of eval without a set",
     )
     cache: PathText | None = Field(
         None, description="directory for tokenised data; null: $RMCORE_CACHE or ~/.cache/rmcore"
@@ -125,21 +160,48 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lend_path(cls, values: Any) -> Any:
-        """Complete eval sources without a path by the data set of the only train source."""
+    def _complete(cls, values: Any) -> Any:
+        """Complete eval sources: the path by the data set of the only train source, the split if there is only one."""
         if isinstance(values, dict) and values.get("eval"):
             train, sources = _as_list(values.get("train")), _as_list(values["eval"])
-            if isinstance(train, list) and isinstance(sources, list) and len(train) == 1:
-                return {**values, "eval": [_with_path_of(train[0], source) for source in sources]}
+            if isinstance(sources, list):
+                if isinstance(train, list) and len(train) == 1:
+                    sources = [_with_path_of(train[0], source) for source in sources]
+                return {**values, "eval": [_with_split(source) for source in sources]}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.train:
             raise conflict("data.train", "needs at least one source")
-        if self.eval and self.eval_fraction > 0:
-            raise conflict("data.eval_fraction", "and data.eval exclude each other")
+        for number, source in enumerate(self.train):
+            if source.set is not None:
+                raise conflict(
+                    f"data.train.{number}.set", "divides data.eval only; data.train mixes all of its sources"
+                )
+        for number, source in enumerate(self.eval):
+            if source.set is not None and (not SET_NAME.fullmatch(source.set) or source.set == UNNAMED):
+                raise conflict(
+                    f"data.eval.{number}.set",
+                    f"cannot be {source.set!r}: use letters, digits, _, - and ., and not {UNNAMED}, which is the name "
+                    "of the sources without a set",
+                )
+        if self.eval_fraction > 0 and any(source.set is None for source in self.eval):
+            raise conflict("data.eval_fraction", "and data.eval exclude each other, except for sources with a set")
         return self
+
+    @property
+    def eval_sets(self) -> dict[str, tuple[int, ...]]:
+        """The names of the evaluation sets, each with the numbers of its sources in `eval`; `UNNAMED` comes first.
+
+        That is the only set without sources of its own: if rows of `train` are held out.
+        """
+        names = [source.set or UNNAMED for source in self.eval]
+        unnamed = [UNNAMED] if self.eval_fraction > 0 or UNNAMED in names else []
+        return {
+            name: tuple(number for number, other in enumerate(names) if other == name)
+            for name in dict.fromkeys([*unnamed, *names])
+        }
 
 
 class BatchConfig(Section):

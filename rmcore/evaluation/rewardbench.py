@@ -35,7 +35,6 @@ SUBSETS = {subset: rows for section in SECTIONS.values() for subset, rows in sec
 # Version 2: the score is the plain mean of the sections.
 ROWS_2 = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, "Ties": 102}
 TIES = "Ties"
-HUB_SPLITS = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
 
 
 def scores_1(subsets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
