@@ -65,6 +65,7 @@ def check_all(config: Config) -> Checks:
     """Run every check on a configuration that has been read."""
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.templates import load_template
+    from rmcore.evaluation.criterion import Criterion, check_best_metric
     from rmcore.tracking.data_progress import DataProgress
 
     checks = Checks()
@@ -76,9 +77,11 @@ def check_all(config: Config) -> Checks:
     checks.run("template", lambda: _template(load_template(config.data.template, found["tokenizer"])), ("tokenizer",))
 
     def data() -> tuple[Any, str, list[str]]:
+        Criterion.of(config)
         with DataProgress() as progress:
             positions = getattr(found.get("model"), "max_position_embeddings", None)
             prepared = prepare_data(config, found["tokenizer"], positions, progress)
+        check_best_metric(config, prepared)
         warnings, prepared.warnings[:] = list(prepared.warnings), []
         return prepared, describe(prepared, config), warnings
 

@@ -255,7 +255,18 @@ class RunConfig(Section):
     )
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_best: int = Field(
-        0, ge=0, description="number of further checkpoints to keep, the best by evaluation accuracy"
+        0, ge=0, description="number of further checkpoints to keep, the best by run.best_metric or else by accuracy"
+    )
+    best_metric: Text | None = Field(
+        None,
+        description="metric of the evaluations, such as eval/rm/accuracy, by which to choose the best checkpoint; that "
+        "checkpoint is kept, and exported at the end; null: export the last weights",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end the run after this many evaluations in a row without a new best run.best_metric (default: "
+        "accuracy), and export the best checkpoint",
     )
     resume: PathText = Field(
         "auto", description="auto (newest intact checkpoint, if any), never, or the path of a checkpoint"
@@ -264,6 +275,27 @@ class RunConfig(Section):
         [], description="keys or sections that may differ from the checkpoint on resume: [data, run.seed]"
     )
     max_bad_steps: int = Field(3, ge=1, description="end the run after this many NaN or Inf steps in a row")
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the best checkpoint is exported, and not the last weights."""
+        return self.best_metric is not None or self.patience is not None
+
+    @property
+    def kept_best(self) -> int:
+        """Number of best checkpoints to keep; the one to export is among them."""
+        return max(self.keep_best, int(self.exports_best))
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        for key in ("best_metric", "patience"):
+            if getattr(self, key) is not None and self.evals == 0:
+                raise conflict(f"run.{key}", "needs evaluations: run.evals is 0")
+        if self.patience is not None and self.patience >= self.evals:
+            raise conflict(
+                "run.patience", f"of {self.patience} cannot end a run of {self.evals} evaluations: raise run.evals"
+            )
+        return self
 
 
 class LogConfig(Section):
@@ -328,6 +360,9 @@ class Config(Section):
                 "data.group_by_prompt",
                 f"merges rows of pairs, from which loss.name={self.loss.name} cannot make rankings or scores",
             )
+        for key in ("best_metric", "patience"):
+            if getattr(self.run, key) is not None and not self.data.eval_sets:
+                raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         return self

@@ -12,9 +12,13 @@ README.md of this folder and with the log of a run.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from rmcore.config.schema import UNNAMED
+from rmcore.data.rewardbench import SECTIONS
+from rmcore.evaluation.rewardbench import ROWS_2, section_name
 
 Place = Literal["evaluate", "page", "card"]  # the table that `rmcore evaluate` prints, report.html, the model card
 ALL_TABLES: tuple[Place, ...] = ("evaluate", "page", "card")
@@ -41,7 +45,7 @@ class Metric:
 
     name: str
     meaning: str
-    prefix: str = "eval/rm/"
+    prefix: str = f"eval/{UNNAMED}/"
     logged: bool = True
     better: Literal["more", "less"] | None = None
     sometimes: bool = False
@@ -286,20 +290,59 @@ EVALUATION = (
         tables=ALL_TABLES,
         tile="{source_count}",
     ),
+    Metric(
+        "rewardbench_score",
+        "The score of RewardBench, by its own rules. Only on its data, as the next ones.",
+        better="more",
+        sometimes=True,
+        console=("rewardbench", ".4f"),
+        column=("RewardBench", ".4f"),
+        tables=("page",),
+    ),
+    *(
+        Metric(section_name(section), f"The score of the section {section}.", better="more", sometimes=True)
+        for section in dict.fromkeys([*SECTIONS, *ROWS_2])
+    ),
 )
 
 
-def logged(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
-    return {metric.log_name: metrics[metric.name] for metric in EVALUATION if metric.logged and metric.name in metrics}
+def prefix(name: str) -> str:
+    """What the log writes before the metrics of an evaluation set: eval/rm/ for the one without a name, eval/NAME/."""
+    return f"eval/{name}/"
 
 
-def console_line(metrics: Mapping[str, float]) -> str:
-    """Logged metrics as a line: {"train/rm/loss": 0.5, "grad_norm": 1.25} -> "loss 0.5000 grad_norm 1.25"."""
+def logged(metrics: Mapping[str, Any], name: str = UNNAMED) -> dict[str, float]:
+    """The metrics of an evaluation set under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
+    found = [metric.name for metric in EVALUATION if metric.logged and metric.name in metrics]
+    return {prefix(name) + metric: metrics[metric] for metric in found}
+
+
+def sets_of(metrics: Iterable[str]) -> list[str]:
+    """The evaluation sets that have some of these metrics: ["eval/rm/loss", "eval/a/loss", "eval/a/ece"] -> [rm, a]."""
+    return list(dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith("eval/")))
+
+
+def from_log(logged: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of all sets of an evaluation from their names in the log: the reverse of `Evaluations.logged`."""
+    sets = {
+        name: {key.removeprefix(prefix(name)): value for key, value in logged.items() if key.startswith(prefix(name))}
+        for name in sets_of(logged)
+    }
+    main = next(iter(sets.values()), {})
+    return main if list(sets) in ([], [UNNAMED]) else {**main, "sets": sets}
+
+
+def console_line(metrics: Mapping[str, float], name: str = UNNAMED) -> str:
+    """Logged metrics as a line: {"train/rm/loss": 0.5, "grad_norm": 1.25} -> "loss 0.5000 grad_norm 1.25".
+
+    `name`: the evaluation set whose metrics are shown.
+    """
+    keys = [(metric.log_name, metric) for metric in TRAINING]
+    keys += [(prefix(name) + metric.name, metric) for metric in EVALUATION]
     return " ".join(
-        f"{metric.console[0]} {format(metrics[metric.log_name], metric.console[1])}"
-        for metric in (*TRAINING, *EVALUATION)
-        if metric.console and metric.log_name in metrics
+        f"{metric.console[0]} {format(metrics[key], metric.console[1])}"
+        for key, metric in keys
+        if metric.console and key in metrics
     )
 
 

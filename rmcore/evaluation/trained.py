@@ -121,8 +121,14 @@ class TrainedModel:
         self.share = path == SHARED
         return line
 
-    def evaluate(self, data: TokenizedComparisons, world: World) -> Evaluation:
-        """Score every comparison over all ranks. A collective."""
+    def evaluate(self, data: TokenizedComparisons, world: World, rewardbench: int | None = None) -> Evaluation:
+        """Score every comparison over all ranks; `rewardbench`: by the rules of this version, too. A collective."""
         return evaluate(
-            self.model, data, world, token_budget=self.token_budget, share=self.share, autocast=self.autocast
+            self.model,
+            data,
+            world,
+            token_budget=self.token_budget,
+            share=self.share,
+            autocast=self.autocast,
+            rewardbench=rewardbench,
         )

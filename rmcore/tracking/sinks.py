@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rmcore.config import UserError
-from rmcore.config.schema import Config
+from rmcore.config.schema import UNNAMED, Config
 from rmcore.evaluation.samples import SampleRow
 from rmcore.host.files import finite, write_text_atomically
 from rmcore.host.terminal import visible
@@ -33,9 +33,10 @@ class JsonLines:
     def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
         self._write(self._metrics, {**asdict(at), **metrics})
 
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None:
+        of = {} if name == UNNAMED else {"set": name}
         for row in rows:
-            self._write(self._samples, {**asdict(at), **asdict(row), "correct": row.correct})
+            self._write(self._samples, {**asdict(at), **of, **asdict(row), "correct": row.correct})
 
     def close(self) -> None:
         self._metrics.close()
@@ -76,6 +77,11 @@ def _free_name(path: Path) -> Path:
     return name
 
 
+def _samples_key(name: str) -> str:
+    """The name of the samples table of an evaluation set: eval/samples, or eval/NAME/samples."""
+    return "eval/samples" if name == UNNAMED else f"eval/{name}/samples"
+
+
 class TensorBoard:
     """Events, with the episode as x axis; the config and the samples as text."""
 
@@ -98,13 +104,13 @@ class TensorBoard:
         for name, value in {"epoch": at.epoch, "step": at.step, **metrics}.items():
             self._writer.add_scalar(name, value, at.episode)
 
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None:
         lines = ["| prompt | chosen | rejected | rewards | correct |", "|---|---|---|---|---|"]
         for row in rows:
             texts = (_cell(text) for text in (row.prompt, row.chosen, row.rejected))
             rewards = f"{row.chosen_reward:.4f} / {row.rejected_reward:.4f}"
             lines.append(f"| {' | '.join(texts)} | {rewards} | {'yes' if row.correct else 'no'} |")
-        self._writer.add_text("eval/samples", "\n".join(lines), at.episode)
+        self._writer.add_text(_samples_key(name), "\n".join(lines), at.episode)
         self._writer.flush()
 
     def close(self) -> None:
@@ -144,10 +150,10 @@ class WeightsAndBiases:
     def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
         self._run.log({**asdict(at), **metrics})
 
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None:
         columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "correct"]
         table = self._wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in rows])
-        self._run.log({**asdict(at), "eval/samples": table})
+        self._run.log({**asdict(at), _samples_key(name): table})
 
     def close(self) -> None:
         self._run.finish()

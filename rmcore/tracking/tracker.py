@@ -20,7 +20,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
-from rmcore.config.schema import Config
+from rmcore.config.schema import UNNAMED, Config
 from rmcore.evaluation.samples import SampleRow
 from rmcore.parallel.world import World
 from rmcore.tracking.console import Screen
@@ -32,7 +32,7 @@ class Sink(Protocol):
     """A place to which metrics and samples are written."""
 
     def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None: ...
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None: ...
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -63,9 +63,9 @@ class Tracker:
         """Log the metrics of an interval or of an evaluation by their full names (train/rm/loss, eval/rm/accuracy)."""
         self._each(lambda sink: sink.metrics(at, metrics))
 
-    def log_samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
-        """Log the samples table of an evaluation."""
-        self._each(lambda sink: sink.samples(at, rows))
+    def log_samples(self, at: Moment, rows: Sequence[SampleRow], name: str = UNNAMED) -> None:
+        """Log the samples table of the evaluation of a set."""
+        self._each(lambda sink: sink.samples(at, rows, name))
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""

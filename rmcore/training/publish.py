@@ -1,6 +1,6 @@
 """Exports the trained model as a Hugging Face directory, checks it, and pushes it to the hub if configured.
 
-Input: a `Run` and its last evaluation.
+Input: a `Run` and the last evaluations.
 Output: `<run.dir>/model/`. Its rewards, when plain transformers reloads it, equal the engine's.
 Example: 6 texts of the longest and some other comparisons, largest difference 2.4e-07, allowed 1.0e-05.
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.evaluation.evaluate import Evaluation
+from rmcore.evaluation.evaluate import Evaluations
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, set_aside, take_place, write_model
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, reloaded
@@ -39,7 +39,7 @@ ROOM_ON_DEVICE = 1.2  # free device memory that the check needs, relative to the
 PATIENCE = 6 * 3600.0  # seconds that the other ranks wait for rank 0 to check and to push
 
 
-def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
+def publish(run: Run, evaluations: Evaluations | None, tracker: Tracker) -> None:
     """Export the model, one whole weight at a time; a collective.
 
     Raises RankError, on all ranks, if the export cannot be written or does not compute what was trained.
@@ -57,7 +57,7 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
             config,
             wants_text=run.data.template.wants_text,
             data=run.data.train,
-            metrics=evaluation.metrics if evaluation else None,
+            metrics=evaluations.metrics if evaluations else None,
         ),
         config_yaml=config.dump_yaml(),
         towers=run.towers,

@@ -59,7 +59,7 @@ def _check_disk(config: Config, parameters: int) -> None:
     root = Path(config.run.dir) / "checkpoints"
     one = BYTES_A_PARAMETER * parameters
     held = sum(file.stat().st_size for file in root.glob("step-*/*")) if root.is_dir() else 0
-    count = config.run.keep + config.run.keep_best + 1  # a new one is complete before an old one is deleted
+    count = config.run.keep + config.run.kept_best + 1  # a new one is complete before an old one is deleted
     free = shutil.disk_usage(config.run.dir).free
     if free + held < count * one:
         raise UserError(
