@@ -304,6 +304,8 @@ class LogConfig(Section):
     every: int = Field(10, ge=1, description="steps between log lines")
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: bool = Field(False, description="log to Weights & Biases (extra: wandb)")
+    trackio: bool = Field(False, description="log to Trackio (extra: trackio)")
+    mlflow: bool = Field(False, description="log to MLflow, at MLFLOW_TRACKING_URI (extra: mlflow)")
     samples: int = Field(10, ge=0, description="rows in the table of samples at each evaluation")
     report: Literal["none", "html", "png"] = Field(
         "html", description="at the end write <run.dir>/report.html; png: also its pictures, in <run.dir>/plots"

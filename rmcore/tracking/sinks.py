@@ -1,4 +1,4 @@
-"""Writes metrics and samples to files and services: metrics.jsonl, samples.jsonl, TensorBoard, wandb.
+"""Writes metrics and samples to files: metrics.jsonl, samples.jsonl, TensorBoard.
 
 Input: metrics by name at a moment of the run, sample rows. Output: a line, an event or a table in each sink.
 Example of a line of metrics.jsonl: {"step": 10, "episode": 640, "epoch": 0.36, "train/rm/loss": 0.6931, ...}
@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from rmcore.config import UserError
-from rmcore.config.schema import UNNAMED, Config
+from rmcore.config.schema import UNNAMED
 from rmcore.evaluation.samples import SampleRow
 from rmcore.host.files import finite, write_text_atomically
 from rmcore.host.terminal import visible
@@ -77,7 +76,7 @@ def _free_name(path: Path) -> Path:
     return name
 
 
-def _samples_key(name: str) -> str:
+def samples_key(name: str) -> str:
     """The name of the samples table of an evaluation set: eval/samples, or eval/NAME/samples."""
     return "eval/samples" if name == UNNAMED else f"eval/{name}/samples"
 
@@ -110,7 +109,7 @@ class TensorBoard:
             texts = (_cell(text) for text in (row.prompt, row.chosen, row.rejected))
             rewards = f"{row.chosen_reward:.4f} / {row.rejected_reward:.4f}"
             lines.append(f"| {' | '.join(texts)} | {rewards} | {'yes' if row.correct else 'no'} |")
-        self._writer.add_text(_samples_key(name), "\n".join(lines), at.episode)
+        self._writer.add_text(samples_key(name), "\n".join(lines), at.episode)
         self._writer.flush()
 
     def close(self) -> None:
@@ -120,40 +119,3 @@ class TensorBoard:
 def _cell(text: str) -> str:
     """Text that stays inside its cell of a Markdown table."""
     return visible(text).replace("|", "\\|").replace("\n", " ")
-
-
-class WeightsAndBiases:
-    """A wandb run with the name of the run directory; a resumed run continues the same wandb run."""
-
-    def __init__(self, directory: Path, config: Config) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "log.wandb is on and the package wandb is not installed: "
-                "pip install 'rmcore[wandb]', or set log.wandb=false"
-            ) from None
-        self._wandb = wandb
-        id_file = directory / "wandb_run_id"
-        if not id_file.exists():
-            write_text_atomically(id_file, uuid.uuid4().hex + "\n")
-        self._run = wandb.init(
-            project="rmcore",
-            name=directory.resolve().name,
-            dir=str(directory),
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            config=config.model_dump(mode="json"),
-        )
-        self._run.define_metric("*", step_metric="episode")
-
-    def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
-        self._run.log({**asdict(at), **metrics})
-
-    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None:
-        columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "correct"]
-        table = self._wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in rows])
-        self._run.log({**asdict(at), _samples_key(name): table})
-
-    def close(self) -> None:
-        self._run.finish()

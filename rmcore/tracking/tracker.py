@@ -1,4 +1,4 @@
-"""Sends metrics, samples and lines of text to all sinks: metrics.jsonl, TensorBoard, wandb and the console.
+"""Sends metrics, samples and lines of text to all sinks: metrics.jsonl, TensorBoard, trackers and the console.
 
 Input: metrics by name at a step (rmcore/training/metrics.py, rmcore/evaluation/evaluate.py), sample rows, lines of
 text. Output: a line in <run.dir>/metrics.jsonl, events in <run.dir>/tensorboard, the samples of each evaluation in
@@ -20,12 +20,14 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
+from rmcore.config import UserError
 from rmcore.config.schema import UNNAMED, Config
 from rmcore.evaluation.samples import SampleRow
 from rmcore.parallel.world import World
 from rmcore.tracking.console import Screen
 from rmcore.tracking.moment import Moment
-from rmcore.tracking.sinks import JsonLines, TensorBoard, WeightsAndBiases
+from rmcore.tracking.services import MLflow, Trackio, WeightsAndBiases
+from rmcore.tracking.sinks import JsonLines, TensorBoard
 
 
 class Sink(Protocol):
@@ -108,6 +110,18 @@ def start_tracker(
     sinks: list[Sink] = [JsonLines(directory, start), screen]
     if config.log.tensorboard:
         sinks.append(TensorBoard(directory / "tensorboard", start, config.dump_yaml()))
-    if config.log.wandb:
-        sinks.append(WeightsAndBiases(directory, config))
+    for wanted, service in (
+        (config.log.wandb, WeightsAndBiases),
+        (config.log.trackio, Trackio),
+        (config.log.mlflow, MLflow),
+    ):
+        if not wanted:
+            continue
+        try:
+            sinks.append(service(directory, config))
+        except UserError:
+            raise
+        except Exception as error:  # no login, no network
+            name = service.__name__
+            screen.say(f"warning: {name}: {type(error).__name__}: {error}; the training continues without {name}")
     return Tracker(sinks, screen)

@@ -76,12 +76,16 @@ run.save_minutes | number > 0 | null | 30
 run.background_save | true | false | true
 run.keep | whole number >= 1 | 2
 run.keep_best | whole number >= 0 | 0
+run.best_metric | text | null | null
+run.patience | whole number >= 1 | null | null
 run.resume | text | auto
 run.allow_changes | list of text | []
 run.max_bad_steps | whole number >= 1 | 3
 log.every | whole number >= 1 | 10
 log.tensorboard | true | false | true
 log.wandb | true | false | false
+log.trackio | true | false | false
+log.mlflow | true | false | false
 log.samples | whole number >= 0 | 10
 log.report | none | html | png | html
 hub.push | true | false | false

@@ -161,7 +161,15 @@ def test_a_fresh_run_keeps_the_logs_of_the_former(tmp_path: Path) -> None:
     assert (tmp_path / "tensorboard.1").is_dir()
 
 
-@pytest.mark.parametrize(("key", "package"), [("log.tensorboard", "torch.utils.tensorboard"), ("log.wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("key", "package"),
+    [
+        ("log.tensorboard", "torch.utils.tensorboard"),
+        ("log.wandb", "wandb"),
+        ("log.trackio", "trackio"),
+        ("log.mlflow", "mlflow"),
+    ],
+)
 def test_a_tracker_that_is_not_installed(
     key: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
