@@ -94,12 +94,20 @@ def prepare_data(
             continue
         rows, version = _eval_sources(config, numbers, root)
         key = "data.eval" if name == UNNAMED else f"data.eval ({name})"
-        evals[name] = replace(part, key=key, sources=rows).tokenized(root)
+        evals[name] = replace(part, key=key, sources=rows, config=_reading(config, version)).tokenized(root)
         if version is not None:
             versions[name] = version
     apart = [evals[name] for name in evals if config.data.eval_sets[name]]
     warnings += [*_warnings(train, *evals.values()), *_overlap(train, apart)]
     return PreparedData(train, evals, template, warnings, rewardbench=versions)
+
+
+def _reading(config: Config, version: int | None) -> Config:
+    """The config by which a set is read: the prompts of RewardBench 2 are scored one by one, so none are merged."""
+    if version != 2:
+        return config
+    every_row = {"group_by_prompt": False, "drop_repeated": False, "drop_contradicted": False}
+    return config.model_copy(update={"data": config.data.model_copy(update=every_row)})
 
 
 def _eval_sources(config: Config, numbers: Sequence[int], root: Path) -> tuple[list[Source], int | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from rmcore.evaluation.evaluate import metrics_of, own_objective
 from rmcore.evaluation.metrics import EVALUATION, logged, prefix
 
 Quality = tuple[float, ...]
+SOMETIMES = {metric.name for metric in EVALUATION if metric.sometimes}
 DIRECTION = {metric.name: 1 if metric.better == "more" else -1 for metric in EVALUATION if metric.better}
 
 
@@ -41,7 +42,9 @@ class Criterion:
         sets = list(config.data.eval_sets) or [UNNAMED]
         if config.run.best_metric is None:
             return cls((f"{prefix(sets[0])}accuracy", f"{prefix(sets[0])}loss"))
-        _check(config.run.best_metric, (prefix(name) + metric for name in sets for metric in DIRECTION))
+        usual = [prefix(name) + metric for name in sets for metric in DIRECTION if metric not in SOMETIMES]
+        rare = [prefix(name) + metric for name in sets for metric in DIRECTION if metric in SOMETIMES]
+        _check(config.run.best_metric, usual, rare)
         return cls((config.run.best_metric,))
 
     @property
@@ -73,18 +76,18 @@ def check_best_metric(config: Config, data: PreparedData) -> None:
     for name, part in data.evals.items():  # which metrics there are does not depend on the rewards
         zeros_A = np.zeros(int(part.answer_offset[-1]))
         found |= logged(metrics_of(part, zeros_A, objective, data.rewardbench.get(name)), name)
-    _check(wanted, (key for key in found if key.rpartition("/")[2] in DIRECTION))
+    _check(wanted, [key for key in found if key.rpartition("/")[2] in DIRECTION])
 
 
-def _check(wanted: str, possible: Iterable[str]) -> None:
-    names = list(possible)
-    if wanted in names:
+def _check(wanted: str, usual: Sequence[str], rare: Sequence[str] = ()) -> None:
+    """Raises UserError if `wanted` is not among the metrics. `rare`: not listed, because only some data have them."""
+    if wanted in usual or wanted in rare:
         return
-    near = difflib.get_close_matches(wanted, names, n=1)
+    near = difflib.get_close_matches(wanted, [*usual, *rare], n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise UserError(
         f"run.best_metric: the evaluations of this run have no {wanted} by which to choose{meant}\n"
-        f"choose one of {', '.join(names)}"
+        f"choose one of {', '.join(usual)}"
     )
 
 

@@ -50,7 +50,7 @@ def accuracy_at_equal_length(
     if scale == 0 and mean != 0:
         return None
     term_P = np.tanh(longer_P / scale) if scale > 0 else np.zeros_like(longer_P)
-    design_PK = np.stack([np.ones_like(term_P), term_P], axis=1)  # K = 2: a, b
+    design_P2 = np.stack([np.ones_like(term_P), term_P], axis=1)  # for a and b
 
     accuracy = float((weight_P * right_P).sum() / weight_P.sum())
     clusters = int(cluster_P.max()) + 1
@@ -58,12 +58,12 @@ def accuracy_at_equal_length(
         return accuracy, *wilson_interval(accuracy, min(judgements, clusters))
 
     # Variance of a. The sandwich is the inverse curvature around the outer products of the clusters' gradients.
-    a, b = _fit(right_P, design_PK, weight_P)
-    predicted_P = _sigmoid(design_PK @ np.array([a, b]))
-    bread = np.linalg.inv(_curvature(design_PK, weight_P, predicted_P))
-    gradient_PK = (weight_P * (right_P - predicted_P))[:, None] * design_PK
-    gradient_CK = np.stack([np.bincount(cluster_P, weights=column) for column in gradient_PK.T], axis=1)
-    variance = max(float((bread @ (gradient_CK.T @ gradient_CK) @ bread)[0, 0]), float(bread[0, 0]))
+    a, b = _fit(right_P, design_P2, weight_P)
+    predicted_P = _sigmoid(design_P2 @ np.array([a, b]))
+    bread = np.linalg.inv(_curvature(design_P2, weight_P, predicted_P))
+    gradient_P2 = (weight_P * (right_P - predicted_P))[:, None] * design_P2
+    gradient_C2 = np.stack([np.bincount(cluster_P, weights=column) for column in gradient_P2.T], axis=1)
+    variance = max(float((bread @ (gradient_C2.T @ gradient_C2) @ bread)[0, 0]), float(bread[0, 0]))
 
     level = float(_sigmoid(np.array(a)))
     spread = level * (
@@ -73,19 +73,19 @@ def accuracy_at_equal_length(
     return level, *wilson_interval(level, min(judgements, worth))
 
 
-def _fit(right_P: np.ndarray, design_PK: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
+def _fit(right_P: np.ndarray, design_P2: np.ndarray, weight_P: np.ndarray) -> np.ndarray:
     """[a, b] of the largest likelihood times prior, by Newton's method with halved steps. The function is concave."""
 
     def height(at: np.ndarray) -> float:
-        odds_P = design_PK @ at
+        odds_P = design_P2 @ at
         return float((weight_P * (right_P * odds_P - np.logaddexp(0.0, odds_P))).sum() - (at[1] / PRIOR) ** 2 / 2)
 
     found = np.zeros(2)
     reached = height(found)
     for _ in range(ROUNDS):
-        predicted_P = _sigmoid(design_PK @ found)
-        gradient = design_PK.T @ (weight_P * (right_P - predicted_P)) - np.array([0.0, found[1] / PRIOR**2])
-        step = np.linalg.solve(_curvature(design_PK, weight_P, predicted_P), gradient)
+        predicted_P = _sigmoid(design_P2 @ found)
+        gradient = design_P2.T @ (weight_P * (right_P - predicted_P)) - np.array([0.0, found[1] / PRIOR**2])
+        step = np.linalg.solve(_curvature(design_P2, weight_P, predicted_P), gradient)
         while (new := height(found + step)) < reached and np.abs(step).max() > 1e-12:
             step /= 2
         found, reached = found + step, new
@@ -94,9 +94,9 @@ def _fit(right_P: np.ndarray, design_PK: np.ndarray, weight_P: np.ndarray) -> np
     return found
 
 
-def _curvature(design_PK: np.ndarray, weight_P: np.ndarray, predicted_P: np.ndarray) -> np.ndarray:
+def _curvature(design_P2: np.ndarray, weight_P: np.ndarray, predicted_P: np.ndarray) -> np.ndarray:
     """[2, 2]: minus the second derivative of the function that `_fit` maximises."""
-    information = (design_PK * (weight_P * predicted_P * (1 - predicted_P))[:, None]).T @ design_PK
+    information = (design_P2 * (weight_P * predicted_P * (1 - predicted_P))[:, None]).T @ design_P2
     return information + np.diag([0.0, 1 / PRIOR**2])
 
 

@@ -54,7 +54,7 @@ def check_disk(config: Config, world: World, parameters: int) -> None:
 
 
 def _check_disk(config: Config, parameters: int) -> None:
-    if config.run.save_every is None and config.run.save_minutes is None:
+    if config.run.save_every is None and config.run.save_minutes is None and not config.run.kept_best:
         return
     root = Path(config.run.dir) / "checkpoints"
     one = BYTES_A_PARAMETER * parameters

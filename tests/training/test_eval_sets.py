@@ -136,6 +136,7 @@ def test_rows_that_only_begin_like_rewardbench(folder: Path, tmp_path: Path) -> 
     odd = rows_1(np.random.Generator(np.random.PCG64(6)))
     path = write(tmp_path / "odd.jsonl", [{**row, "subset": ["a", "list"]} for row in odd])
     other = write(tmp_path / "other.jsonl", [{**row, "subset": "mine"} for row in odd])
+    assert len(prepared(folder, f"data.eval={{path: {folder}/bench2.jsonl}}", "data.group_by_prompt=true").eval) == 21
     for plain in (path, other):
         assert prepared(folder, f"data.eval=[{{path: {plain}, set: mine}}]").rewardbench == {}
 

@@ -86,6 +86,10 @@ def test_a_run_that_ended_early_continues_with_more_patience(folder: Path) -> No
     assert again.codes == [0, 0] and "is completed already" in again.text
     more = run(ended.directory, arguments(folder, *steered(folder, "run.patience=7", PATIENT[1])), 2)
     assert more.status["step"] == 8 and not more.status["reason"] and len(losses(more)) == 8, more.text
+    other = [*steered(folder, "run.patience=7", "run.best_metric=eval/rm/accuracy"), "run.keep=9"]
+    exported = run(ended.directory, arguments(folder, *other), 2)
+    assert exported.codes == [0, 0] and exported.status["best"]["metric"] == "eval/rm/accuracy", "no step, an export"
+    assert losses(exported) == losses(more)
 
 
 @pytest.mark.distributed
