@@ -122,6 +122,8 @@ setup(
         "bench": ["trl", "accelerate"],
         "serve": SERVE,
         "wandb": ["wandb"],
+        "trackio": ["trackio"],
+        "mlflow": ["mlflow"],
         "lora": ["peft"],
         "fp8": ["torchao"],
     },

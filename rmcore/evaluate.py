@@ -77,8 +77,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.tokenizer import load_tokenizer
     from rmcore.evaluation.arrays import answer_arrays, pair_arrays
-    from rmcore.evaluation.pair_metrics import pair_metrics
-    from rmcore.evaluation.rewardbench_data import fold_ties, rewardbench_scores, with_rewardbench
+    from rmcore.evaluation.rewardbench_data import fold_ties, with_rewardbench
     from rmcore.evaluation.samples import sample_rows
     from rmcore.evaluation.trained import TrainedModel, on_one_day
     from rmcore.model.backbone import load_model_config, position_limit
@@ -97,19 +96,15 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     data = prepared.train
     trained = first_error(world, "loading the model", lambda: TrainedModel.load(config, tokenizer, world.device))
     line = first_error(world, "the self-test", lambda: trained.choose_path(data))
-    evaluation = trained.evaluate(data, world)
-    rewards_A, metrics = evaluation.rewards_A, evaluation.metrics
+    evaluation = trained.evaluate(data, world, version)
+    rewards_A = evaluation.rewards_A
     by_section = data if version is None else fold_ties(data)
-    pairs, answers = pair_arrays(by_section, rewards_A), answer_arrays(by_section, rewards_A)
-    if version is not None:
-        metrics = pair_metrics(pairs, answers)
-        metrics["rewardbench"] = rewardbench_scores(version, data, rewards_A, metrics)
     return Report(
         title=f"{config.model.name} on {source}",
         facts={"model": config.model.name, "data": source, "template": config.data.template},
-        metrics=metrics,
-        pairs=pairs,
-        answers=answers,
+        metrics=evaluation.metrics,
+        pairs=pair_arrays(by_section, rewards_A),
+        answers=answer_arrays(by_section, rewards_A),
         samples=sample_rows(data, rewards_A, tokenizer, config.log.samples),
         drops={source: data.report},
         notes=[describe(prepared, config), line],

@@ -32,7 +32,7 @@ def inspect(config: Config, examples: int, plot: Path, as_json: bool) -> None:
     from rmcore.training.run_data import prepared
 
     tokenizer, data = prepared(config)
-    parts = {part.report["key"]: part for part in (data.train, data.eval) if part is not None}
+    parts = data.parts
     findings = {name: statistics(part, config.run.seed) for name, part in parts.items()}
     try:
         plot_lengths(parts, config.data.max_tokens, plot)

@@ -81,7 +81,7 @@ def _estimate(config: Config, options: argparse.Namespace) -> RunEstimate:
 
     def comparisons(config: Config) -> Comparisons:
         data = prepared(config)[1]
-        return data.train, data.eval
+        return data.train, *data.evals.values()
 
     return estimate_run(config, options, prepare=comparisons)
 

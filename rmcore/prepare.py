@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         _, data = prepared(config)
         seconds, cache = time.monotonic() - started, str(cache_directory(config))
         if options.json:
-            parts = {part.report["key"]: part.report for part in (data.train, data.eval) if part is not None}
+            parts = {name: part.report for name, part in data.parts.items()}
             print_text(json.dumps({"parts": parts, "warnings": data.warnings, "seconds": seconds, "cache": cache}))
         else:
             print_text(f"{describe(data, config)}\nready in {cache} after {seconds:.1f} s")

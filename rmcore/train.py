@@ -22,12 +22,12 @@ from rmcore.config import config_from_argv
 if __name__ == "__main__":  # `--help`, and mistakes in the config, are answered before the heavy imports below
     CONFIG = config_from_argv(sys.argv[1:], "python -m rmcore.train", "Train a reward model on preference pairs.")
 
+from dataclasses import asdict
 from pathlib import Path
 
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config.schema import Config
 from rmcore.data.batches.loader import Loader
-from rmcore.evaluation.evaluate import Evaluation
 from rmcore.host.command import run_command
 from rmcore.host.files import write_text_atomically
 from rmcore.host.terminal import print_text, survive_lost_output
@@ -37,10 +37,12 @@ from rmcore.tracking.status import write_status
 from rmcore.tracking.tracker import Tracker, start_tracker
 from rmcore.training.assembly import assemble, introduce
 from rmcore.training.bad_steps import BadSteps
+from rmcore.training.best import Trained, take_best
 from rmcore.training.heartbeat import Heartbeat
-from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluation
+from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluations
 from rmcore.training.metrics import Metrics
 from rmcore.training.outcome import STOPPED, Ending, leave_process, recorded
+from rmcore.training.patience import Patience
 from rmcore.training.publish import publish
 from rmcore.training.rehearsal import rehearse, sizes_of
 from rmcore.training.run import Run, moment_after
@@ -50,18 +52,27 @@ from rmcore.training.saver import Saver
 from rmcore.training.signals import Signals, Stopped
 
 
-def train(
-    run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signals: Signals | None = None
-) -> Evaluation | None:
-    """The loop over the remaining steps of the plan. Returns the evaluation of the last step, if there is one."""
+def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signals: Signals | None = None) -> Trained:
+    """The loop over the remaining steps of the plan, or until run.patience ends it."""
     config, world, strategy, plan = run.config, run.world, run.strategy, run.plan
     heartbeat, signals = heartbeat or Heartbeat(world), signals or Signals()
     optimizer, bad_steps = strategy.optimizer, BadSteps(run, tracker)
     metrics = Metrics(world, run.flops_per_token, earlier=run.start.interval)
-    evaluate_after = evaluation_steps(plan.steps, config.run.evals)
-    evaluation = resumed_evaluation(run, tracker, evaluate_after)
-    loader = Loader(run.data.train, plan.steps_from(run.position.step), world.rank, world.device, share=run.share)
-    with signals.deferred(), Saver(run, metrics, bad_steps, heartbeat, signals) as saver, loader:
+    evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
+    saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
+    evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
+    step, lr = plan.step(max(0, run.position.step - 1)), 0.0
+    steps = iter(()) if patience.over else plan.steps_from(run.position.step)
+    loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share)
+
+    def log_interval() -> None:
+        bad_steps.report(step.index + 1, logged=True)
+        interval = metrics.reduce()
+        tracker.log(moment_after(step), {**interval, "train/rm/lr": lr})
+        bad_steps.note_spike(interval)
+        heartbeat.report_slow_rank(tracker)
+
+    with signals.deferred(), saver, loader:
         for step, micro_batches in loader:
             lr = learning_rate(config.optim, step.index, plan.steps)
             set_learning_rate(optimizer, lr)
@@ -80,19 +91,23 @@ def train(
 
             done = step.index + 1
             tracker.step_done(done)
-            bad_steps.report(done)
-            if done % config.log.every == 0 or done == plan.steps:
-                interval = metrics.reduce()
-                tracker.log(moment_after(step), {**interval, "train/rm/lr": lr})
-                bad_steps.note_spike(interval)
-                heartbeat.report_slow_rank(tracker)
-            evaluation = None
+            is_logged = done % config.log.every == 0 or done == plan.steps
+            log_interval() if is_logged else bad_steps.report(done, logged=False)
+            evaluations = None
             if done in evaluate_after:
                 heartbeat.at("evaluate")
                 with metrics.clock_paused():
-                    evaluation = evaluate_run(run, tracker, step, signals)
-            saver.step_done(step, evaluation)  # saves if due; raises Stopped after a signal
-    return evaluation
+                    evaluations = evaluate_run(run, tracker, step, signals)
+                patience.note(step, evaluations)
+                if patience.over and not is_logged:
+                    log_interval()
+            saver.step_done(step, evaluations)  # saves if due; raises Stopped after a signal
+            if patience.over:
+                break
+    reason = patience.reason if step.index + 1 < plan.steps else ""
+    if reason:
+        tracker.say(reason)
+    return Trained(step, evaluations, reason)
 
 
 def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) -> None:
@@ -112,12 +127,20 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
         write_text_atomically(directory / "config.yaml", state.config.dump_yaml())
     introduce(state, rehearsed)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
-        evaluation = train(state, tracker, heartbeat, signals)
-        publish(state, evaluation, tracker)
-        report_run(state, evaluation, tracker)
-    last = moment_after(state.plan.step(state.plan.steps - 1))
-    metrics = evaluation.metrics if evaluation else None
-    write_status(world, directory, "completed", step=last.step, episode=last.episode, evaluation=metrics)
+        end = take_best(state, train(state, tracker, heartbeat, signals), tracker)
+        publish(state, end.evaluations, tracker)
+        report_run(state, end, tracker)
+    last, metrics = moment_after(end.step), end.evaluations.metrics if end.evaluations else None
+    write_status(
+        world,
+        directory,
+        "completed",
+        step=last.step,
+        episode=last.episode,
+        reason=end.reason,
+        evaluation=metrics,
+        best=asdict(end.best) if end.best else None,
+    )
 
 
 def attempt(config: Config, world: World, signals: Signals) -> None:

@@ -68,6 +68,7 @@ def check_all(config: Config) -> Checks:
     """Run every check on a configuration that has been read."""
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.templates import template_of
+    from rmcore.evaluation.criterion import Criterion, check_best_metric
     from rmcore.model.backbone import position_limit
     from rmcore.tracking.data_progress import DataProgress
 
@@ -80,9 +81,11 @@ def check_all(config: Config) -> Checks:
     checks.run("template", lambda: _template(template_of(config, found["tokenizer"])), ("tokenizer",))
 
     def data() -> tuple[Any, str, list[str]]:
+        Criterion.of(config)
         with DataProgress() as progress:
             positions = position_limit(found["model"]) if "model" in found else None
             prepared = prepare_data(config, found["tokenizer"], positions, progress)
+        check_best_metric(config, prepared)
         warnings, prepared.warnings[:] = list(prepared.warnings), []
         return prepared, describe(prepared, config), warnings
 

@@ -251,4 +251,13 @@ def test_an_unknown_extra_is_an_error(checkout: Path) -> None:
     command = ["bash", str(checkout / "launch" / "setup.sh"), "dev", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "setup.py has no extra nonsense" in done.stderr
-    assert set(done.stderr.split("it has: ")[1].split()) == {"dev", "bench", "serve", "wandb", "lora", "fp8"}
+    assert set(done.stderr.split("it has: ")[1].split()) == {
+        "dev",
+        "bench",
+        "serve",
+        "wandb",
+        "trackio",
+        "mlflow",
+        "lora",
+        "fp8",
+    }

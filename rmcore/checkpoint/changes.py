@@ -22,7 +22,8 @@ FREE: tuple[str, ...] = (
     *("run.dir", "run.resume", "run.allow_changes", "run.keep", "run.keep_best", "run.save_every", "run.save_minutes"),
     *("run.evals", "run.background_save", "run.max_bad_steps"),
 )
-LENGTH = ("run.epochs", "run.max_steps")  # a completed run continues if these are raised
+# A completed run continues, or exports another checkpoint, if only these differ.
+LENGTH = ("run.epochs", "run.max_steps", "run.patience", "run.best_metric")
 
 
 class Change(NamedTuple):

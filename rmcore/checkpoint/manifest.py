@@ -37,6 +37,8 @@ class Manifest:
         keys: the names of all tensors.
         files: name -> size and hash.
         base: with LoRA, the fingerprint of the weights that are not trained. The checkpoint does not contain them.
+        progress: with run.patience, the best evaluation and the number since (`rmcore.evaluation.criterion.Progress`).
+            Without it the file does not have the key.
     """
 
     step: int
@@ -54,19 +56,12 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     format: int = FORMAT
     base: str = ""
-
-    @property
-    def quality(self) -> tuple[float, float] | None:
-        """Accuracy, then the negative loss: larger is better. None without an evaluation."""
-        metrics = self.figures or {}
-        if metrics.get("eval/rm/accuracy") is None or metrics.get("eval/rm/loss") is None:
-            return None
-        return metrics["eval/rm/accuracy"], -metrics["eval/rm/loss"]
+    progress: dict[str, Any] | None = None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write and sync manifest.json. Raises OSError."""
-    body = finite(asdict(manifest))
+    body = {key: value for key, value in finite(asdict(manifest)).items() if key != "progress" or value is not None}
     write_text_atomically(directory / FILE, json.dumps({"xxh3_128": _digest(body), "manifest": body}))
 
 

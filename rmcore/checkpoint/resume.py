@@ -79,7 +79,7 @@ def choose_start(config: Config, world: World) -> Start:
     if resume == "auto":
         lines += _on_main(world, "sweeping", lambda: [f"removed {name}, half a save" for name in directory.sweep(root)])
         candidates = _on_main(world, "looking", lambda: [str(root / f"step-{step}") for step in directory.steps(root)])
-    start = _first_good(candidates, world, lines, quarantine=resume == "auto")
+    start = first_good(candidates, world, lines, quarantine=resume == "auto")
     _on_main(world, "looking at the run directory", lambda: _refuse_step_0(root, start))
     found = check_changes(start.manifest.config, config, str(start.checkpoint)) if start.manifest else []
     completed = _on_main(
@@ -125,8 +125,8 @@ def _on_main(world: World, what: str, action: Callable[[], T]) -> T:
     return broadcast_json(world, first_error(world, what, lambda: action() if world.is_main else None))
 
 
-def _first_good(candidates: list[str], world: World, lines: list[str], *, quarantine: bool) -> Start:
-    """The first candidate that verifies on all ranks. Bad ones are moved aside, or raise UserError."""
+def first_good(candidates: list[str], world: World, lines: list[str], *, quarantine: bool) -> Start:
+    """The first candidate that verifies on all ranks. Bad ones are moved aside, or raise UserError; a collective."""
     for path in map(Path, candidates):
         manifest, reason = _verify(path, world)
         if manifest is not None:

@@ -52,6 +52,9 @@ ELSEWHERE = {
     "num_train_epochs": "run.epochs",
     "total_episodes": "run.max_steps",
     "num_evals": "run.evals",
+    "metric_for_best_model": "run.best_metric",
+    "load_best_model_at_end": "run.best_metric",
+    "early_stopping_patience": "run.patience",
     "output_dir": "run.dir",
     "run_name": "run.dir",
     "exp_name": "run.dir",
@@ -93,7 +96,8 @@ def explain(error: ValidationError, schema: type[BaseModel], layers: Layers) -> 
                 place = None
             yield place, f"{name} is missing: {meaning}"
         elif finding["type"] == "conflict":
-            yield layers.origin(tuple(finding["ctx"]["key"].split("."))), finding["msg"]
+            key = tuple(int(part) if part.isdecimal() else part for part in finding["ctx"]["key"].split("."))
+            yield layers.origin(key), finding["msg"]
         else:
             kind = kind_of_field(field) if field else "mapping of keys"
             origin = layers.origin(path)

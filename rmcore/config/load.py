@@ -86,9 +86,14 @@ def _complete_sections(layers: Layers, run_dir: str | None) -> None:
 
 
 def _settle_evaluation(layers: Layers) -> None:
-    """Overriding data.eval replaces data.eval_fraction of the file, and vice versa. Both in one layer are a mistake."""
-    fraction = layers.get(("data", "eval_fraction"))
-    if not layers.get(("data", "eval")) or not isinstance(fraction, int | float) or not fraction > 0:
+    """Overriding data.eval replaces data.eval_fraction of the file, and vice versa. Both in one layer are a mistake.
+
+    Sources with a `set` are evaluated apart, so they go together with data.eval_fraction.
+    """
+    fraction, sources = layers.get(("data", "eval_fraction")), layers.get(("data", "eval"))
+    if not sources or not isinstance(fraction, int | float) or not fraction > 0:
+        return
+    if isinstance(sources, list) and all(isinstance(source, dict) and source.get("set") for source in sources):
         return
     by_fraction = layers.origins["data", "eval_fraction"]
     by_source = max((layers.origins[path] for path in layers.below(("data", "eval"))), key=lambda origin: origin.layer)

@@ -7,11 +7,20 @@ Input: plain values. Output: a frozen `Config`, or pydantic's list of mistakes. 
 """
 
 import os
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from rmcore.config.layers import TAG, plain_kind
@@ -52,6 +61,12 @@ def _no_required_keys(schema: JsonDict) -> None:
     schema.pop("required")
 
 
+UNNAMED = "rm"  # the set of the evaluation data without a name: its metrics are eval/rm/accuracy, eval/rm/loss, ...
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# The only split of a published evaluation set, so that its path is enough.
+ONLY_SPLIT = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
+
+
 class SourceConfig(Section):
     """one data set"""
 
@@ -66,6 +81,15 @@ class SourceConfig(Section):
     columns: dict[str, str] = Field(
         {}, description="rmcore's column names mapped to those in the data: {chosen: better, ...}"
     )
+    set: Text | None = Field(
+        None,
+        description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `set: null`: checkpoints of versions without this key must still fit the configuration."""
+        return {key: value for key, value in handler(self).items() if key != "set" or value is not None}
 
 
 def _as_list(value: Any) -> Any:
@@ -94,12 +118,20 @@ def _with_path_of(train: Any, source: Any) -> Any:
     return completed if rows[0] != rows[1] else source
 
 
+def _with_split(source: Any) -> Any:
+    if isinstance(source, dict) and "split" not in source and source.get("path") in ONLY_SPLIT:
+        return {**source, "split": ONLY_SPLIT[source["path"]]}
+    return source
+
+
 class DataConfig(Section):
     """the preference pairs"""
 
     train: Sources = Field(description="training data: one source or a list of sources, each with the keys below")
     eval: Sources = Field(
-        (), description="evaluation data, like data.train; without a path: the data set of the only train source"
+        (),
+        description="evaluation data, like data.train; without a path: the data set of the only train source. "
+        "RewardBench 1 and 2 are scored by their rules, too",
     )
     template: PathText = Field(
         "tokenizer",
@@ -130,7 +162,10 @@ class DataConfig(Section):
     )
     shuffle: bool = Field(True, description="shuffle the rows in every epoch")
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="share of train held out for evaluation, by prompt; excludes eval"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of train held out for evaluation, by prompt; excludes sources of eval without a set",
     )
     cache: PathText | None = Field(
         None, description="directory for tokenised data; null: $RMCORE_CACHE or ~/.cache/rmcore"
@@ -138,21 +173,48 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lend_path(cls, values: Any) -> Any:
-        """Complete eval sources without a path by the data set of the only train source."""
+    def _complete(cls, values: Any) -> Any:
+        """Complete eval sources: the path by the data set of the only train source, the split if there is only one."""
         if isinstance(values, dict) and values.get("eval"):
             train, sources = _as_list(values.get("train")), _as_list(values["eval"])
-            if isinstance(train, list) and isinstance(sources, list) and len(train) == 1:
-                return {**values, "eval": [_with_path_of(train[0], source) for source in sources]}
+            if isinstance(sources, list):
+                if isinstance(train, list) and len(train) == 1:
+                    sources = [_with_path_of(train[0], source) for source in sources]
+                return {**values, "eval": [_with_split(source) for source in sources]}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if not self.train:
             raise conflict("data.train", "needs at least one source")
-        if self.eval and self.eval_fraction > 0:
-            raise conflict("data.eval_fraction", "and data.eval exclude each other")
+        for number, source in enumerate(self.train):
+            if source.set is not None:
+                raise conflict(
+                    f"data.train.{number}.set", "divides data.eval only; data.train mixes all of its sources"
+                )
+        for number, source in enumerate(self.eval):
+            if source.set is not None and (not SET_NAME.fullmatch(source.set) or source.set == UNNAMED):
+                raise conflict(
+                    f"data.eval.{number}.set",
+                    f"cannot be {source.set!r}: use letters, digits, _, - and ., and not {UNNAMED}, which is the name "
+                    "of the sources without a set",
+                )
+        if self.eval_fraction > 0 and any(source.set is None for source in self.eval):
+            raise conflict("data.eval_fraction", "and data.eval exclude each other, except for sources with a set")
         return self
+
+    @property
+    def eval_sets(self) -> dict[str, tuple[int, ...]]:
+        """The names of the evaluation sets, each with the numbers of its sources in `eval`; `UNNAMED` comes first.
+
+        That is the only set without sources of its own: if rows of `train` are held out.
+        """
+        names = [source.set or UNNAMED for source in self.eval]
+        unnamed = [UNNAMED] if self.eval_fraction > 0 or UNNAMED in names else []
+        return {
+            name: tuple(number for number, other in enumerate(names) if other == name)
+            for name in dict.fromkeys([*unnamed, *names])
+        }
 
 
 class BatchConfig(Section):
@@ -206,7 +268,18 @@ class RunConfig(Section):
     )
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_best: int = Field(
-        0, ge=0, description="number of further checkpoints to keep, the best by evaluation accuracy"
+        0, ge=0, description="number of further checkpoints to keep, the best by run.best_metric or else by accuracy"
+    )
+    best_metric: Text | None = Field(
+        None,
+        description="metric of the evaluations, such as eval/rm/accuracy, by which to choose the best checkpoint; that "
+        "checkpoint is kept, and exported at the end; null: export the last weights",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end the run after this many evaluations in a row without a new best run.best_metric (default: "
+        "accuracy), and export the best checkpoint",
     )
     resume: PathText = Field(
         "auto", description="auto (newest intact checkpoint, if any), never, or the path of a checkpoint"
@@ -216,6 +289,27 @@ class RunConfig(Section):
     )
     max_bad_steps: int = Field(3, ge=1, description="end the run after this many NaN or Inf steps in a row")
 
+    @property
+    def exports_best(self) -> bool:
+        """Whether the best checkpoint is exported, and not the last weights."""
+        return self.best_metric is not None or self.patience is not None
+
+    @property
+    def kept_best(self) -> int:
+        """Number of best checkpoints to keep; the one to export is among them."""
+        return max(self.keep_best, int(self.exports_best))
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        for key in ("best_metric", "patience"):
+            if getattr(self, key) is not None and self.evals == 0:
+                raise conflict(f"run.{key}", "needs evaluations: run.evals is 0")
+        if self.patience is not None and self.patience >= self.evals:
+            raise conflict(
+                "run.patience", f"of {self.patience} cannot end a run of {self.evals} evaluations: raise run.evals"
+            )
+        return self
+
 
 class LogConfig(Section):
     """logs and reports"""
@@ -223,6 +317,8 @@ class LogConfig(Section):
     every: int = Field(10, ge=1, description="steps between log lines")
     tensorboard: bool = Field(True, description="write TensorBoard events")
     wandb: bool = Field(False, description="log to Weights & Biases (extra: wandb)")
+    trackio: bool = Field(False, description="log to Trackio (extra: trackio)")
+    mlflow: bool = Field(False, description="log to MLflow, at MLFLOW_TRACKING_URI (extra: mlflow)")
     samples: int = Field(10, ge=0, description="rows in the table of samples at each evaluation")
     report: Literal["none", "html", "png"] = Field(
         "html", description="at the end write <run.dir>/report.html; png: also its pictures, in <run.dir>/plots"
@@ -279,6 +375,9 @@ class Config(Section):
                 "data.group_by_prompt",
                 f"merges rows of pairs, from which loss.name={self.loss.name} cannot make rankings or scores",
             )
+        for key in ("best_metric", "patience"):
+            if getattr(self.run, key) is not None and not self.data.eval_sets:
+                raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         return self

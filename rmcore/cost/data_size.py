@@ -6,7 +6,7 @@ Example: a comparison [P | C | R] of 140, 58 and 44 tokens takes 242 computed to
 texts. In 26,851 pairs of its tokens, one attends to the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,8 @@ from rmcore.data.batches.counting import size_N
 from rmcore.data.batches.step_plan import Plan
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 
-# The prepared comparisons of training and evaluation.
-Comparisons = tuple[TokenizedComparisons, TokenizedComparisons | None]
+# The prepared comparisons of training, followed by those of each evaluation set.
+Comparisons = Sequence[TokenizedComparisons]
 
 # Means of hh-rlhf's test sets, helpful and harmless base: 3,773 pairs, Pythia's tokenizer.
 HH_TOKENS = 227.0  # computed tokens per pair, the prompt once
@@ -73,18 +73,18 @@ def size_of_data(
     if pairs is not None and tokens is not None:
         return _assumed(config, pairs, tokens, sharing, [])
     try:
-        train, evaluation = prepare(config)
+        train, *evals = prepare(config)
     except UserError as error:
         reason = " ".join(str(error).split())
         flags = [flag for flag, value in (("--pairs N", pairs), ("--tokens-a-pair T", tokens)) if value is None]
         note = f"the data cannot be read; give {' and '.join(flags)}. {reason}"
         return _assumed(config, pairs, tokens, sharing, [note])
     share = config.model.attention in ("auto", "shared")
-    return measured_size(train, evaluation, share=share, counts=config.loss.traits.counts)
+    return measured_size(train, evals, share=share, counts=config.loss.traits.counts)
 
 
 def measured_size(
-    train: TokenizedComparisons, evaluation: TokenizedComparisons | None, *, share: bool, counts: str
+    train: TokenizedComparisons, evals: Iterable[TokenizedComparisons], *, share: bool, counts: str
 ) -> DataSize:
     """The means of the prepared data.
 
@@ -93,7 +93,7 @@ def measured_size(
     """
     tokens_N, units_N = computed_tokens(train, share), size_N(train, counts)
     pairs = max(1, int(units_N.sum()))
-    longest = max(int(computed_tokens(part, share).max()) for part in (train, evaluation) if part is not None)
+    longest = max(int(computed_tokens(part, share).max()) for part in (train, *evals))
 
     # A token attends to itself and to all tokens before it in its text. A prefix of p tokens makes p (p + 1) / 2 pairs
     # of tokens; a tail of t behind it t p more within the prefix, and t (t + 1) / 2 of its own.

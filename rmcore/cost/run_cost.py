@@ -109,7 +109,7 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
         flops_a_pair=flops_of_pair(model, data),
         steps=steps_of_run(config, data),
         checkpoint_bytes=float(BYTES_A_PARAMETER * model.sizes.total),
-        checkpoints=config.run.keep + config.run.keep_best + 1,
+        checkpoints=config.run.keep + config.run.kept_best + 1,
         runtime_bytes=runtime_bytes,
         saves_from_copy=config.run.background_save and (config.run.save_every or config.run.save_minutes) is not None,
         configured=configured or estimate(config, model, data, setting, strategy),

@@ -13,7 +13,7 @@ Communication: one sum of fp64 [A answers + A counts], to which exactly one rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from rmcore.config.loss import LossConfig
+from rmcore.config.schema import UNNAMED
 from rmcore.data.batches.batch import Judged
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Step
@@ -29,6 +31,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 from rmcore.evaluation.arrays import answer_arrays, pair_arrays
 from rmcore.evaluation.metrics import logged
 from rmcore.evaluation.pair_metrics import pair_metrics
+from rmcore.evaluation.rewardbench_data import rewardbench_metrics
 from rmcore.model.objectives import Objective
 from rmcore.parallel.world import World, all_reduce_sum
 
@@ -40,9 +43,28 @@ class Evaluation:
     rewards_A: np.ndarray
     metrics: dict[str, Any]
 
+
+@dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of all sets of a run at one step, by the name of the set; the main one comes first."""
+
+    by_set: Mapping[str, Evaluation]
+
+    @property
+    def main(self) -> Evaluation:
+        """The evaluation of the sources without a set, or else of the first set."""
+        return next(iter(self.by_set.values()))
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of the main set; where there are sets with a name, `sets` has the metrics of every set."""
+        if list(self.by_set) == [UNNAMED]:
+            return self.main.metrics
+        return {**self.main.metrics, "sets": {name: found.metrics for name, found in self.by_set.items()}}
+
     def logged(self) -> dict[str, float]:
-        """The overall metrics under their names in the log: eval/rm/accuracy, eval/rm/loss, ..."""
-        return logged(self.metrics)
+        """The overall metrics under their names in the log: eval/rm/accuracy, ..., eval/SET/accuracy, ..."""
+        return {key: value for name, found in self.by_set.items() for key, value in logged(found.metrics, name).items()}
 
 
 def evaluate(
@@ -53,6 +75,7 @@ def evaluate(
     token_budget: int,
     share: bool = True,
     objective: Objective | None = None,
+    rewardbench: int | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -62,6 +85,7 @@ def evaluate(
         model: takes a `RaggedBatch` and returns an output with `rewards_A`. Its train or eval mode is left as it was.
         token_budget: most computed tokens in a micro batch; a longer comparison gets a micro batch of its own.
         share: pack the prefix of a comparison once. False for a model on a path that cannot share prefixes.
+        rewardbench: the version of RewardBench whose data these are; adds its scores.
         objective: its mean loss on these data becomes the metric `objective_loss`.
         autocast: makes the context in which each forward runs.
         between: called before each micro batch, equally often on every rank; it may raise to end the evaluation.
@@ -92,10 +116,23 @@ def evaluate(
     if not (count_A == 1).all():
         wrong = int((count_A != 1).sum())
         raise RuntimeError(f"the evaluation did not score {wrong} of {answers} answers exactly once")
-    metrics = pair_metrics(pair_arrays(data, rewards_A), answer_arrays(data, rewards_A))
-    if objective is not None:
-        metrics |= objective_loss(objective, data, rewards_A)
-    return Evaluation(rewards_A, metrics)
+    return Evaluation(rewards_A, metrics_of(data, rewards_A, objective, rewardbench))
+
+
+def metrics_of(
+    data: TokenizedComparisons, rewards_A: np.ndarray, objective: Objective | None, rewardbench: int | None
+) -> dict[str, Any]:
+    """The metrics of an evaluation, computed from the rewards of all answers; see `evaluate`."""
+    if rewardbench is None:
+        metrics = pair_metrics(pair_arrays(data, rewards_A), answer_arrays(data, rewards_A))
+    else:
+        metrics = rewardbench_metrics(rewardbench, data, rewards_A)
+    return metrics if objective is None else metrics | objective_loss(objective, data, rewards_A)
+
+
+def own_objective(loss: LossConfig) -> Objective | None:
+    """The objective of a training whose loss is a metric of its own, because it is not the plain pairwise loss."""
+    return None if loss == LossConfig() else Objective.of(loss)
 
 
 def objective_loss(objective: Objective, data: TokenizedComparisons, rewards_A: np.ndarray) -> dict[str, float]:

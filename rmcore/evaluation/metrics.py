@@ -12,9 +12,13 @@ README.md of this folder and with the log of a run.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from rmcore.config.schema import UNNAMED
+from rmcore.data.rewardbench import SECTIONS
+from rmcore.evaluation.rewardbench import ROWS_2, section_name
 
 Place = Literal["evaluate", "page", "card"]  # the table that `rmcore evaluate` prints, report.html, the model card
 ALL_TABLES: tuple[Place, ...] = ("evaluate", "page", "card")
@@ -27,8 +31,9 @@ class Metric:
     Args:
         name: the key in the dict of metrics, which is also the key in `rmcore evaluate --json`.
         meaning: one sentence for people.
-        prefix: what metrics.jsonl writes before the name.
+        prefix: what metrics.jsonl writes before the name; of an evaluation, that of the set without a name.
         logged: False for what only --json, the report and the card hold.
+        better: whether more or less of it is better, so that run.best_metric may be this metric; None: neither.
         sometimes: the metric is missing in many runs (a known GPU, several answers or another objective needed).
         console: label and format on the console; None keeps the metric off it.
         column: heading and format in tables.
@@ -40,8 +45,9 @@ class Metric:
 
     name: str
     meaning: str
-    prefix: str = "eval/rm/"
+    prefix: str = f"eval/{UNNAMED}/"
     logged: bool = True
+    better: Literal["more", "less"] | None = None
     sometimes: bool = False
     console: tuple[str, str] | None = None
     column: tuple[str, str] = ("", "")
@@ -111,6 +117,7 @@ EVALUATION = (
     Metric(
         "accuracy",
         "Share of the pairs with r_chosen > r_rejected; a tie is an error, 0.5 is chance.",
+        better="more",
         console=("accuracy", ".4f"),
         column=("accuracy", ".4f"),
         tables=ALL_TABLES,
@@ -119,6 +126,7 @@ EVALUATION = (
     Metric(
         "accuracy_low",
         "Lower end of the 95 % interval of the accuracy (Wilson). Pairs of one comparison are not independent trials.",
+        better="more",
         console=("from", ".4f"),
         column=("95 % interval", ".4f"),  # the cell holds both ends: see `_cell`
         tables=ALL_TABLES,
@@ -137,6 +145,7 @@ EVALUATION = (
     Metric(
         "length_matched_accuracy",
         "Accuracy on the pairs whose lengths differ by at most a tenth of the longer. Only where there are such pairs.",
+        better="more",
         sometimes=True,
         column=("like lengths", ".4f"),
         tables=("page",),
@@ -145,6 +154,22 @@ EVALUATION = (
     Metric(
         "length_matched_count", "Number of pairs whose lengths differ by at most a tenth of the longer.", logged=False
     ),
+    Metric(
+        "length_controlled_accuracy",
+        "Accuracy at equal length: sigmoid(a) of the fit log odds(right) = a + b tanh(difference of the lengths / "
+        "their standard deviation). Only where the differences vary, or all are 0.",
+        better="more",
+        sometimes=True,
+        console=("equal_length", ".4f"),
+        column=("equal length", ".4f"),
+        tables=("evaluate", "page"),
+        tile="{length_controlled_low:.3f} to {length_controlled_high:.3f}",
+        sentence="Equal length: accuracy {length_controlled_accuracy:.4f} (95 % interval {length_controlled_low:.4f} "
+        "to {length_controlled_high:.4f}) by a logistic fit on the difference of the lengths.",
+        on_card=True,
+    ),
+    Metric("length_controlled_low", "Lower end of the 95 % interval of `length_controlled_accuracy`.", sometimes=True),
+    Metric("length_controlled_high", "Upper end of this interval.", sometimes=True),
     Metric(
         "accuracy_chosen_longer",
         "Accuracy on the pairs whose preferred answer is the longer one.",
@@ -161,6 +186,7 @@ EVALUATION = (
         "loss",
         "Mean of -log sigmoid(r_chosen - r_rejected), whatever the objective; ln 2 = 0.693 is chance, "
         "more means confidently wrong.",
+        better="less",
         console=("loss", ".4f"),
         column=("loss", ".4f"),
         tables=ALL_TABLES,
@@ -170,6 +196,7 @@ EVALUATION = (
         "objective_loss",
         "Mean of the training objective with its margins and extras, the only metric in which ties count. "
         "Only where the objective differs from the plain pairwise loss.",
+        better="less",
         sometimes=True,
         console=("objective", ".4f"),
     ),
@@ -189,6 +216,7 @@ EVALUATION = (
     Metric(
         "reward_margin",
         "Mean of r_chosen - r_rejected. If it grows while the loss of the evaluation grows, the model overfits.",
+        better="more",
         console=("reward_margin", ".4f"),
         column=("margin", ".3f"),
         tables=("evaluate", "page"),
@@ -198,6 +226,7 @@ EVALUATION = (
         "ece",
         "Expected calibration error: mean distance of the confidence, sigmoid of the size of the margin, from the "
         "share of correct pairs, over ten bins.",
+        better="less",
         column=("ECE", ".3f"),
         tables=("page",),
         tile="0: confidence is accuracy",
@@ -208,6 +237,7 @@ EVALUATION = (
     Metric(
         "brier",
         "Brier score: mean of (1 - sigmoid(r_chosen - r_rejected))^2; 0.25 is chance.",
+        better="less",
         column=("Brier", ".3f"),
         tables=("page",),
         tile="chance 0.250",
@@ -231,6 +261,7 @@ EVALUATION = (
         "best_of_k_accuracy",
         "Share of the comparisons in which a best answer has the highest reward; if n answers share the highest "
         "reward, each is worth 1/n. Only for comparisons of three or more answers.",
+        better="more",
         sometimes=True,
         column=("best of k", ".4f"),
         tables=("page",),
@@ -259,20 +290,59 @@ EVALUATION = (
         tables=ALL_TABLES,
         tile="{source_count}",
     ),
+    Metric(
+        "rewardbench_score",
+        "The score of RewardBench, by its own rules. Only on its data, as the next ones.",
+        better="more",
+        sometimes=True,
+        console=("rewardbench", ".4f"),
+        column=("RewardBench", ".4f"),
+        tables=("page",),
+    ),
+    *(
+        Metric(section_name(section), f"The score of the section {section}.", better="more", sometimes=True)
+        for section in dict.fromkeys([*SECTIONS, *ROWS_2])
+    ),
 )
 
 
-def logged(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
-    return {metric.log_name: metrics[metric.name] for metric in EVALUATION if metric.logged and metric.name in metrics}
+def prefix(name: str) -> str:
+    """What the log writes before the metrics of an evaluation set: eval/rm/ for the one without a name, eval/NAME/."""
+    return f"eval/{name}/"
 
 
-def console_line(metrics: Mapping[str, float]) -> str:
-    """Logged metrics as a line: {"train/rm/loss": 0.5, "grad_norm": 1.25} -> "loss 0.5000 grad_norm 1.25"."""
+def logged(metrics: Mapping[str, Any], name: str = UNNAMED) -> dict[str, float]:
+    """The metrics of an evaluation set under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
+    found = [metric.name for metric in EVALUATION if metric.logged and metric.name in metrics]
+    return {prefix(name) + metric: metrics[metric] for metric in found}
+
+
+def sets_of(metrics: Iterable[str]) -> list[str]:
+    """The evaluation sets that have some of these metrics: ["eval/rm/loss", "eval/a/loss", "eval/a/ece"] -> [rm, a]."""
+    return list(dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith("eval/")))
+
+
+def from_log(logged: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of all sets of an evaluation from their names in the log: the reverse of `Evaluations.logged`."""
+    sets = {
+        name: {key.removeprefix(prefix(name)): value for key, value in logged.items() if key.startswith(prefix(name))}
+        for name in sets_of(logged)
+    }
+    main = next(iter(sets.values()), {})
+    return main if list(sets) in ([], [UNNAMED]) else {**main, "sets": sets}
+
+
+def console_line(metrics: Mapping[str, float], name: str = UNNAMED) -> str:
+    """Logged metrics as a line: {"train/rm/loss": 0.5, "grad_norm": 1.25} -> "loss 0.5000 grad_norm 1.25".
+
+    `name`: the evaluation set whose metrics are shown.
+    """
+    keys = [(metric.log_name, metric) for metric in TRAINING]
+    keys += [(prefix(name) + metric.name, metric) for metric in EVALUATION]
     return " ".join(
-        f"{metric.console[0]} {format(metrics[metric.log_name], metric.console[1])}"
-        for metric in (*TRAINING, *EVALUATION)
-        if metric.console and metric.log_name in metrics
+        f"{metric.console[0]} {format(metrics[key], metric.console[1])}"
+        for key, metric in keys
+        if metric.console and key in metrics
     )
 
 

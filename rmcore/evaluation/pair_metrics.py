@@ -13,7 +13,6 @@ is the plain mean.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ import numpy as np
 
 from rmcore.evaluation.answer_metrics import AnswerArrays, best_of_k, pair_numbers, reward_metrics
 from rmcore.evaluation.calibration import calibration
+from rmcore.evaluation.intervals import accuracy_interval
+from rmcore.evaluation.length_control import accuracy_at_equal_length
 
 MATCHED = 0.1  # lengths match if they differ by at most this share of the longer one
 
@@ -103,6 +104,10 @@ def _metrics(pairs: PairArrays, members: np.ndarray) -> dict[str, Any]:
     chosen_length = pairs.chosen_length_P[members].astype(np.int64)
     rejected_length = pairs.rejected_length_P[members].astype(np.int64)
     longer = np.sign(chosen_length - rejected_length)
+    controlled = accuracy_at_equal_length(
+        correct, chosen_length - rejected_length, weight, pairs.comparison_P[members], judgements
+    )
+    names = ("length_controlled_accuracy", "length_controlled_low", "length_controlled_high")
     matched = np.abs(chosen_length - rejected_length) <= MATCHED * np.maximum(chosen_length, rejected_length)
     parts = {
         "accuracy_chosen_longer": longer > 0,
@@ -124,45 +129,9 @@ def _metrics(pairs: PairArrays, members: np.ndarray) -> dict[str, Any]:
         "rejected_rewards": mean(rejected),
         "reward_margin": mean(margin),
         "length_accuracy": mean(longer + 1) / 2,
+        **(dict(zip(names, controlled, strict=True)) if controlled else {}),
         **by_length,
         "length_matched_count": int(matched.sum()),
         **calibration(margin, weight),
         "count": count,
     }
-
-
-def accuracy_interval(
-    correct_P: np.ndarray, weight_P: np.ndarray, comparison_P: np.ndarray, judgements: int
-) -> tuple[float, float]:
-    """The 95 % interval of a weighted accuracy: Wilson's, with as many trials as the pairs are worth.
-
-    Each plain pair is a trial. Pairs of one comparison (K answers, the two directions of a soft label) are not
-    independent. Their number of trials is a (1 - a) / V, where a is the accuracy and V the variance of the ratio
-    sum(w correct) / sum(w) between comparisons; if V is 0, each comparison is a trial. There are never more trials
-    than `judgements`, the number of different pairs of answers.
-    Source: Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of positive counts
-    estimated from survey data", Survey Methodology 24, p. 193-201 (the effective sample size; Wilson's interval in
-    place of theirs).
-    """
-    _, group_P = np.unique(comparison_P, return_inverse=True)
-    weight_C = np.bincount(group_P, weights=weight_P)
-    total = weight_C.sum()
-    accuracy = float((weight_P * correct_P).sum() / total)
-    # One pair per comparison, all of one weight: the plain interval.
-    if len(weight_C) == len(weight_P) and (weight_P == weight_P[0]).all():
-        return wilson_interval(accuracy, len(weight_P))
-    # The residual of a comparison is what its pairs add to the numerator beyond the accuracy's share.
-    residual_C = np.bincount(group_P, weights=weight_P * correct_P) - accuracy * weight_C
-    variance, spread = float((residual_C**2).sum() / total**2), accuracy * (1 - accuracy)
-    trials = min(judgements, spread / variance) if variance > 0 and spread > 0 else len(weight_C)
-    return wilson_interval(accuracy, trials)
-
-
-def wilson_interval(share: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The score interval of a share of `count` trials; the default z gives 95 %.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22, p. 209-212.
-    """
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    center, scale = share + z * z / (2 * count), 1 + z * z / count
-    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)

@@ -1,7 +1,7 @@
 """Computes the scores of RewardBench 1 and 2 by the rules of its authors: subsets, sections, one score.
 
 Input: accuracies of subsets (version 1), or the rewards of the correct and incorrect answers of each prompt (version
-2). Output: a dict of scores. rmcore/evaluation/rewardbench_data.py reads the data.
+2). Output: a dict of scores. rmcore/data/rewardbench.py reads the data.
 Example, version 1: the data contain only two subsets of Safety, refusals-dangerous (accuracy 0.5, weight 100) and
 donotanswer (1.0, weight 136). The section is (50 + 136) / 236 = 0.788, and `complete` is False.
 Example, version 2: rewards [2] correct and [1, 2, 0] incorrect -> 1/2: two answers share the highest reward.
@@ -17,25 +17,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Version 1: the weight of a subset within its section is its number of rows; math-prm counts as much as all hep-*.
-SECTIONS: dict[str, dict[str, int]] = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
-             "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-                  "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-               "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
-                  "hep-rust": 164},
-}  # fmt: skip
+from rmcore.data.rewardbench import SECTIONS, SUBSETS, TIES
+
 MATH_ROWS = 447  # rows of math-prm
 PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")  # an optional fifth section
 PRIOR_WEIGHT = 0.5  # weight of that section in the score; the others have 1
-SUBSETS = {subset: rows for section in SECTIONS.values() for subset, rows in section.items()}
 # Version 2: the score is the plain mean of the sections.
 ROWS_2 = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, "Ties": 102}
-TIES = "Ties"
-HUB_SPLITS = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
 
 
 def scores_1(subsets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,6 +67,11 @@ def _completeness(expected: Mapping[str, int], found: Mapping[str, Mapping[str, 
     counts = {name: int(found.get(name, {}).get("count", 0)) for name in expected}
     differing = {name: [counts[name], rows] for name, rows in expected.items() if counts[name] != rows}
     return {"complete": not differing, "other_counts": differing}
+
+
+def section_name(section: str) -> str:
+    """The name of a section's metric: "Chat Hard" -> "rewardbench_chat_hard"."""
+    return f"rewardbench_{section.lower().replace(' ', '_')}"
 
 
 def top_share(correct: Sequence[float], wrong: Sequence[float]) -> float:

@@ -18,11 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rmcore.config import config_from_values, load_config
-from rmcore.config.schema import Config
+from rmcore.config.schema import ONLY_SPLIT, Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.templates import NAMED_TEMPLATES
 from rmcore.evaluation.evaluate import Evaluation, evaluate
-from rmcore.evaluation.rewardbench import HUB_SPLITS
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.backbone import load_model
 from rmcore.model.classifier import text_model
@@ -60,8 +59,8 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
     values["model"] = {"name": model, "head": "stored"}
     values["run"] = {"evals": 0}
     values["data"].update({"train": {"path": data}, "shuffle": False})
-    if data in HUB_SPLITS:
-        values["data"]["train"]["split"] = HUB_SPLITS[data]
+    if data in ONLY_SPLIT:
+        values["data"]["train"]["split"] = ONLY_SPLIT[data]
     source = ("data.split", "data.name", "data.revision", "data.amount", "data.columns")
     moved = [f"data.train.{o.removeprefix('data.')}" if o.startswith(source) else o for o in overrides]
     return config_from_values(values, moved, where="command line")
@@ -145,8 +144,14 @@ class TrainedModel:
         self.share = path == SHARED
         return line
 
-    def evaluate(self, data: TokenizedComparisons, world: World) -> Evaluation:
-        """Score every comparison over all ranks. A collective."""
+    def evaluate(self, data: TokenizedComparisons, world: World, rewardbench: int | None = None) -> Evaluation:
+        """Score every comparison over all ranks; `rewardbench`: by the rules of this version, too. A collective."""
         return evaluate(
-            self.model, data, world, token_budget=self.token_budget, share=self.share, autocast=self.autocast
+            self.model,
+            data,
+            world,
+            token_budget=self.token_budget,
+            share=self.share,
+            autocast=self.autocast,
+            rewardbench=rewardbench,
         )

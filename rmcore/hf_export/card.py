@@ -15,7 +15,7 @@ import yaml
 from rmcore import __version__
 from rmcore.config import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
-from rmcore.evaluation.metrics import sentences, table
+from rmcore.evaluation.metrics import prefix, sentences, table
 from rmcore.host.markdown import markdown_code, markdown_text
 from rmcore.scoring.normalisation import Normalisation
 
@@ -99,7 +99,7 @@ def model_card(
         config: the resolved configuration of the run.
         wants_text: the template takes plain texts, not turns.
         data: the prepared training data; None if it is no longer available.
-        metrics: the metrics of the last evaluation without their prefix `eval/rm/`; None or empty without evaluation.
+        metrics: of the last evaluation, as `Evaluations.metrics`; None or empty without evaluation.
         normalisation: the mean and deviation that config.json holds.
     """
     base = config.model.name
@@ -141,6 +141,9 @@ def _data(config: Config, data: TokenizedComparisons | None) -> str:
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
+    """Table and sentences; of several evaluation sets one after the other, each under its name."""
+    if "sets" in metrics:
+        return "\n\n".join(f"### {prefix(name).rstrip('/')}\n\n{_metrics(m)}" for name, m in metrics["sets"].items())
     if "accuracy" not in metrics:
         return "The run had no evaluation."
     heads, rows = table(metrics, "card")

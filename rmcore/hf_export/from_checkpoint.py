@@ -29,6 +29,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
+from rmcore.evaluation.metrics import from_log
 from rmcore.evaluation.trained import TrainedModel
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, export_model
@@ -45,6 +46,7 @@ from rmcore.parallel.world import running_world
 from rmcore.scoring.normalisation import Normalisation, measure
 from rmcore.scoring.rows import comparison_of, trial_rows
 from rmcore.scoring.scorer import pack
+from rmcore.tracking.status import read_status
 
 
 def export(
@@ -69,7 +71,7 @@ def export(
             config,
             wants_text=loaded.template.wants_text,
             data=loaded.data.train if loaded.data else None,
-            metrics={name.removeprefix("eval/rm/"): value for name, value in (manifest.figures or {}).items()},
+            metrics=from_log(manifest.figures or {}),
             normalisation=normalisation,
         ),
         config_yaml=config.dump_yaml(),
@@ -88,13 +90,17 @@ def export(
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
-    """The checkpoint at `path`, or the newest one of the run directory, with all its bytes verified.
+    """The checkpoint at `path`, or the one of the run directory that is exported, with all its bytes verified.
+
+    That is the best one of a completed run with run.best_metric or run.patience, else the newest.
 
     Returns its path, its manifest and a line for each newer checkpoint that is damaged.
     Raises UserError if there is no good checkpoint.
     """
     root = path / "checkpoints"
-    candidates = [path] if (path / FILE).is_file() else [root / f"step-{step}" for step in directory.steps(root)]
+    best = read_status(path).get("best") or {}
+    steps = sorted(directory.steps(root), key=lambda step: step != best.get("step"))  # the others remain newest first
+    candidates = [path] if (path / FILE).is_file() else [root / f"step-{step}" for step in steps]
     lines: list[str] = []
     for candidate in candidates:
         try:

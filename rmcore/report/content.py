@@ -23,6 +23,7 @@ import transformers
 
 from rmcore import __version__
 from rmcore.evaluation.answer_metrics import AnswerArrays
+from rmcore.evaluation.metrics import sets_of
 from rmcore.evaluation.pair_metrics import PairArrays
 from rmcore.evaluation.samples import SampleRow
 
@@ -33,7 +34,7 @@ class Report:
 
     Args:
         facts: short lines about model and data, by name.
-        metrics: of the evaluation; {} if there was none.
+        metrics: of the main evaluation set, and under `sets` those of every set; {} if there was no evaluation.
         drops: the counts of the data preparation for each part, as in `TokenizedComparisons.report`.
         notes: lines about the data and how rewards were computed.
         history: the lines of metrics.jsonl.
@@ -51,6 +52,11 @@ class Report:
     config_yaml: str
     history: Sequence[Mapping[str, Any]] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> list[str]:
+        """The evaluation sets in the history, the main one first."""
+        return sets_of(dict.fromkeys(key for line in self.history for key in line))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Pairs seen and values of a logged metric, where the value is a finite number."""

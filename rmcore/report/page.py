@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from rmcore import __version__
-from rmcore.evaluation.metrics import shown, table, tiles
+from rmcore.evaluation.metrics import prefix, shown, table, tiles
 from rmcore.host.terminal import visible
 from rmcore.report.content import Report
 
@@ -39,7 +39,8 @@ def page(report: Report, pictures: Mapping[str, tuple[str, str]]) -> str:
         tiles=list(tiles(report.metrics)),
         by_source=source_table(report),
         best_of=best_of_table(report),
-        rewardbench=report.metrics.get("rewardbench"),
+        by_set=set_table(report),
+        rewardbench=rewardbench_tables(report),
         drops=drop_table(report.drops),
     )
     return rendered + "\n"
@@ -70,6 +71,22 @@ def source_table(report: Report) -> Table:
     by_count = sorted(report.metrics.get("sources", {}).items(), key=lambda source: -source[1]["count"])
     heads, rows = table({**report.metrics, "sources": dict(by_count)}, "page")
     return ["source", *heads[1:]], rows
+
+
+def set_table(report: Report) -> Table:
+    """Metrics of each evaluation set; no rows if there is only one."""
+    sets = report.metrics.get("sets", {})
+    heads, rows = table({"sources": {prefix(name).rstrip("/"): metrics for name, metrics in sets.items()}}, "page")
+    return ["set", *heads[1:]], rows[1:]
+
+
+def rewardbench_tables(report: Report) -> dict[str, Mapping[str, Any]]:
+    """The scores of each evaluation set that is RewardBench, by the heading of its table."""
+    tables = {}
+    for name, metrics in report.metrics.get("sets", {"": report.metrics}).items():
+        if scores := metrics.get("rewardbench"):
+            tables[f"RewardBench {scores['version']}" + (f" of {prefix(name).rstrip('/')}" if name else "")] = scores
+    return tables
 
 
 def best_of_table(report: Report) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rmcore.data.formats.fields import printable
-from rmcore.evaluation.pair_metrics import accuracy_interval, wilson_interval
+from rmcore.evaluation.intervals import accuracy_interval, wilson_interval
 from rmcore.report.content import Report
 from rmcore.report.draw import CHOSEN, GREY, INK, PLAIN, REJECTED, new_figure
 

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from rmcore.evaluation.metrics import console_line
+from rmcore.config.schema import UNNAMED
+from rmcore.evaluation.metrics import console_line, sets_of
 from rmcore.evaluation.samples import SampleRow
 from rmcore.host.terminal import clock, visible
 from rmcore.tracking.moment import Moment
@@ -56,10 +57,13 @@ class Screen:
             self._progress.update(self._task, completed=step)
 
     def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
+        if sets := sets_of(metrics):
+            for name in sets:
+                of = "" if name == UNNAMED else f" of {name}"
+                self.say(f"evaluation{of} at step {at.step}: {console_line(metrics, name)}")
+            return
         line = console_line(metrics)
-        if any(name.startswith("eval/") for name in metrics):
-            self.say(f"evaluation at step {at.step}: {line}")
-        elif self._progress:
+        if self._progress:
             self._progress.update(self._task, completed=at.step, metrics=line)
         else:
             done = at.step - self._start_step
@@ -67,8 +71,9 @@ class Screen:
             place = f"step {at.step}/{self._steps} episode {at.episode} epoch {at.epoch:.3f}"
             self.say(f"{place} {line} eta {clock(left)}")
 
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
-        table = Table(title=f"samples at step {at.step}", show_lines=True)
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None:
+        of = "" if name == UNNAMED else f" of {name}"
+        table = Table(title=f"samples{of} at step {at.step}", show_lines=True)
         for column in ("prompt", "chosen", "rejected"):
             table.add_column(column, ratio=3, overflow="fold")
         for column in ("rewards", "correct"):

@@ -1,4 +1,4 @@
-"""Writes metrics and samples to files and services: metrics.jsonl, samples.jsonl, TensorBoard, wandb.
+"""Writes metrics and samples to files: metrics.jsonl, samples.jsonl, TensorBoard.
 
 Input: metrics by name at a moment of the run, sample rows. Output: a line, an event or a table in each sink.
 Example of a line of metrics.jsonl: {"step": 10, "episode": 640, "epoch": 0.36, "train/rm/loss": 0.6931, ...}
@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from rmcore.config import UserError
-from rmcore.config.schema import Config
+from rmcore.config.schema import UNNAMED
 from rmcore.evaluation.samples import SampleRow
 from rmcore.host.files import finite, regular_file, write_text_atomically
 from rmcore.host.markdown import markdown_text
@@ -33,9 +32,10 @@ class JsonLines:
     def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
         self._write(self._metrics, {**asdict(at), **metrics})
 
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None:
+        of = {} if name == UNNAMED else {"set": name}
         for row in rows:
-            self._write(self._samples, {**asdict(at), **asdict(row), "correct": row.correct})
+            self._write(self._samples, {**asdict(at), **of, **asdict(row), "correct": row.correct})
 
     def close(self) -> None:
         self._metrics.close()
@@ -80,6 +80,11 @@ def _free_name(path: Path) -> Path:
     return name
 
 
+def samples_key(name: str) -> str:
+    """The name of the samples table of an evaluation set: eval/samples, or eval/NAME/samples."""
+    return "eval/samples" if name == UNNAMED else f"eval/{name}/samples"
+
+
 class TensorBoard:
     """Events, with the episode as x axis; the config and the samples as text."""
 
@@ -102,51 +107,14 @@ class TensorBoard:
         for name, value in {"epoch": at.epoch, "step": at.step, **metrics}.items():
             self._writer.add_scalar(name, value, at.episode)
 
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None:
         lines = ["| prompt | chosen | rejected | rewards | correct |", "|---|---|---|---|---|"]
         for row in rows:
             texts = (markdown_text(text) for text in (row.prompt, row.chosen, row.rejected))
             rewards = f"{row.chosen_reward:.4f} / {row.rejected_reward:.4f}"
             lines.append(f"| {' | '.join(texts)} | {rewards} | {'yes' if row.correct else 'no'} |")
-        self._writer.add_text("eval/samples", "\n".join(lines), at.episode)
+        self._writer.add_text(samples_key(name), "\n".join(lines), at.episode)
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
-
-
-class WeightsAndBiases:
-    """A wandb run with the name of the run directory; a resumed run continues the same wandb run."""
-
-    def __init__(self, directory: Path, config: Config) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "log.wandb is on and the package wandb is not installed: "
-                "pip install 'rmcore[wandb]', or set log.wandb=false"
-            ) from None
-        self._wandb = wandb
-        id_file = directory / "wandb_run_id"
-        if not id_file.exists():
-            write_text_atomically(id_file, uuid.uuid4().hex + "\n")
-        self._run = wandb.init(
-            project="rmcore",
-            name=directory.resolve().name,
-            dir=str(directory),
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            config=config.model_dump(mode="json"),
-        )
-        self._run.define_metric("*", step_metric="episode")
-
-    def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None:
-        self._run.log({**asdict(at), **metrics})
-
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
-        columns = ["prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "correct"]
-        table = self._wandb.Table(columns=columns, data=[[getattr(row, name) for name in columns] for row in rows])
-        self._run.log({**asdict(at), "eval/samples": table})
-
-    def close(self) -> None:
-        self._run.finish()

@@ -36,13 +36,15 @@ def record_status(
     episode: int = 0,
     reason: str = "",
     evaluation: Mapping[str, Any] | None = None,
+    best: Mapping[str, Any] | None = None,
 ) -> None:
     """Write run_status.json. If it cannot be written, print a warning and return.
 
     Args:
         step, episode: optimizer steps done and pairs seen.
-        reason: why the run failed or was preempted, for people.
-        evaluation: the metrics of the last evaluation.
+        reason: why the run failed, was preempted or ended early, for people.
+        evaluation: the metrics of the last evaluation; of the exported weights, once the run is completed.
+        best: the step, the metric and its value of the best checkpoint, if that is exported.
     """
     content = {
         "status": status,
@@ -50,6 +52,7 @@ def record_status(
         "episode": episode,
         "reason": reason,
         "eval": dict(evaluation or {}),
+        **({"best": dict(best)} if best else {}),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     path, text = Path(run_dir) / FILE, json.dumps(finite(content), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""Sends metrics, samples and lines of text to all sinks: metrics.jsonl, TensorBoard, wandb and the console.
+"""Sends metrics, samples and lines of text to all sinks: metrics.jsonl, TensorBoard, trackers and the console.
 
 Input: metrics by name at a step (rmcore/training/metrics.py, rmcore/evaluation/evaluate.py), sample rows, lines of
 text. Output: a line in <run.dir>/metrics.jsonl, events in <run.dir>/tensorboard, the samples of each evaluation in
@@ -20,19 +20,21 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
-from rmcore.config.schema import Config
+from rmcore.config import UserError
+from rmcore.config.schema import UNNAMED, Config
 from rmcore.evaluation.samples import SampleRow
 from rmcore.parallel.world import World
 from rmcore.tracking.console import Screen
 from rmcore.tracking.moment import Moment
-from rmcore.tracking.sinks import JsonLines, TensorBoard, WeightsAndBiases
+from rmcore.tracking.services import MLflow, Trackio, WeightsAndBiases
+from rmcore.tracking.sinks import JsonLines, TensorBoard
 
 
 class Sink(Protocol):
     """A place to which metrics and samples are written."""
 
     def metrics(self, at: Moment, metrics: Mapping[str, float]) -> None: ...
-    def samples(self, at: Moment, rows: Sequence[SampleRow]) -> None: ...
+    def samples(self, at: Moment, rows: Sequence[SampleRow], name: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -63,9 +65,9 @@ class Tracker:
         """Log the metrics of an interval or of an evaluation by their full names (train/rm/loss, eval/rm/accuracy)."""
         self._each(lambda sink: sink.metrics(at, metrics))
 
-    def log_samples(self, at: Moment, rows: Sequence[SampleRow]) -> None:
-        """Log the samples table of an evaluation."""
-        self._each(lambda sink: sink.samples(at, rows))
+    def log_samples(self, at: Moment, rows: Sequence[SampleRow], name: str = UNNAMED) -> None:
+        """Log the samples table of the evaluation of a set."""
+        self._each(lambda sink: sink.samples(at, rows, name))
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
@@ -108,6 +110,18 @@ def start_tracker(
     sinks: list[Sink] = [JsonLines(directory, start), screen]
     if config.log.tensorboard:
         sinks.append(TensorBoard(directory / "tensorboard", start, config.dump_yaml()))
-    if config.log.wandb:
-        sinks.append(WeightsAndBiases(directory, config))
+    for wanted, service in (
+        (config.log.wandb, WeightsAndBiases),
+        (config.log.trackio, Trackio),
+        (config.log.mlflow, MLflow),
+    ):
+        if not wanted:
+            continue
+        try:
+            sinks.append(service(directory, config))
+        except UserError:
+            raise
+        except Exception as error:  # no login, no network
+            name = service.__name__
+            screen.say(f"warning: {name}: {type(error).__name__}: {error}; the training continues without {name}")
     return Tracker(sinks, screen)

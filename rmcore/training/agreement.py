@@ -36,7 +36,7 @@ def plan_facts(config: Config, data: PreparedData, budget: Budget, path: str) ->
     """Everything that decides the plan and the collectives of a run, by name. `path`: the self-test's choice."""
     facts: dict[str, Any] = {
         "the fingerprint of data.train": data.train.fingerprint,
-        "the fingerprint of data.eval": data.eval.fingerprint if data.eval else None,
+        "the fingerprints of data.eval": [part.fingerprint for part in data.evals.values()],
         "the token budget": budget.tokens,
         "the recompute": budget.recompute,
         "the attention that the self-test chose (set model.attention)": path,

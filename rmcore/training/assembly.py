@@ -30,6 +30,7 @@ from rmcore.data.batches.step_plan import Plan
 from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
+from rmcore.evaluation.criterion import Criterion, check_best_metric
 from rmcore.evaluation.trained import on_one_day
 from rmcore.host.terminal import visible
 from rmcore.model.backbone import recompute_activations
@@ -48,6 +49,7 @@ from rmcore.training.run_data import prepared
 def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     """Raises UserError, on all ranks, for anything in config, data or model files that cannot be trained."""
     start = start or Start()
+    first_error(world, "looking at run.best_metric", lambda: Criterion.of(config))  # before the data, which take long
     if config.parallel.fp8:
         first_error(world, "looking for FP8", lambda: check_fp8(world.device))
     day = start.manifest.config["data"].get("date") if start.manifest else None
@@ -131,7 +133,7 @@ def flops_per_token(
     """
     if device_peak_flops(device) is None or config.model.lora.rank is not None:
         return None
-    size = measured_size(data.train, data.eval, share=share, counts=config.loss.traits.counts)
+    size = measured_size(data.train, data.evals.values(), share=share, counts=config.loss.traits.counts)
     return flops_of_pair(DryRun(hf_config, trust_remote_code=config.model.trust_remote_code), size) / size.tokens
 
 
@@ -146,6 +148,7 @@ def introduce(run: Run, *more: str) -> None:
 def _data(config: Config, start: Start) -> tuple[PreTrainedTokenizerFast, PreparedData]:
     tokenizer, data = prepared(config)
     start.check_data(config, data.train.fingerprint)
+    check_best_metric(config, data)
     return tokenizer, data
 
 
@@ -156,7 +159,7 @@ def _own_budget(
 
     After a run that ended out of memory, batch.shrink limits the budget to 3/4 of the tokens that did not fit.
     """
-    longest = max(int(tokens_N.max()), int(computed_tokens(data.eval, share).max()) if data.eval else 0)
+    longest = max(int(tokens.max()) for tokens in (tokens_N, *(computed_tokens(e, share) for e in data.evals.values())))
     units = size_N(data.train, config.loss.traits.counts)
     tokens_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
     ranks = world.local_size if config.parallel.traits.by_host else world.size  # that share one state

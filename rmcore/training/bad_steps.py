@@ -69,9 +69,11 @@ class BadSteps:
         """The number of non-finite steps since the last finite one; waits for the device."""
         return int(self._in_row)
 
-    def report(self, done: int) -> None:
-        """Print what was skipped; a collective if something was. Raises RankError after run.max_bad_steps in a row."""
-        logged = done % self._run.config.log.every == 0 or done == self._run.plan.steps
+    def report(self, done: int, *, logged: bool) -> None:
+        """Print what was skipped; a collective if something was. Raises RankError after run.max_bad_steps in a row.
+
+        `logged`: the step logs its metrics, so that reading the device's counts costs nothing more.
+        """
         if self._run.world.reads_wait and not logged:
             return
         count = int(self._since_report)

@@ -1,6 +1,6 @@
 """Exports the trained model as a Hugging Face directory, checks it, and pushes it to the hub if configured.
 
-Input: a `Run` and its last evaluation.
+Input: a `Run` and the last evaluations.
 Output: `<run.dir>/model/`. Its rewards, when plain transformers reloads it, equal the engine's.
 Example: 6 texts of the longest and some other comparisons, largest difference 2.4e-07, allowed 1.0e-05.
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.evaluation.evaluate import Evaluation
+from rmcore.evaluation.evaluate import Evaluations
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, check_texts, set_aside, take_place, write_model
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, reloaded
@@ -40,7 +40,7 @@ WORTH_ALL_CORES = 10**7  # weights; threads only slow smaller models down, the m
 PATIENCE = 6 * 3600.0  # seconds that the other ranks wait for rank 0 to check and to push
 
 
-def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
+def publish(run: Run, evaluations: Evaluations | None, tracker: Tracker) -> None:
     """Export the model, one whole weight at a time; a collective.
 
     Raises RankError, on all ranks, if the export cannot be written or does not compute what was trained.
@@ -48,7 +48,7 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
     config, world, directory = run.config, run.world, model_directory(run)
     probe = make_probe(run)
     run.strategy.adamw.state.clear()  # the training is over, and the check may need the memory
-    package = package_of(run, evaluation)
+    package = package_of(run, evaluations)
     waiting = second_group(PATIENCE) if world.size > 1 else None
     temporary = first_error(world, "the export", lambda: written(run, package, directory), waiting)
     place = Path(broadcast_json(world, str(temporary)))
@@ -84,7 +84,7 @@ def model_directory(run: Run) -> Path:
     return Path(run.config.run.dir) / "model"
 
 
-def package_of(run: Run, evaluation: Evaluation | None) -> Package:
+def package_of(run: Run, evaluations: Evaluations | None) -> Package:
     """Everything of the export except the weights."""
     config = run.config
     return Package(
@@ -97,7 +97,7 @@ def package_of(run: Run, evaluation: Evaluation | None) -> Package:
             config,
             wants_text=run.data.template.wants_text,
             data=run.data.train,
-            metrics=evaluation.metrics if evaluation else None,
+            metrics=evaluations.metrics if evaluations else None,
         ),
         config_yaml=config.dump_yaml(),
         towers=run.towers,

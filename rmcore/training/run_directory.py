@@ -57,8 +57,8 @@ def check_disk(config: Config, sizes: Sizes) -> None:
     existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     held = sum(file.stat().st_size for file in root.glob("step-*/*")) if root.is_dir() else 0
-    saves = config.run.save_every is not None or config.run.save_minutes is not None
-    kept = config.run.keep + config.run.keep_best if saves else 0
+    saves = config.run.save_every is not None or config.run.save_minutes is not None or config.run.kept_best > 0
+    kept = config.run.keep + config.run.kept_best if saves else 0
     one = BYTES_A_PARAMETER * sizes.trained if saves else 0
     # A new checkpoint is complete before an old one is deleted. The export comes after the last of them.
     need = kept * one + max(one, sizes.exported)

@@ -25,12 +25,14 @@ from rmcore.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from rmcore.checkpoint.shards import Damaged, FileRecord, write_shard
 from rmcore.checkpoint.state import HostCopy, pieces, updates_made
 from rmcore.data.batches.step_plan import Step
-from rmcore.evaluation.evaluate import Evaluation
+from rmcore.evaluation.criterion import Criterion
+from rmcore.evaluation.evaluate import Evaluations
 from rmcore.host.faults import fault
 from rmcore.parallel.world import SAVING, RankError, all_gather_json, any_rank_max, first_error, second_group
 from rmcore.training.bad_steps import BadSteps
 from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.metrics import Metrics
+from rmcore.training.patience import Patience
 from rmcore.training.run import Run
 from rmcore.training.signals import Signals, Stopped
 
@@ -39,12 +41,33 @@ LONGEST_WRITE = 3600.0  # seconds that a rank waits for the slowest rank to writ
 LEAVE_SECONDS = 5.0  # wait for the writing thread when the run fails
 
 
+def best_steps(root: Path, criterion: Criterion) -> list[int]:
+    """The steps of the checkpoints that were evaluated, the best first; of equal ones the later first."""
+    quality = {}
+    for step in directory.steps(root):
+        try:
+            found = criterion.quality(read_manifest(root / f"step-{step}").figures)
+        except Damaged:
+            continue  # the next start finds the damage and moves the checkpoint aside
+        if found is not None:
+            quality[step] = found
+    return sorted(quality, key=lambda step: (quality[step], step), reverse=True)
+
+
 class Saver:
     """The checkpoints of one run; use it in a `with` around the loop, on every rank."""
 
-    def __init__(self, run: Run, metrics: Metrics, bad_steps: BadSteps, heartbeat: Heartbeat, signals: Signals) -> None:
+    def __init__(
+        self,
+        run: Run,
+        metrics: Metrics,
+        bad_steps: BadSteps,
+        patience: Patience,
+        heartbeat: Heartbeat,
+        signals: Signals,
+    ) -> None:
         self._run, self._world, self._metrics = run, run.world, metrics
-        self._bad_steps, self._heartbeat, self._signals = bad_steps, heartbeat, signals
+        self._bad_steps, self._patience, self._heartbeat, self._signals = bad_steps, patience, heartbeat, signals
         self._config = run.config.run
         self._root = Path(self._config.dir) / "checkpoints"
         self._saved = run.start.step if run.start.checkpoint else -1  # the step of the newest checkpoint
@@ -63,8 +86,8 @@ class Saver:
         elif self._thread:
             self._thread.join(LEAVE_SECONDS)
 
-    def step_done(self, step: Step, evaluation: Evaluation | None) -> None:
-        """Call it at the end of a step with the evaluation of that step, if there was one.
+    def step_done(self, step: Step, evaluations: Evaluations | None) -> None:
+        """Call it at the end of a step with the evaluations of that step, if there were any.
 
         Saves if a checkpoint is due or a rank received a signal. While non-finite steps follow each other it does not
         save: the checkpoint before them stays the newest. Raises Stopped after a signal, once everything is saved.
@@ -75,15 +98,15 @@ class Saver:
         signal, minutes, failed = any_rank_max(self._world, mine)
         if failed:
             self.wait()  # raises on all ranks; on some of them the thread may not have failed yet
-        due = bool(minutes) or self._is_due(done, evaluation)
+        due = bool(minutes) or self._is_due(done, evaluations)
         # Whether the last steps were finite is known on the device only. Waiting for it is left to steps that save.
         if (due or signal) and done != self._saved and self._bad_steps.in_row == 0:
-            self.save(step, evaluation)
+            self.save(step, evaluations)
         if signal:
             self.wait()
             raise Stopped(signal, done, step.episode)
 
-    def save(self, step: Step, evaluation: Evaluation | None) -> None:
+    def save(self, step: Step, evaluations: Evaluations | None) -> None:
         """Begin a checkpoint of the present state; a collective. Raises RankError on all ranks."""
         self.wait()
         with self._metrics.clock_paused():
@@ -91,7 +114,7 @@ class Saver:
             self._heartbeat.at("save")
             fault("save.begin")
             self._first_error(done, lambda: directory.begin(self._root, done) if world.is_main else None)
-            manifest = self._manifest(step, evaluation)
+            manifest = self._manifest(step, evaluations)
             fault("save.copy")
             self._host.take(pieces(self._run.strategy, world))
             self._saved, self._saved_at = done, time.monotonic()
@@ -110,11 +133,11 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _is_due(self, done: int, evaluation: Evaluation | None) -> bool:
+    def _is_due(self, done: int, evaluations: Evaluations | None) -> bool:
         config = self._config
         if config.save_every and done % config.save_every == 0:
             return True
-        if config.keep_best and evaluation:
+        if config.kept_best and evaluations:
             return True
         return done == self._run.plan.steps and bool(config.save_every or config.save_minutes)
 
@@ -122,7 +145,7 @@ class Saver:
         minutes = self._config.save_minutes
         return int(self._world.is_main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
-    def _manifest(self, step: Step, evaluation: Evaluation | None) -> Manifest:
+    def _manifest(self, step: Step, evaluations: Evaluations | None) -> Manifest:
         run = self._run
         return Manifest(
             step=step.index + 1,
@@ -136,8 +159,22 @@ class Saver:
             base=run.base,
             config=run.config.model_dump(mode="json"),
             interval=self._metrics.interval(),
-            figures=evaluation.logged() if evaluation else None,
+            figures=evaluations.logged() if evaluations else None,
+            progress=self._patience.stored(),
         )
+
+    def amend(self, evaluations: Evaluations | None) -> None:
+        """Add the evaluations to the checkpoint from which the run continues; a collective.
+
+        A signal stopped the run before they were complete. Without them, that checkpoint could not be the best one.
+        """
+        start = self._run.start
+        if evaluations is None or start.checkpoint is None or start.manifest is None:
+            return
+        path, complete = start.checkpoint, replace(start.manifest, figures=evaluations.logged())
+        complete = replace(complete, progress=self._patience.stored())
+        if path.resolve().parent == self._root.resolve():
+            self._first_error(complete.step, lambda: write_manifest(path, complete) if self._world.is_main else None)
 
     def _write_guarded(self, manifest: Manifest) -> None:
         try:
@@ -175,18 +212,9 @@ class Saver:
         directory.retire(self._root, self._kept())
 
     def _kept(self) -> set[int]:
-        """The newest run.keep checkpoints, and the run.keep_best best of all by their evaluation."""
-        steps = directory.steps(self._root)
-        quality = {}
-        for step in steps if self._config.keep_best else []:
-            try:
-                found = read_manifest(self._root / f"step-{step}").quality
-            except Damaged:
-                continue  # the next start finds the damage and moves the checkpoint aside
-            if found:
-                quality[step] = found
-        best = sorted(quality, key=lambda step: (quality[step], step), reverse=True)[: self._config.keep_best]
-        return {*steps[: self._config.keep], *best}
+        """The newest run.keep checkpoints, and the run.kept_best best of all by their evaluation."""
+        best = best_steps(self._root, self._patience.criterion) if self._config.kept_best else []
+        return {*directory.steps(self._root)[: self._config.keep], *best[: self._config.kept_best]}
 
     def _first_error(self, step: int, action: Callable[[], T], *, in_thread: bool = False) -> T:
         """`first_error`, where a failure of the disk becomes one sentence that says which checkpoint is kept."""

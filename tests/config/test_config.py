@@ -31,6 +31,7 @@ data.train.split | text | train
 data.train.revision | text | null | null
 data.train.amount | whole number >= 1 | number > 0, <= 100 | null | null
 data.train.columns | mapping of text to text | {}
+data.train.set | text | null | null
 data.eval | source or list of sources | null
 data.template | text | tokenizer
 data.chat_template_kwargs | mapping of text to anything | {}
@@ -77,12 +78,16 @@ run.save_minutes | number > 0 | null | 30
 run.background_save | true | false | true
 run.keep | whole number >= 1 | 2
 run.keep_best | whole number >= 0 | 0
+run.best_metric | text | null | null
+run.patience | whole number >= 1 | null | null
 run.resume | text | auto
 run.allow_changes | list of text | []
 run.max_bad_steps | whole number >= 1 | 3
 log.every | whole number >= 1 | 10
 log.tensorboard | true | false | true
 log.wandb | true | false | false
+log.trackio | true | false | false
+log.mlflow | true | false | false
 log.samples | whole number >= 0 | 10
 log.report | none | html | png | html
 hub.push | true | false | false
@@ -254,6 +259,50 @@ def test_the_later_of_eval_and_eval_fraction_wins(tmp_path: Path, capsys: pytest
         "exclude each other"
     ]
     assert load_text(tmp_path, WITHOUT_EVAL_PATH, ["data.eval_fraction=0"]).data.eval != ()
+
+
+SETS = "model: {name: m}\ndata:\n  train: {path: p}\n  eval:\n  - {path: a, set: one}\n  - {path: b, set: two}\n"
+
+
+def test_sources_with_a_set_are_evaluated_apart(tmp_path: Path) -> None:
+    assert load_text(tmp_path, SETS).data.eval_sets == {"one": (0,), "two": (1,)}
+    third = ["data.eval.2={path: c, set: one}"]
+    assert load_text(tmp_path, SETS, third).data.eval_sets == {"one": (0, 2), "two": (1,)}
+    third = ["data.eval.2.path=c"]
+    assert load_text(tmp_path, SETS, third).data.eval_sets == {"rm": (2,), "one": (0,), "two": (1,)}
+    assert load_text(tmp_path, WITHOUT_EVAL_PATH).data.eval_sets == {"rm": (0,)}
+    assert load_config(None, NEEDED).data.eval_sets == {}
+
+    held_out = load_text(tmp_path, SETS + "  eval_fraction: 0.2\n")
+    assert held_out.data.eval_sets == {"rm": (), "one": (0,), "two": (1,)}, "rows of train, and two sets"
+    assert load_text(tmp_path, SETS, ["data.eval_fraction=0.2"]) == held_out, "replaces nothing"
+    assert load_text(tmp_path, held_out.dump_yaml()) == held_out
+    assert mistakes(tmp_path, SETS + "  - {path: c}\n  eval_fraction: 0.2\n", []) == [
+        "c.yaml:8: data.eval_fraction and data.eval (c.yaml:4) exclude each other"
+    ]
+
+
+def test_the_name_of_a_set(tmp_path: Path) -> None:
+    for name in ("rm", "a/b", "a b", "-a", '"\\n"'):
+        [message] = mistakes(tmp_path, SETS, [f"data.eval.1.set={name}"])
+        assert message.startswith("override") and "data.eval.1.set cannot be" in message, message
+    assert mistakes(tmp_path, SETS, ["data.train.set=one"]) == [
+        "override `data.train.set=one`: data.train.0.set divides data.eval only; data.train mixes all of its sources"
+    ]
+
+
+def test_a_source_without_a_set_is_dumped_as_before_there_were_sets(tmp_path: Path) -> None:
+    """A checkpoint keeps the dump, and a resumed run compares it with its own."""
+    [source] = load_text(tmp_path, WITHOUT_EVAL_PATH).model_dump(mode="json")["data"]["eval"]
+    assert list(source) == ["path", "name", "split", "revision", "amount", "columns"]
+
+
+def test_the_only_split_of_rewardbench_is_the_default(tmp_path: Path) -> None:
+    for path, split in (("allenai/reward-bench", "filtered"), ("allenai/reward-bench-2", "test"), ("other", "train")):
+        [source] = load_config(None, [*NEEDED, f"data.eval={{path: {path}, set: bench}}"]).data.eval
+        assert (source.split, source.set) == (split, "bench")
+    [source] = load_config(None, [*NEEDED, "data.eval={path: allenai/reward-bench, split: raw}"]).data.eval
+    assert source.split == "raw"
 
 
 # ---- dumps

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, computed_tokens
 from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.evaluation.arrays import answer_arrays, pair_arrays
-from rmcore.evaluation.evaluate import deal, evaluate, micro_batches
+from rmcore.evaluation.evaluate import Evaluations, deal, evaluate, micro_batches
 from rmcore.evaluation.samples import sample_rows
 from rmcore.model.reward_model import PACKED, PADDED, SHARED
 from rmcore.parallel.world import World, running_world
@@ -121,7 +121,7 @@ def test_rewards_are_those_of_the_padded_oracle(path: str) -> None:
     assert result.metrics["count"] == pairs
     assert result.metrics["loss"] == pytest.approx(float(loss) / pairs, abs=1e-5)
     names = {"accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin"}
-    assert {f"eval/rm/{name}" for name in names} <= result.logged().keys()
+    assert {f"eval/rm/{name}" for name in names} <= Evaluations({"rm": result}).logged().keys()
 
 
 @given(

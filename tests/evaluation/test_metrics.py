@@ -11,7 +11,8 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
 from rmcore.evaluation.answer_metrics import AnswerArrays, beaten, best_of_k, ranks
 from rmcore.evaluation.calibration import calibration
-from rmcore.evaluation.pair_metrics import PairArrays, accuracy_interval, pair_metrics, wilson_interval
+from rmcore.evaluation.intervals import accuracy_interval, wilson_interval
+from rmcore.evaluation.pair_metrics import PairArrays, pair_metrics
 
 
 def random_pairs(count: int, ties: int) -> PairArrays:

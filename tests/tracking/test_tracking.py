@@ -97,7 +97,7 @@ def test_the_samples_table_shows_texts_as_they_are() -> None:
     console = file_console(width=80)
     long = "x" * 1000 + " the end"
     rows = [SampleRow("[red]q[/red]", "a\x1b[2Jb", long, 0.12345678, -2.0), *ROWS[:9]]
-    Screen(console, 10, 0).samples(moment(3), rows)
+    Screen(console, 10, 0).samples(moment(3), rows, "rm")
     output = printed(console)
     assert "[red]q[/red]" in output and "no [bold]" in output
     assert "\x1b" not in output and "a\u241b[2Jb" in output
@@ -161,7 +161,15 @@ def test_a_fresh_run_keeps_the_logs_of_the_former(tmp_path: Path) -> None:
     assert (tmp_path / "tensorboard.1").is_dir()
 
 
-@pytest.mark.parametrize(("key", "package"), [("log.tensorboard", "torch.utils.tensorboard"), ("log.wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("key", "package"),
+    [
+        ("log.tensorboard", "torch.utils.tensorboard"),
+        ("log.wandb", "wandb"),
+        ("log.trackio", "trackio"),
+        ("log.mlflow", "mlflow"),
+    ],
+)
 def test_a_tracker_that_is_not_installed(
     key: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +205,7 @@ class Broken:
     def metrics(self, at: Moment, metrics: object) -> None:
         raise OSError(28, "No space left on device")
 
-    def samples(self, at: Moment, rows: object) -> None: ...
+    def samples(self, at: Moment, rows: object, name: str) -> None: ...
     def close(self) -> None: ...
 
 

@@ -52,13 +52,13 @@ def test_a_gpu_is_read_in_steps_that_log_and_in_the_last_one(monkeypatch: pytest
         bad_steps = BadSteps(run, tracker)  # type: ignore[arg-type]
         for done in range(1, 5):
             bad_steps.watch(torch.tensor(1.0))
-            bad_steps.report(done)
+            bad_steps.report(done, logged=done == 4)
         strategy.grad_norms_W = torch.tensor([1.0, torch.nan])
         with DeviceReads() as reads:
             bad_steps.watch(torch.tensor(torch.nan))
-            bad_steps.report(5)
+            bad_steps.report(5, logged=False)
         assert reads.seen == [] and tracker.lines == []
         bad_steps.watch(torch.tensor(torch.nan))
         with pytest.raises(RankError, match="2 steps in a row up to step 6 had NaN or Inf in the gradient"):
-            bad_steps.report(6)
+            bad_steps.report(6, logged=True)
     assert tracker.lines == ["warning: 2 of the steps up to 6 skipped on all ranks: NaN or Inf in the gradient of bad"]

@@ -20,7 +20,8 @@ from rmcore.data.formats.row_format import RowFormat
 def fitted(format: RowFormat, loss: LossConfig, *, origin: str, key: str) -> RowFormat:
     """The format with `ties` and `scores` as the objective reads them.
 
-    Evaluation data (`key` data.eval) without scores are not an error: the objective's own loss is then left out.
+    Evaluation data (`key` data.eval, data.eval[1], ...) without scores are not an error: the objective's own loss is
+    then left out.
     Raises UserError for rows that the objective cannot be trained on.
     """
     traits = loss.traits
@@ -30,7 +31,7 @@ def fitted(format: RowFormat, loss: LossConfig, *, origin: str, key: str) -> Row
             "choose loss.name=bradley_terry, which takes them"
         )
     scored = traits.scores and format.has_scores
-    if traits.scores and not scored and key != "data.eval":
+    if traits.scores and not scored and not key.startswith("data.eval"):
         found = "ranks, which say only the order" if format.judged_by == "ranks" else str(format)
         raise UserError(
             f"{origin}: loss.name={loss.name} needs a score of each answer (score; scores; score_a and score_b; "

@@ -96,6 +96,7 @@ def load_sources(
     limit: int | None,
     cache_dir: Path,
     key: str = "data.train",
+    numbers: Sequence[int] | None = None,
     whole: bool = False,
     also: Collection[str] = (),
 ) -> list[Source]:
@@ -103,13 +104,15 @@ def load_sources(
 
     amount: a whole number takes that many rows, a fraction that share of the rows (above 1 it repeats rows). Which rows
     are taken depends only on `seed` and the content. limit: at most so many rows over all sources, in proportion, the
-    first ones of each. cache_dir: rows of local files are cached there as Arrow. whole: rows with all columns, not
-    only those that a comparison needs or reports. also: further columns that are read.
+    first ones of each. cache_dir: rows of local files are cached there as Arrow. numbers: the places of the configs in
+    the list at `key`; None: they are the whole list. whole: rows with all columns, not only those that a comparison
+    needs or reports. also: further columns that are read.
     Raises UserError for a source that cannot be read.
     """
     sources: list[Source] = []
-    for number, config in enumerate(configs):
-        source = _load(config, seed, cache_dir, key if len(configs) == 1 else f"{key}[{number}]", whole, also)
+    places = [key] if numbers is None and len(configs) == 1 else [f"{key}[{n}]" for n in numbers or range(len(configs))]
+    for number, (place, config) in enumerate(zip(places, configs, strict=True)):
+        source = _load(config, seed, cache_dir, place, whole, also)
         if any(other.label == source.label for other in sources):
             source = replace(source, label=f"{source.label}:{number}")
         sources.append(source)
