@@ -104,6 +104,7 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
         return
     write_status(world, directory, "running", step=start.step)
     state = assemble(config, world, start)
+    config = state.config  # with parallel.precision and no `auto`
     check_disk(config, world, sum(p.numel() for p in state.strategy.named_parameters().values() if p.requires_grad))
     if world.is_main:
         write_text_atomically(directory / "config.yaml", config.dump_yaml())

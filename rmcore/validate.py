@@ -69,7 +69,7 @@ def check_all(config: Config) -> Checks:
 
     checks = Checks()
     found = checks.found
-    checks.run("config", lambda: (config, f"{config.model.name} on {_names(config)}", []))
+    checks.run("config", lambda: _config(config))
     checks.run("tokenizer", lambda: _tokenizer(config))
     # Both come from the same directory: if it is missing, one message is enough.
     checks.run("model", lambda: _model(config), needs=("tokenizer",))
@@ -88,8 +88,18 @@ def check_all(config: Config) -> Checks:
     return checks
 
 
-def _names(config: Config) -> str:
-    return ", ".join(source.path for source in config.data.train)
+def _config(config: Config) -> tuple[Any, str, list[str]]:
+    """What the run trains on what, and its precision if it ran on this machine."""
+    import torch
+
+    from rmcore.parallel.precision import bf16_of, with_precision
+
+    data = ", ".join(source.path for source in config.data.train)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, lines = with_precision(config, bf16_of(device))
+    warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+    notes = [f"\non this machine {line}" for line in lines if not line.startswith("warning: ")]
+    return config, f"{config.model.name} on {data}{''.join(notes)}", warnings
 
 
 def _tokenizer(config: Config) -> tuple[Any, str, list[str]]:

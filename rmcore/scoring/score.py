@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rmcore.config import UserError
+from rmcore.parallel.precision import bf16_of_all
 from rmcore.parallel.world import World, first_error
 from rmcore.scoring.files import check_input, check_output, chunks, json_line, read_rows, with_rewards
 from rmcore.scoring.parts import STANDARD, finish, prepare_parts, score_parts, source_file, wait_for_all
@@ -26,11 +27,15 @@ def score(
     Raises UserError for a model, rows or files that cannot be used. The rank that reads a bad row prints it.
     """
 
+    bf16 = bf16_of_all(world)
+
     def start() -> Scorer:
         check_files(rows, out, world.size)
-        return Scorer(model, overrides, normalise=normalise)
+        return Scorer(model, overrides, normalise=normalise, bf16=bf16)
 
     scorer = first_error(world, "loading the model", start)
+    for line in scorer.notes if world.is_main else []:
+        print(f"rmcore score: {line}", file=sys.stderr)
     if out == STANDARD:
         return score_stream(scorer, rows, sys.stdout.buffer)
     parts = Path(f"{out}.parts")

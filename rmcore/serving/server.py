@@ -57,7 +57,8 @@ def serve(
             signal.signal(number, lambda *_: None)
         address.listen(BACKLOG)
         host, port = address.getsockname()[:2]
-        print(f"rmcore serve: {scorer.path}", flush=True)
+        for line in (*scorer.notes, scorer.path):
+            print(f"rmcore serve: {line}", flush=True)
         print(f"rmcore serve: {model} on http://{host}:{port}", flush=True)
         uvicorn.Server(config).run(sockets=[address])
 

@@ -52,7 +52,7 @@ def publish(run: Run, evaluation: Evaluation | None, tracker: Tracker) -> None:
         hf_config=run.hf_config,
         tokenizer=run.tokenizer,
         template=run.data.template,
-        dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if config.parallel.bf16 else torch.float32,
         card=model_card(
             config,
             wants_text=run.data.template.wants_text,
@@ -147,7 +147,7 @@ def _all_cores() -> Iterator[None]:
 
 def make_probe(run: Run) -> Probe:
     """A few held-out texts, the longest among them, and the engine's rewards for them; a collective under FSDP."""
-    precision = torch.bfloat16 if run.config.parallel.precision == "bf16" else torch.float32
+    precision = torch.bfloat16 if run.config.parallel.bf16 else torch.float32
     precision = torch.float8_e4m3fn if run.config.parallel.fp8 else precision
     with run.strategy.autocast():
         return probe_of(run.strategy.model, run.data.eval or run.data.train, run.world.device, run.share, precision)
