@@ -52,7 +52,7 @@ def with_precision(config: Config, bf16: Bf16, stored: str | None = None) -> tup
     if chosen == "bf16" and not bf16.instructions:
         lines.append(
             f"warning: parallel.precision=bf16, but {bf16.device} has no instructions for bf16: on such a CPU a step "
-            "took 7.5 times as long as in fp32; set parallel.precision=fp32"
+            "took 5 to 7 times as long as in fp32; set parallel.precision=fp32"
         )
     return config, lines
 
