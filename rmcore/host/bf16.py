@@ -3,8 +3,8 @@
 Input: a device. Output: their name, or nothing if the device has none.
 Example: AVX512-BF16 on an AMD EPYC of the fourth generation; nothing on a CPU with AVX2 only.
 
-Without such instructions a step of `python -m rmcore.bench train` in bf16 takes more CPU time than in fp32: 4.6 times as
-much for the shape of Pythia 14m, 6.5 times for the small Llama (one thread of an AMD EPYC under ONEDNN_MAX_CPU_ISA=AVX2).
+Without such instructions a step of `python -m rmcore.bench train` takes more CPU time in bf16 than in fp32: 4.6 times
+as much for the shape of Pythia 14m, 6.5 times for the small Llama (one thread, AMD EPYC under ONEDNN_MAX_CPU_ISA=AVX2).
 
 On a CPU, PyTorch multiplies bf16 with oneDNN, which obeys ONEDNN_MAX_CPU_ISA; ATEN_CPU_CAPABILITY does not matter.
 """

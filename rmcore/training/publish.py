@@ -8,7 +8,6 @@ Rank 0 checks and pushes alone, which may take longer than a collective of the t
 in a group of their own, with a timeout of PATIENCE.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from rmcore.hf_export.directory import Package, set_aside, take_place, write_mod
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, check_tokenizer, reloaded
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
+from rmcore.host.cores import usable_cores
 from rmcore.host.faults import fault
 from rmcore.host.memory import available_memory
 from rmcore.model.lazy_model import open_exported
@@ -137,8 +137,7 @@ def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 def _all_cores() -> Iterator[None]:
     """One rank computes and the others wait: it may use the cores of all, not only its share (OMP_NUM_THREADS)."""
     before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(before, cores or 1))
+    torch.set_num_threads(max(before, usable_cores()))
     try:
         yield
     finally:

@@ -43,6 +43,7 @@ data.limit | whole number >= 1 | null | null
 data.shuffle | true | false | true
 data.eval_fraction | number >= 0, < 1 | 0
 data.cache | text | null | null
+data.workers | whole number >= 1 | null | null
 batch.pairs | whole number >= 1 | 64
 batch.tokens | whole number >= 1 | auto | auto
 batch.shrink | true | false | false
