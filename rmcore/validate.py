@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore.config import Config, UserError, config_from_argv
+from rmcore.host.command import run_command
 
 ABOUT = (
     "Check config, tokenizer, model, template and data before a run. --json prints one JSON object and nothing else."
@@ -166,17 +167,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(argv)
     config = config_from_argv(rest, "rmcore validate", ABOUT)
-    checks = check_all(config)
-    if options.json:
+    return run_command("rmcore validate", lambda: _print_checks(check_all(config), as_json=options.json))
+
+
+def _print_checks(checks: Checks, *, as_json: bool) -> None:
+    """Raises UserError if a check failed."""
+    if as_json:
         print(json.dumps({"passed": checks.passed, "checks": [asdict(check) for check in checks.done]}))
     else:
         print(table(checks.done))
     if checks.passed:
-        return 0
+        return
     failed = [check for check in checks.done if check.status == "failed"]
     shown = "\n".join(f"  {check.name}: {check.detail}" for check in failed)
-    print(f"rmcore validate: {len(failed)} of {len(checks.done)} checks failed:\n{shown}", file=sys.stderr)
-    return 2
+    raise UserError(f"{len(failed)} of {len(checks.done)} checks failed:\n{shown}")
 
 
 if __name__ == "__main__":

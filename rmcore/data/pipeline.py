@@ -119,7 +119,8 @@ class Part:
             if chunk.full:
                 yield chunk
                 chunk = Chunk()
-        yield chunk
+        if chunk.comparisons:
+            yield chunk
 
     def formats(self) -> list[RowFormat]:
         """The format of each source, from its first rows, with what the objective reads."""

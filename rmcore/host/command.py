@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 from rmcore.host.terminal import escape_what_cannot_be_encoded
 
+INTERRUPTED = 130
+
 
 class ExplainedError(Exception):
     """A failure whose message tells the user everything: no traceback is printed.
@@ -37,7 +39,10 @@ def is_first_rank() -> bool:
 
 
 def run_command(prog: str, work: Callable[[], object]) -> int:
-    """Do the work of a command and return its exit code: 0, 1 after an ExplainedError, 2 after a UserError."""
+    """Do the work of a command and return its exit code: 0, 1 after an ExplainedError, 2 after a UserError.
+
+    After Ctrl-C it is 130, as of a process that SIGINT ends in a shell.
+    """
     escape_what_cannot_be_encoded()
     try:
         work()
@@ -45,4 +50,8 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
         if error.only_this_rank or is_first_rank():
             print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
