@@ -5,9 +5,9 @@ Output: one JSON line.
 Example: {"arm": "rmcore", "rows": "rows.jsonl", ...} -> {"kept": 25000, "cpu_s": 13.6, "peak_anonymous_mb": 348, ...}.
 
 Arms: `rmcore` prepares rows into an empty cache on one core; `workers` does the same with a worker process per core.
-The others use one core: `again` reads the cache that `rmcore` left; `map` is `datasets.map` with the same fast tokenizer
-in batches; `trl` is TRL's own preparation; `plan` plans an epoch. Each arm imports what it needs. The arm `trl` runs this file as a script, with the Python of TRL's environment, in which rmcore
-need not be installed.
+The others use one core: `again` reads the cache that `rmcore` left; `map` is `datasets.map` with the same fast
+tokenizer in batches; `trl` is TRL's own preparation; `plan` plans an epoch. Each arm imports what it needs. The arm
+`trl` runs this file as a script, with the Python of TRL's environment, in which rmcore need not be installed.
 """
 
 import importlib.util
