@@ -79,7 +79,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     lines = (
         describe(data, config),
         f"{loaded.model_class.__name__}, {parameters:,} parameters, {trained:,} of them trained; {self_test_line}",
-        *([loaded.note] if loaded.note else []),
+        *loaded.notes,
         ops.describe(),
         *precision_lines,
         *_remote_code(config),
