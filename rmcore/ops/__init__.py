@@ -109,11 +109,13 @@ def use(mode: str) -> None:
 
 def describe() -> str:
     """One line about the kernels in use."""
+    unknown = "" if _wanted in MODES else f" (RMCORE_OPS={_wanted} is unknown: {' or '.join(MODES)})"
     if _overrides:
         return "ops: the PyTorch reference runs (chosen by RMCORE_OPS or use())"
     found = bf16_instructions(torch.device("cpu"))
     bf16 = f"bf16 products by {found}" if found else "no instructions for bf16 products"
-    return f"ops: CPU runs {_load_cpu()}, {bf16}; CUDA runs {_load_cuda()}"
+    return f"ops: CPU runs {_load_cpu()}, {bf16}; CUDA runs {_load_cuda()}{unknown}"
 
 
-use(os.environ.get("RMCORE_OPS", "fused"))
+_wanted = os.environ.get("RMCORE_OPS") or "fused"
+use(_wanted if _wanted in MODES else "fused")
