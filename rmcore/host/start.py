@@ -5,6 +5,7 @@ Example: with a folder `datasets` that holds an __init__.py in the current direc
 import it in place of the package: "rmcore: ./datasets/__init__.py hides the package datasets, which rmcore needs".
 
 `python -m` puts the current directory in front of the search path. A folder without __init__.py hides nothing.
+rmcore/__init__.py calls the check, because no other file of rmcore is imported before a library.
 """
 
 import os
