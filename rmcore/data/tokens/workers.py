@@ -170,8 +170,10 @@ class Workers:
         try:
             self._connections[0].send(job)
             reason = str(self._connections[0].recv())
-        except Exception as error:  # EOFError if it ended; a job that cannot be sent raises several kinds
-            return f"{type(error).__name__} {error}".strip()
+        except EOFError:
+            return "the interpreter that starts them ended"
+        except Exception as error:  # a job that cannot be sent raises several kinds
+            return f"{type(error).__name__}: {error}"
         for connection in self._connections[1:]:
             self._idle.put(connection)
         return reason
@@ -193,7 +195,7 @@ class Workers:
         raise UserError(value) if kind == "refused" else RuntimeError(f"in a worker process:\n{value}")
 
     def _how_it_ended(self) -> str:
-        """What the fresh interpreter says of the first worker that ended."""
+        """What the fresh interpreter reports about the first worker that ended."""
         with self._lock, contextlib.suppress(EOFError, OSError):
             if not self._end and self._connections[0].poll(LEAVE_SECONDS):
                 self._end = str(self._connections[0].recv())
@@ -216,11 +218,13 @@ def main() -> None:
             gc.freeze()  # the workers share this memory as long as nobody writes to it
             for connection in connections:
                 if os.fork() == 0:
-                    for other in (control, *connections):
-                        if other is not connection:
-                            other.close()
-                    _work(connection, encoder)
-                    os._exit(0)
+                    with contextlib.suppress(BaseException):  # whatever happens, a worker must not fork others
+                        for other in (control, *connections):
+                            if other is not connection:
+                                other.close()
+                        _work(connection, encoder)
+                        os._exit(0)
+                    os._exit(1)
         for connection in connections:
             connection.close()
         control.send(reason)
