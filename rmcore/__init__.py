@@ -12,4 +12,11 @@ A digit is a dimension of that size: `segments_S4`. In words: a comparison is a 
 of its answers of which one is preferred.
 """
 
+import sys
+
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # a command is started: Python looks for its module in this package
+    from rmcore.host.start import check_start
+
+    check_start()

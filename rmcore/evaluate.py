@@ -81,10 +81,12 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     from rmcore.evaluation.samples import sample_rows
     from rmcore.evaluation.trained import TrainedModel, on_one_day
     from rmcore.model.backbone import load_model_config, position_limit
+    from rmcore.parallel.precision import bf16_of_all, with_precision
     from rmcore.parallel.world import first_error
     from rmcore.report.content import Report, environment
 
     source = config.data.train[0].path
+    config, precision_lines = with_precision(config, bf16_of_all(world))
     config, version = first_error(
         world, "looking at the data", lambda: with_rewardbench(config, rewardbench, prior_sets)
     )
@@ -107,7 +109,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
         answers=answer_arrays(by_section, rewards_A),
         samples=sample_rows(data, rewards_A, tokenizer, config.log.samples),
         drops={source: data.report},
-        notes=[describe(prepared, config), line],
+        notes=[describe(prepared, config), line, *precision_lines],
         config_yaml=config.dump_yaml(),
         environment=environment(world.device.type, world.size),
     )

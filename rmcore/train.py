@@ -120,6 +120,7 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
         return
     write_status(world, directory, "running", step=start.step)
     state = assemble(config, world, start)
+    config = state.config  # with a date, and with parallel.precision not `auto`
     sizes = sizes_of(state)
     first_error(world, "looking at the disk", lambda: check_disk(config, sizes) if world.is_main else None)
     rehearsed = rehearse(state, sizes)

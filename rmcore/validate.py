@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore.config import Config, UserError, config_from_argv
+from rmcore.host.command import run_command
 from rmcore.host.terminal import print_text
 
 ABOUT = (
@@ -74,7 +75,7 @@ def check_all(config: Config) -> Checks:
 
     checks = Checks()
     found = checks.found
-    checks.run("config", lambda: (config, f"{config.model.name} on {_names(config)}", []))
+    checks.run("config", lambda: _config(config))
     checks.run("tokenizer", lambda: _tokenizer(config))
     # Both come from the same directory: if it is missing, one message is enough.
     checks.run("model", lambda: _model(config), needs=("tokenizer",))
@@ -96,8 +97,18 @@ def check_all(config: Config) -> Checks:
     return checks
 
 
-def _names(config: Config) -> str:
-    return ", ".join(source.path for source in config.data.train)
+def _config(config: Config) -> tuple[Any, str, list[str]]:
+    """What the run trains on what, and its precision if it ran on this machine."""
+    import torch
+
+    from rmcore.parallel.precision import bf16_of, with_precision
+
+    data = ", ".join(source.path for source in config.data.train)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, lines = with_precision(config, bf16_of(device))
+    warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+    notes = [f"\non this machine {line}" for line in lines if not line.startswith("warning: ")]
+    return config, f"{config.model.name} on {data}{''.join(notes)}", warnings
 
 
 def _tokenizer(config: Config) -> tuple[Any, str, list[str]]:
@@ -175,17 +186,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(argv)
     config = config_from_argv(rest, "rmcore validate", ABOUT)
-    checks = check_all(config)
-    if options.json:
+    return run_command("rmcore validate", lambda: _print_checks(check_all(config), as_json=options.json))
+
+
+def _print_checks(checks: Checks, *, as_json: bool) -> None:
+    """Raises UserError if a check failed."""
+    if as_json:
         print_text(json.dumps({"passed": checks.passed, "checks": [asdict(check) for check in checks.done]}))
     else:
         print_text(table(checks.done))
     if checks.passed:
-        return 0
+        return
     failed = [check for check in checks.done if check.status == "failed"]
     shown = "\n".join(f"  {check.name}: {check.detail}" for check in failed)
-    print_text(f"rmcore validate: {len(failed)} of {len(checks.done)} checks failed:\n{shown}", sys.stderr)
-    return 2
+    raise UserError(f"{len(failed)} of {len(checks.done)} checks failed:\n{shown}")
 
 
 if __name__ == "__main__":

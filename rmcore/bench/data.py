@@ -1,8 +1,9 @@
 """Measures preparing rows and planning an epoch, compared with datasets.map and TRL's preparation.
 
 Input: HH-like preference files (prompt, chosen, rejected as texts) and a tokenizer.json.
-Output: pairs per CPU second of each way to prepare the same rows on one core, seconds of a second start, memory at two
-numbers of rows, and seconds and memory of planning an epoch of ten million pairs.
+Output: pairs per CPU second of each way to prepare the same rows on one core, seconds with worker processes on all
+cores, seconds of a second start, memory at two numbers of rows, and seconds and memory of planning an epoch of ten
+million pairs.
 Example:
 
     python -m rmcore.bench data --tokenizer 20B_tokenizer.json --rows hh1.jsonl.gz hh2.jsonl.gz --peers VENV
@@ -29,7 +30,7 @@ from rmcore.bench.data_child import EOS
 from rmcore.bench.measure import machine, own_child, parser, run_child, spread, undisturbed, write_results
 
 MAX_TOKENS = 1024
-ARMS = ("rmcore", "again", "map", "trl", "memory", "plan")
+ARMS = ("rmcore", "workers", "again", "map", "trl", "memory", "plan")
 
 
 def main(arguments: list[str]) -> int:
@@ -78,8 +79,8 @@ def measured(options: argparse.Namespace, directory: Path) -> Iterator[dict[str,
     prepare = {"model": str(model), "max_tokens": MAX_TOKENS}
     rows = write_rows(options.rows, options.pairs, directory / "rows.jsonl", options.longest)
     for repetition in range(options.repeat):
-        for arm in ("rmcore", "again", "map", "trl"):
-            needed = arm in options.arms or (arm == "rmcore" and {"again", "memory"} & {*options.arms})
+        for arm in ("rmcore", "workers", "again", "map", "trl"):
+            needed = arm in options.arms or (arm == "rmcore" and {"workers", "again", "memory"} & {*options.arms})
             if needed and (arm != "trl" or options.peers):
                 cache = directory / f"{'rmcore' if arm == 'again' else arm}{repetition}"
                 yield run(arm, options.peers, {**prepare, "rows": str(rows), "cache": str(cache)}, options.pairs)
@@ -135,6 +136,14 @@ def summary(runs: list[dict[str, Any]], pairs: int) -> dict[str, Any]:
         if of_arm:
             found[f"{arm}_pairs_per_cpu_s"] = spread([pairs / r["cpu_s"] for r in of_arm])
             found[f"{arm}_kept"] = of_arm[0]["kept"]
+    if workers := [r for r in runs if r["arm"] == "workers"]:
+        one = undisturbed([r for r in runs if r["arm"] == "rmcore" and r["pairs"] == pairs])
+        found["workers"] = workers[0]["workers"]
+        found["workers_s"], found["one_core_s"] = (
+            spread([r["wall_s"] for r in rs]) for rs in (undisturbed(workers), one)
+        )
+        found["workers_cpu_s"] = spread([r["cpu_s"] for r in workers])
+        found["speedup"] = found["one_core_s"]["median"] / found["workers_s"]["median"]
     for peer in ("map", "trl"):
         if "rmcore_pairs_per_cpu_s" in found and f"{peer}_pairs_per_cpu_s" in found:
             rates = [found[f"{arm}_pairs_per_cpu_s"]["median"] for arm in ("rmcore", peer)]

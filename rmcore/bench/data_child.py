@@ -4,15 +4,16 @@ Input: settings as JSON, see data.py.
 Output: one JSON line.
 Example: {"arm": "rmcore", "rows": "rows.jsonl", ...} -> {"kept": 25000, "cpu_s": 13.6, "peak_anonymous_mb": 348, ...}.
 
-Arms, all on one core: `rmcore` prepares rows into an empty cache; `again` reads the cache that it left; `map` is
-`datasets.map` with the same fast tokenizer in batches; `trl` is TRL's own preparation; `plan` plans an epoch. Each arm
-imports what it needs. The arm `trl` runs this file as a script, with the Python of TRL's environment, in which rmcore
-need not be installed.
+Arms: `rmcore` prepares rows into an empty cache on one core; `workers` does the same with a worker process per core.
+The others use one core: `again` reads the cache that `rmcore` left; `map` is `datasets.map` with the same fast
+tokenizer in batches; `trl` is TRL's own preparation; `plan` plans an epoch. Each arm imports what it needs. The arm
+`trl` runs this file as a script, with the Python of TRL's environment, in which rmcore need not be installed.
 """
 
 import importlib.util
 import json
 import os
+import resource
 import sys
 import threading
 import types
@@ -69,13 +70,16 @@ def prepare_with_rmcore(settings: dict[str, Any]) -> Work:
     from rmcore.config import load_config
     from rmcore.data.prepare import prepare_data
     from rmcore.data.tokens.tokenizer import load_tokenizer
+    from rmcore.host.cores import usable_cores
 
+    workers = usable_cores() if settings["arm"] == "workers" else 1
     overrides = [
         f"model.name={settings['model']}",
         f"data.train.path={settings['rows']}",
         f"data.max_tokens={settings['max_tokens']}",
         f"data.cache={settings['cache']}",
         "data.template=none",
+        f"data.workers={workers}",
         "run.evals=0",
     ]
     config = load_config(None, overrides)
@@ -83,7 +87,7 @@ def prepare_with_rmcore(settings: dict[str, Any]) -> Work:
 
     def work() -> dict[str, Any]:
         train = prepare_data(config, tokenizer, None).train
-        return {"kept": len(train), "tokens": int(train.text_length_A.sum())}
+        return {"kept": len(train), "tokens": int(train.text_length_A.sum()), "workers": workers}
 
     return work
 
@@ -158,6 +162,7 @@ def plan_an_epoch(settings: dict[str, Any]) -> Work:
 
 ARMS = {
     "rmcore": prepare_with_rmcore,
+    "workers": prepare_with_rmcore,
     "again": prepare_with_rmcore,
     "map": prepare_with_map,
     "trl": prepare_with_trl,
@@ -172,7 +177,11 @@ def main(settings: dict[str, Any]) -> None:
     work = ARMS[settings["arm"]](settings)  # imports and loading the tokenizer are not measured
     memory, clock = Memory(), measure.Clock()
     record = work()
-    lap = measure.add_up([clock.lap()])
+    lap, children = clock.lap(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    of_workers = children.ru_utime + children.ru_stime  # the clock takes it for the time of other programs
+    lap["cpu_s"] += of_workers
+    lap["others_cpu_s"] = max(0.0, lap["others_cpu_s"] - of_workers)
+    lap = measure.add_up([lap])
     measure.report({**record, **lap, "peak_anonymous_mb": memory.stop()})
 
 

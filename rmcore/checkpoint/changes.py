@@ -17,7 +17,15 @@ from rmcore.config.schema import Config
 DECISIVE = ("model", "data", "batch.pairs", "loss", "run.seed")
 # These change no result, except for the rounding of fp32 sums, so a change is not reported.
 FREE: tuple[str, ...] = (
-    *("model.attention", "model.trust_remote_code", "data.cache", "batch.tokens", "batch.shrink", "parallel"),
+    *(
+        "model.attention",
+        "model.trust_remote_code",
+        "data.cache",
+        "data.workers",
+        "batch.tokens",
+        "batch.shrink",
+        "parallel",
+    ),
     *("log", "hub"),
     *("run.dir", "run.resume", "run.allow_changes", "run.keep", "run.keep_best", "run.save_every", "run.save_minutes"),
     *("run.evals", "run.background_save", "run.max_bad_steps"),

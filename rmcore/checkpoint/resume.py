@@ -9,7 +9,6 @@ Every byte of a checkpoint is read and hashed before it is used; the ranks divid
 is moved aside with the reason, and the next older one is tried.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from rmcore.config import UserError, load_config
 from rmcore.config.schema import Config
 from rmcore.host.faults import fault
 from rmcore.parallel.strategy import Strategy
-from rmcore.parallel.world import T, World, all_gather_json, broadcast_json, first_error
+from rmcore.parallel.world import T, World, all_gather_json, broadcast_json, environment_number, first_error
 from rmcore.tracking.status import read_status
 
 
@@ -68,7 +67,7 @@ class Start:
 def choose_start(config: Config, world: World) -> Start:
     """Decide where to start; a collective. Raises UserError on all ranks: see the messages below."""
     root = Path(config.run.dir) / "checkpoints"
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    attempt = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
     # After a failure torchrun starts the same command again. It must continue from what the first attempt saved.
     resume = "auto" if attempt else config.run.resume
     lines = [f"torchrun's restart number {attempt}"] if attempt else []

@@ -19,7 +19,7 @@ from rmcore.config.errors import explain
 from rmcore.config.help import help_text
 from rmcore.config.layers import Layers, Origin, read_file, set_overrides, take_values
 from rmcore.config.schema import Config
-from rmcore.host.command import UserError, is_first_rank
+from rmcore.host.command import UserError, is_first_rank, run_command
 from rmcore.host.terminal import print_text
 
 
@@ -115,8 +115,7 @@ def config_from_argv(argv: Sequence[str], prog: str, about: str = "") -> Config:
     a mistake every rank raises SystemExit(2), and rank 0 prints it.
     """
     if "--help" in argv or "-h" in argv:
-        print_text(help_text(Config, prog, about).removesuffix("\n"))
-        raise SystemExit(0)
+        raise SystemExit(run_command(prog, lambda: print_text(help_text(Config, prog, about).removesuffix("\n"))))
     if "--version" in argv:
         print_text(f"rmcore {__version__}")
         raise SystemExit(0)

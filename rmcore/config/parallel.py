@@ -55,8 +55,10 @@ class ParallelConfig(Section):
         "ddp",
         description="what is split over ranks: nothing, optimizer, also gradients, also weights; hsdp: within hosts",
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of the model's arithmetic; weights and loss are fp32"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="of the model's arithmetic; weights and loss are fp32. auto: bf16 if the devices of all ranks have "
+        "instructions for it, else fp32; a resumed run keeps its precision",
     )
     recompute: Literal["auto", "none", "selective", "full"] = Field(
         "auto", description="activation checkpointing: less memory, more time"
@@ -74,6 +76,13 @@ class ParallelConfig(Section):
         """The facts about the chosen strategy."""
         return TRAITS[self.strategy]
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the model's arithmetic is bf16. Raises ValueError as long as the precision is `auto`."""
+        if self.precision == "auto":
+            raise ValueError("parallel.precision=auto was not resolved: see rmcore.parallel.precision")
+        return self.precision == "bf16"
+
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
         if self.offload and not self.traits.shards_weights:
@@ -81,6 +90,6 @@ class ParallelConfig(Section):
             raise conflict(
                 "parallel.offload", f"needs parallel.strategy {', '.join(others)} or {last}, not {self.strategy}"
             )
-        if self.fp8 and self.precision != "bf16":
+        if self.fp8 and self.precision == "fp32":
             raise conflict("parallel.fp8", "needs parallel.precision=bf16: what is not in FP8 runs in bf16")
         return self

@@ -171,6 +171,13 @@ class DataConfig(Section):
         None, description="directory for tokenised data; null: $RMCORE_CACHE or ~/.cache/rmcore"
     )
 
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="processes that tokenise large data; null: one per core that this process may use, at most 16; "
+        "1: none besides the process itself",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: Any) -> Any:

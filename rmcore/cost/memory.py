@@ -69,7 +69,7 @@ class Memory:
 
 def arithmetic_of(parallel: ParallelConfig) -> str:
     """How weights get their precision: AUTOCAST, CAST or FP32 of rmcore.cost.dry_run."""
-    if parallel.precision == "fp32":
+    if not parallel.bf16:
         return FP32
     return CAST if parallel.traits.shards_weights else AUTOCAST
 
@@ -89,14 +89,14 @@ def memory_of_step(
     tokens: of the largest micro batch. ranks: that share one state (hsdp: those of a host). deferred: the step has
     several micro batches. gloo: the backend is gloo, which copies what it scatters.
     """
-    traits, width = parallel.traits, 2.0 if parallel.precision == "bf16" else 4.0
+    traits, width = parallel.traits, 2.0 if parallel.bf16 else 4.0
     everything, layer, root = float(model.total), float(model.layer), float(model.root)
     activations = tokens * per_token.total
     if not traits.shards_weights:
         largest = max(everything / ranks, float(model.embedding))  # zero1 distributes whole parameters
         averages = largest if traits.shards_optimizer else everything
         gradients = everything / ranks if traits.shards_gradients else everything
-        copies = 2.0 * (everything - model.embedding) if parallel.precision == "bf16" else 0.0
+        copies = 2.0 * (everything - model.embedding) if parallel.bf16 else 0.0
         first, last = activations, 4.0 * model.embedding
         buffers = max(0.0, last - first)
         return Memory(4 * everything, 4 * gradients, 8 * averages, copies, buffers, activations)

@@ -31,6 +31,7 @@ def as_lines(run: RunEstimate) -> Iterator[str]:
         f"machine    {setting.gpus} x {machine.name} on {setting.hosts} host{'s' * (setting.hosts > 1)}, "
         f"{machine.peak(precision) / 1e12:.3g} TFLOP/s in {precision}, MFU {setting.mfu:g} ({run.mfu_from})"
     )
+    yield from (f"           {line}" for line in run.precision_lines)
     yield from _memory(run, one)
     each = TRAITS[one.strategy].gathers_each_micro_batch
     deferred = f", gradients reduced after {'each' if each else 'the last'}" if one.micro_batches > 1 else ""

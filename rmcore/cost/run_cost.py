@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rmcore.config import Config, UserError
 from rmcore.cost.data_size import Comparisons, DataSize, size_of_data
 from rmcore.cost.dry_run import DryRun, Sizes
@@ -22,6 +24,7 @@ from rmcore.cost.flops import flops_of_pair
 from rmcore.cost.machines import Machine, copy_rate, cpu, gpu, matrix_rate
 from rmcore.cost.memory import BYTES_A_PARAMETER
 from rmcore.cost.shapes import shape_of
+from rmcore.parallel.precision import Bf16, bf16_of, with_precision
 
 GPU_MFU, CPU_MFU = 0.4, 1.0  # a CPU's rate is measured on a product of the model's size
 MFU_SOURCE = (
@@ -42,6 +45,7 @@ class RunEstimate:
     data: DataSize
     setting: Setting
     mfu_from: str
+    precision_lines: list[str]
     flops_a_pair: float
     steps: int | None  # None: the number of pairs is unknown
     checkpoint_bytes: float
@@ -72,6 +76,9 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     the pairs.
     Raises UserError for a model whose shape cannot be found and for data flags out of range.
     """
+    config, precision_lines = with_precision(
+        config, bf16_of(torch.device("cpu")) if options.gpu == "cpu" else Bf16("GPU")
+    )
     hf_config, shape_from = shape_of(config.model, options.model_config)
     try:
         model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code)
@@ -106,6 +113,7 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
         data=data,
         setting=setting,
         mfu_from=mfu_from,
+        precision_lines=precision_lines,
         flops_a_pair=flops_of_pair(model, data),
         steps=steps_of_run(config, data),
         checkpoint_bytes=float(BYTES_A_PARAMETER * model.sizes.total),

@@ -5,13 +5,15 @@ Output: `TokenizedComparisons`, read from the cache or built into it.
 Example: 1,900 rows of which 12 are too long -> 1,888 comparisons and report {"rows": 1900, "kept": 1888, "dropped":
 {"text too long": 12}, ...}. Rows kept and dropped always add up to the rows read.
 
-Rows stream through in chunks: the main thread reads and renders, another thread tokenises (in Rust, on all cores) and
-writes. Memory does not grow with the rows, except for hashes (8 bytes each) if rows are selected or merged.
+Rows stream through in chunks: the main thread reads and writes, a thread or worker processes render and tokenise
+(rmcore.data.tokens.workers). Memory does not grow with the rows, except for hashes (8 bytes each) if rows are selected
+or merged.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +23,19 @@ from transformers import PreTrainedTokenizerFast
 
 from rmcore import __version__
 from rmcore.config import Config, UserError
-from rmcore.data.drop_reasons import CONTRADICTED, REFUSED, REPEATED, UNDECIDED
-from rmcore.data.formats.comparison import Comparison, RowFormat, comparison_from_row, detect_format, has_empty_answer
+from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
+from rmcore.data.formats.comparison import Comparison, RowFormat, comparison_from_row, detect_format
 from rmcore.data.formats.requirements import fitted
 from rmcore.data.formats.selection import Reads, RowHashes, Selection, gathered, held_out, select
 from rmcore.data.inspection.summary import drop_table
 from rmcore.data.reading.sources import Source
-from rmcore.data.tokens.build import Chunk, Work
+from rmcore.data.tokens.build import Chunk, ChunkEncoder, EncodedChunk, Work
 from rmcore.data.tokens.cache import FORMAT_VERSION, CacheWriter, open_or_build
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.limits import LengthLimits
-from rmcore.data.tokens.templates import Template, TemplateRefused
+from rmcore.data.tokens.templates import Template
+from rmcore.data.tokens.workers import Encoders, Job
 
 Progress = Callable[[int, int, str], None]  # (rows done, rows in all, what)
 
@@ -85,52 +88,44 @@ class Part:
         return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 
     def build(self, writer: CacheWriter) -> None:
-        """Renders and tokenises all rows, chunk by chunk; one chunk is rendered while the last one is tokenised."""
+        """Renders and tokenises all rows, chunk by chunk; the next chunks are read at the same time."""
         formats = self.formats()
         selection = self.selection(formats)
-        total = sum(map(len, self.sources))
-        work = Work(self.config, self.tokenizer, self.ends, self.limits, writer, selection, total)
-        with ThreadPoolExecutor(1) as thread:
-            running: Future[None] | None = None
+        work = Work(writer, selection, sum(map(len, self.sources)))
+        encoder = ChunkEncoder(self.config, self.tokenizer, self.template, self.ends, self.limits)
+        fingerprints = self.tokenizer_fingerprint, self.template.fingerprint
+        job = Job(self.config, self.ends, self.limits, *fingerprints)
+        waiting: deque[Future[EncodedChunk]] = deque()
+
+        def add_first() -> None:
+            work.add(waiting.popleft().result())
+            encoders.consider_workers(work.seen, work.total)
+            if self.progress is not None:
+                self.progress(work.seen, work.total, self.name)
+
+        with Encoders(encoder, job, self.name) as encoders:
             for chunk in self.chunks(formats, selection, work):
-                if running is not None:
-                    running.result()
-                    self.report_progress(work)
-                running = thread.submit(work.tokenise, chunk)
-            if running is not None:
-                running.result()
-                self.report_progress(work)
-        report = work.report(self.name, self.stored())
+                while len(waiting) >= encoders.most_waiting:
+                    add_first()
+                waiting.append(encoders.submit(chunk))
+            while waiting:
+                add_first()
+        report = work.report(self.name, self.stored(), adds_bos=encoder.adds_bos)
         report["formats"] = {s.origin: str(f) for s, f in zip(self.sources, formats, strict=True)}
         if not len(writer):
             raise UserError(f"{self.name}: no row is left to use\n{drop_table(report, self.config)}")
         writer.finish(list(work.names), report)
 
-    def report_progress(self, work: Work) -> None:
-        if self.progress is not None:
-            self.progress(work.seen, work.total, self.name)
-
     def chunks(self, formats: list[RowFormat], selection: Selection, work: Work) -> Iterator[Chunk]:
-        """Renders the comparisons; counts those that are undecided or that the template refuses."""
+        """The comparisons of the part, some thousand at a time."""
         chunk = Chunk()
         for comparison in self.comparisons(formats, selection, work):
-            chunk.rows += comparison.rows
-            chunk.empty += has_empty_answer(comparison)
-            if not (comparison.pairs or comparison.ties or comparison.scores):
-                chunk.dropped[UNDECIDED] += comparison.rows
-                continue
-            try:
-                texts = self.template.render(comparison)
-            except TemplateRefused as error:
-                chunk.dropped[REFUSED] += comparison.rows
-                work.refusal = work.refusal or str(error)
-            else:
-                work.check(self.template, comparison, texts[1])
-                chunk.add(comparison, texts)
+            chunk.add(comparison)
             if chunk.full:
                 yield chunk
                 chunk = Chunk()
-        yield chunk
+        if chunk.comparisons:
+            yield chunk
 
     def formats(self) -> list[RowFormat]:
         """The format of each source, from its first rows, with what the objective reads."""

@@ -124,7 +124,7 @@ class TrainedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's arithmetic."""
-        return torch.bfloat16 if self.config.parallel.precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.config.parallel.bf16 else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which a forward runs in the precision of the config."""

@@ -42,6 +42,7 @@ from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
 from rmcore.model.meta_model import model_on_meta
 from rmcore.model.reward_model import RewardModel
+from rmcore.parallel.precision import bf16_of, with_precision
 from rmcore.parallel.world import running_world
 from rmcore.scoring.normalisation import Normalisation, measure
 from rmcore.scoring.rows import comparison_of, trial_rows
@@ -55,7 +56,8 @@ def export(
     """Write and check the directory `out`; returns lines about it. Raises UserError, ExportError."""
     check_shard_size(max_shard_size)
     checkpoint, manifest, lines = find_checkpoint(Path(run))
-    config = config_of(manifest, overrides)
+    config, precision_lines = config_of(manifest, overrides)
+    lines += precision_lines
     loaded = load(config, checkpoint, manifest)
     if loaded.data is None:
         lines.append(f"note: checked on built-in texts: {loaded.no_data}")
@@ -115,9 +117,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:
     raise UserError(f"{path} is neither a checkpoint nor a run directory with a good one{reasons}")
 
 
-def config_of(manifest: Manifest, overrides: Sequence[str]) -> Config:
-    """The run's configuration, from its checkpoint, with overrides applied."""
-    return config_from_values(manifest.config, overrides, where="configuration of the checkpoint")
+def config_of(manifest: Manifest, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """The run's configuration, from its checkpoint, with overrides applied, and lines about its precision."""
+    config = config_from_values(manifest.config, overrides, where="configuration of the checkpoint")
+    return with_precision(config, bf16_of(torch.device("cpu")), manifest.config["parallel"].get("precision"))
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _rehearsed(
 ) -> tuple[Sizes, str]:
     began = time.monotonic()
     lora, seed, pad = config.model.lora, config.run.seed, int(tokenizer.pad_token_id)
-    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.parallel.bf16 else torch.float32
     skeleton = _on_meta(config, tokenizer)
     package = Package(
         model_class=type(skeleton),

@@ -8,11 +8,15 @@ score: rows.jsonl: no such file" and returns 2.
 Any other exception is a bug in rmcore or a failure of the machine; it passes through with its traceback.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
-from rmcore.host.terminal import escape_what_cannot_be_encoded, print_text
+from rmcore.host.terminal import discard_output, escape_what_cannot_be_encoded, print_text
+
+INTERRUPTED = 130
+LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class ExplainedError(Exception):
@@ -37,12 +41,28 @@ def is_first_rank() -> bool:
 
 
 def run_command(prog: str, work: Callable[[], object]) -> int:
-    """Do the work of a command and return its exit code: 0, 1 after an ExplainedError, 2 after a UserError."""
+    """Do the work of a command and return its exit code: 0, 1 after an ExplainedError, 2 after a UserError.
+
+    After Ctrl-C it is 130, as of a process that SIGINT ends in a shell. It is 1 if standard output cannot be written.
+    """
     escape_what_cannot_be_encoded()
     try:
         work()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure can still be explained
     except ExplainedError as error:
         if error.only_this_rank or is_first_rank():
             print_text(f"{prog}: {error}", sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in LOST_OUTPUT or error.filename is not None:
+            raise
+        discard_output()
+        if error.errno != errno.EPIPE:  # the reader of a pipe may leave early, such as `head`
+            print(f"{prog}: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return 0

@@ -12,7 +12,6 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 
-import datasets
 import huggingface_hub
 
 _PROBE_SECONDS = 5.0
@@ -24,6 +23,8 @@ def offline_if_unreachable() -> Iterator[str | None]:
 
     Without this, a load without a connection retries for about 25 seconds before it looks into the cache.
     """
+    import datasets  # here, because processes that load a tokenizer from a local directory do without it
+
     if huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
         yield "offline mode is on: HF_HUB_OFFLINE or HF_DATASETS_OFFLINE"
         return

@@ -66,6 +66,18 @@ def survive_lost_output() -> None:
             setattr(sys, name, _Survivor(stream))
 
 
+def discard_output() -> None:
+    """Send the rest of standard output nowhere, so that Python does not fail to write it when it exits."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or no file
+        _send_nowhere(sys.stdout)
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class _Survivor:
     """A stream that behaves as `stream`, except that writing never raises OSError."""
 
@@ -90,6 +102,4 @@ class _Survivor:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+                _send_nowhere(self._stream)

@@ -7,7 +7,7 @@ Example: EleutherAI/pythia-14m -> GPTNeoXForSequenceClassification with `score.w
 N(0, 1/sqrt(129)).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -21,16 +21,19 @@ from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory
 from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
+from rmcore.model.found_weights import SCORE, check_found, listed
 from rmcore.model.layout_context import recompute_contexts
-from rmcore.model.meta_model import fresh_head, grow, model_on_meta, refuse_unexpected, set_padding
+from rmcore.model.meta_model import fresh_head, grow, model_on_meta, other_heads, set_padding
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
-from rmcore.model.safetensors_weights import check_indices, listed, wrong_checkpoint_hint
+from rmcore.model.safetensors_weights import check_indices, head_files
 from rmcore.model.synthetic_model import synthetic_model_config
 
 SYNTHETIC = "synthetic"  # model.name of the tiny model that comes with rmcore
 
 
-def load_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id: int) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id: int, say: Callable[[str], object] | None = None
+) -> PreTrainedModel:
     """The classifier model on the CPU, in fp32.
 
     Args:
@@ -39,12 +42,16 @@ def load_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_token_id:
         vocabulary: len(tokenizer). If the embedding has fewer rows, it grows to this size, rounded up to a multiple
             of 8.
         pad_token_id: written to the model's config; must differ from EOS.
+        say: gets a line about a head of another trainer in the checkpoint, which is not used.
     Raises:
         UserError: files or weights are missing, a file is truncated, a weight contains NaN or Inf, or the architecture
             is another one.
     """
     hf_config = reward_config(config, pad_token_id)
-    model = _random(config, hf_config, seed) if config.init == "random" else _pretrained(config, hf_config)
+    random = config.init == "random"
+    model, note = (_random(config, hf_config, seed), "") if random else _pretrained(config, hf_config)
+    if note and say is not None:
+        say(note)
     model = model.float()
     check_finite(config, model.named_parameters())
     score = check_score(config, model)
@@ -152,7 +159,8 @@ def refuse_synthetic(config: ModelConfig) -> None:
         raise UserError("model.name=synthetic has no pretrained weights: set model.init=random")
 
 
-def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
+def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> tuple[PreTrainedModel, str]:
+    """The model with the weights of its checkpoint, and a note on them."""
     refuse_synthetic(config)
     own_code = brings_code(hf_config, trust_remote_code=config.trust_remote_code)
     loader: Any = AutoModelForSequenceClassification if own_code else classifier_class(hf_config)
@@ -171,17 +179,20 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> PreTrainedM
         raise UserError(f"model.name {config.name}: {error}") from None
     except Exception as error:  # safetensors and transformers raise many kinds for files that are not a model
         raise UserError(unreadable(config, error)) from None
-    mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]}
-    allowed = {"score.weight"} if config.head == "fresh" else set()
-    missing = sorted((set(report["missing_keys"]) | mismatched) - allowed)
-    if missing:
-        [found] = listed(f"weights of {type(model).__name__} are missing from the checkpoint:", missing)
-        raise UserError(f"model.name {config.name}: {found}; {wrong_checkpoint_hint(missing)}")
+    replaced = {SCORE} if config.head == "fresh" else set()
+    mismatched = {name: shapes for name, *shapes in report["mismatched_keys"] if name not in replaced}
     try:
-        refuse_unexpected(model, report["unexpected_keys"])
+        note = check_found(
+            type(model).__name__,
+            config.head,
+            missing=set(report["missing_keys"]) - set(mismatched) - replaced,
+            unexpected=set(report["unexpected_keys"]) - other_heads(model),
+            wrong=[f"{name} {list(found)} (expected {list(wanted)})" for name, (found, wanted) in mismatched.items()],
+            head_files=head_files(config.name, config.revision),
+        )
     except UserError as error:
         raise UserError(f"model.name {config.name}: {error}") from None
-    return model
+    return model, note
 
 
 def unreadable(config: ModelConfig, error: Exception) -> str:

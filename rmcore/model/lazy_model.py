@@ -22,11 +22,10 @@ from rmcore.config.schema import ModelConfig
 from rmcore.model import backbone
 from rmcore.model.classifier import brings_code, text_prefix, towers
 from rmcore.model.conversion import CannotConvert
+from rmcore.model.found_weights import SCORE
 from rmcore.model.meta_model import added_rows, fresh_head, grow, model_on_meta, other_heads
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
-from rmcore.model.safetensors_weights import StoredWeights, WantedRows, open_weights, weight_files
-
-SCORE = "score.weight"
+from rmcore.model.safetensors_weights import StoredWeights, WantedRows, head_files, open_weights, weight_files
 
 
 class NeedsWholeModel(Exception):
@@ -38,7 +37,8 @@ class LazyModel:
     """A model whose weights are filled row by row.
 
     `source`: where the weights come from. `embedding`: name of the embedding, which grows to `vocabulary` rows; the
-    rows that the source does not have are drawn. `fresh_head`: draw the score head, whatever the source has.
+    rows that the source does not have are drawn. `fresh_head`: draw the score head, whatever the source has. `note`: a
+    line about the head of another trainer in the checkpoint.
     """
 
     hf_config: PretrainedConfig
@@ -48,6 +48,7 @@ class LazyModel:
     vocabulary: int
     pad_token_id: int
     fresh_head: bool
+    note: str = ""
 
     def build(self) -> PreTrainedModel:
         """The model with parameters on meta and buffers on the CPU; dropout off."""
@@ -120,11 +121,12 @@ def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_toke
     backbone.check_score(config, model)
     embedding = _embedding_of(model)
     source: StoredWeights | RandomWeights
+    note = ""
     if config.init == "random":
         source = backbone.random_weights(config, hf_config, seed)
     else:
-        source = _stored_weights(config, model, embedding)
-    return LazyModel(hf_config, source, seed, embedding, vocabulary, pad_token_id, config.head == "fresh")
+        source, note = _stored_weights(config, model, embedding)
+    return LazyModel(hf_config, source, seed, embedding, vocabulary, pad_token_id, config.head == "fresh", note)
 
 
 def open_exported(directory: Path) -> LazyModel:
@@ -134,20 +136,20 @@ def open_exported(directory: Path) -> LazyModel:
     """
     hf_config = AutoConfig.from_pretrained(directory)
     model = model_on_meta(hf_config)
-    source = open_weights(weight_files(str(directory), None) or [], model, heads=set(), replaced=set())
+    source, _ = open_weights(weight_files(str(directory), None) or [], model, heads=set(), head="stored")
     return LazyModel(hf_config, source, 0, _embedding_of(model), 0, hf_config.pad_token_id, fresh_head=False)
 
 
-def _stored_weights(config: ModelConfig, model: PreTrainedModel, embedding: str) -> StoredWeights:
+def _stored_weights(config: ModelConfig, model: PreTrainedModel, embedding: str) -> tuple[StoredWeights, str]:
     backbone.refuse_synthetic(config)
-    replaced = {SCORE} if config.head == "fresh" else set()
     try:
         files = weight_files(config.name, config.revision)
         if files is None:
             raise NeedsWholeModel("it has no safetensors files")
         if hasattr(model.config, "quantization_config"):
             raise NeedsWholeModel("its weights are quantised")
-        return open_weights(files, model, other_heads(model), replaced, embedding)
+        others = head_files(config.name, config.revision)
+        return open_weights(files, model, other_heads(model), config.head, embedding, others)
     except CannotConvert as reason:
         raise NeedsWholeModel(str(reason)) from None
     except UserError as error:

@@ -16,7 +16,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rmcore.config import UserError
 from rmcore.model.classifier import decoder_class, new_classifier
-from rmcore.model.safetensors_weights import listed, wrong_checkpoint_hint
 
 OLD_GPT_NEOX_HEAD = "embed_out.weight"  # the language-model head in GPT-NeoX checkpoints; transformers: lm_head
 
@@ -52,13 +51,6 @@ def other_heads(model: PreTrainedModel) -> set[str]:
         except (UserError, ValueError, KeyError, AttributeError):
             return set()
     return (set(causal.state_dict()) - set(model.state_dict())) | {OLD_GPT_NEOX_HEAD}
-
-
-def refuse_unexpected(model: PreTrainedModel, unexpected: list[str]) -> None:
-    """Raises UserError if names in `unexpected` are not a language model's head either."""
-    names = sorted(set(unexpected) - other_heads(model))
-    if found := listed(f"the checkpoint holds weights that {type(model).__name__} does not have:", names):
-        raise UserError(f"{found[0]}; {wrong_checkpoint_hint([])}")
 
 
 def grow(model: PreTrainedModel, vocabulary: int, pad_token_id: int) -> None:

@@ -8,7 +8,7 @@ Example: `gpt_neox.layers.3.mlp.dense_h_to_4h.weight` [8192, 2048] of pythia-1b 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ from transformers.utils import cached_file
 from rmcore.config import UserError
 from rmcore.host.model_directory import indexed_files
 from rmcore.model.conversion import Conversion
+from rmcore.model.found_weights import HEAD_FILES, SCORE, check_found
 
 WantedRows = Mapping[str, tuple[int, Tensor]]  # name -> (first row, the rows to fill, on any device)
 FLOATS = ("F64", "F32", "F16", "BF16")
-SHOWN = 5  # names in a message
 # Older checkpoints hold these buffers; today's models compute them, and transformers ignores them too.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -119,19 +119,26 @@ def check_indices(name: str, revision: str | None) -> None:
 
 
 def open_weights(
-    files: Iterable[Path], model: PreTrainedModel, heads: set[str], replaced: set[str], grown: str | None = None
-) -> StoredWeights:
-    """The checkpoint's weights under the names of `model`. Only names and shapes of `model` are used.
+    files: Iterable[Path],
+    model: PreTrainedModel,
+    heads: set[str],
+    head: str,
+    embedding: str = "",
+    others: Sequence[str] = (),
+) -> tuple[StoredWeights, str]:
+    """The checkpoint's weights under the names of `model`, and a note on them. Only its names and shapes are used.
 
     Args:
         heads: names of another head (the language model's). They may be in the checkpoint and are ignored.
-        replaced: names of weights that are not read; they may be missing from the checkpoint or have another shape.
-        grown: name of the embedding, which may have fewer rows in the checkpoint than in the model.
+        head: model.head: with `fresh`, the score head is not read.
+        embedding: its name; a checkpoint with a tied head may hold it under the head's name.
+        others: see `head_files`.
     Raises:
         CannotConvert: transformers makes a weight of several others in a way that needs them whole.
         UserError: weights are missing, unexpected, or have another shape or type; one message lists them all.
         OSError, SafetensorError: a file is not a safetensors file.
     """
+    replaced = {SCORE} if head == "fresh" else set()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, StoredTensor | StoredExperts] = {}
     experts: dict[str, dict[int, dict[int, StoredTensor]]] = {}  # weight -> expert -> part
@@ -153,9 +160,9 @@ def open_weights(
                     continue
                 found[name] = StoredTensor(path, key, shape)
                 if name in expected and name not in replaced:
-                    fits = shape == expected[name] or (name == grown and shape[1:] == expected[name][1:])
-                    wrong += [] if fits else [f"{key} {list(shape)} (expected {list(expected[name])})"]
-                    wrong += [] if dtype in FLOATS else [f"{key} in {dtype}"]
+                    wanted = expected[name]
+                    wrong += [] if shape == wanted else [f"{name} {list(shape)} (expected {list(wanted)})"]
+                    wrong += [] if dtype in FLOATS else [f"{name} in {dtype}"]
     for name, by_expert in experts.items():
         fused = StoredExperts(
             tuple(tuple(tensor for _, tensor in sorted(parts.items())) for _, parts in sorted(by_expert.items()))
@@ -163,28 +170,25 @@ def open_weights(
         shapes = {tuple(part.shape for part in parts) for parts in fused.parts}
         found[name] = fused
         wrong += [] if len(shapes) == 1 and fused.shape == expected[name] else [f"the experts of {name}"]
-    if grown and grown not in found and getattr(model.config, "tie_word_embeddings", False):
+    if embedding and embedding not in found and getattr(model.config, "tie_word_embeddings", False):
         # A checkpoint whose head is tied to the embedding may hold the weight only under the head's name.
-        alike = [found[name] for name in heads if name in found and found[name].shape[1:] == expected[grown][1:]]
+        alike = [found[name] for name in heads if name in found and found[name].shape == expected[embedding]]
         if len(alike) == 1:
-            found[grown] = alike[0]
-    missing = sorted(expected.keys() - found.keys() - replaced)
-    faults = [
-        *listed(f"weights of {type(model).__name__} are missing from the checkpoint:", missing),
-        *listed(f"the checkpoint holds weights that {type(model).__name__} does not have:", sorted(unexpected)),
-        *listed("weights of another shape or type:", wrong),
-    ]
-    if faults:
-        raise UserError(f"{'; '.join(faults)}; {wrong_checkpoint_hint(missing)}")
-    return StoredWeights({name: found[name] for name in expected if name in found})
+            found[embedding] = alike[0]
+    note = check_found(
+        type(model).__name__,
+        head,
+        missing=expected.keys() - found.keys() - replaced,
+        unexpected=unexpected,
+        wrong=wrong,
+        head_files=others,
+    )
+    return StoredWeights({name: found[name] for name in expected if name in found}), note
 
 
-def listed(what: str, names: list[str]) -> list[str]:
-    """One part of a message, such as ["missing: a, b and 3 more"]; an empty list without names."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return [f"{what} {', '.join(names[:SHOWN])}{more}"] if names else []
-
-
-def wrong_checkpoint_hint(missing: list[str]) -> str:
-    """What to do when the weights `missing` are missing from a checkpoint."""
-    return "set model.head=fresh to draw one" if missing == ["score.weight"] else "is it the right checkpoint?"
+def head_files(name: str, revision: str | None) -> list[str]:
+    """The files of a model, here or on the hub, that hold the head of another trainer next to the model's own."""
+    quiet: dict[str, Any] = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")
+    }
+    return [file for file in HEAD_FILES if cached_file(name, file, revision=revision, **quiet) is not None]

@@ -6,7 +6,7 @@ on CUDA.
 Example:
 
     import rmcore.ops as ops
-    ops.describe()            # 'ops: CPU runs C++ (AVX512); CUDA runs Triton'
+    ops.describe()            # 'ops: CPU runs C++ (AVX512), bf16 products by AVX512-BF16; CUDA runs Triton'
     ops.use("reference")      # PyTorch references from now on; ops.use("fused") goes back to compiled kernels
 
 With `RMCORE_OPS=reference` in the environment, rmcore starts with the references and loads no compiled kernel.
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from rmcore.host.bf16 import bf16_instructions
 from rmcore.ops import gather_prefix, pairwise, ragged_attention
 
 # The reference of each op, which the dispatcher calls where there is no compiled kernel.
@@ -109,9 +110,13 @@ def use(mode: str) -> None:
 
 def describe() -> str:
     """One line about the kernels in use."""
+    unknown = "" if _wanted in MODES else f" (RMCORE_OPS={_wanted} is unknown: {' or '.join(MODES)})"
     if _overrides:
         return "ops: the PyTorch reference runs (chosen by RMCORE_OPS or use())"
-    return f"ops: CPU runs {_load_cpu()}; CUDA runs {_load_cuda()}"
+    found = bf16_instructions(torch.device("cpu"))
+    bf16 = f"bf16 products by {found}" if found else "no instructions for bf16 products"
+    return f"ops: CPU runs {_load_cpu()}, {bf16}; CUDA runs {_load_cuda()}{unknown}"
 
 
-use(os.environ.get("RMCORE_OPS", "fused"))
+_wanted = os.environ.get("RMCORE_OPS") or "fused"
+use(_wanted if _wanted in MODES else "fused")

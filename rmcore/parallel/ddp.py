@@ -48,7 +48,7 @@ class DataParallel:
             keep_freed_memory()
         if config.parallel.compile:
             compile_layers(model.backbone)
-        self._half = config.parallel.precision == "bf16"
+        self._half = config.parallel.bf16
         self.model = self._inner if world.size == 1 else self._replicate()
         groups = parameter_groups(self._inner.parameters(), config.optim)
         arguments = adamw_arguments(config.optim)

@@ -125,7 +125,7 @@ class FullySharded:
         self._sharded = shard(
             model,
             self.mesh,
-            half=config.parallel.precision == "bf16",
+            half=config.parallel.bf16,
             reshard_after_forward=self._each_micro_batch,
             offload=self._offload,
         )

@@ -81,8 +81,8 @@ def start_world(timeout_seconds: float = 600.0, seed: int | None = None, *, init
     Raises:
         UserError: more processes on this host than GPUs; or a variable that is missing, not a number, or out of range.
     """
-    rank, size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
+    rank, size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    local_rank, local_size = environment_number("LOCAL_RANK", 0), environment_number("LOCAL_WORLD_SIZE", 1)
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise UserError(
             f"the environment says RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE="
@@ -255,7 +255,8 @@ def first_error(world: World, what: str, action: Callable[[], T], group: dist.Pr
     raise RankError(f"{what} failed on rank {rank} of {world.size}{also}:\n{first['traceback']}") from cause
 
 
-def _environment(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
+    """A whole number from the environment. Raises UserError if the variable holds something else."""
     text = os.environ.get(name, "")
     try:
         return int(text) if text else default

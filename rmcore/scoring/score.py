@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from rmcore.config import UserError
 from rmcore.data.tokens.build import MOST_UNREAD
+from rmcore.host.terminal import print_text
+from rmcore.parallel.precision import bf16_of_all
 from rmcore.parallel.world import World, all_gather_json, first_error
 from rmcore.scoring.files import check_input, check_output, chunks, json_line, read_rows, with_rewards
 from rmcore.scoring.parts import STANDARD, finish, prepare_parts, score_parts, source_file, wait_for_all
@@ -28,13 +30,15 @@ def score(
     Raises UserError for a model, rows or files that cannot be used. The rank that reads a bad row prints it.
     """
 
+    bf16 = bf16_of_all(world)
+
     def start() -> Scorer:
         check_files(rows, out, world.size)
-        return Scorer(model, overrides, normalise=normalise)
+        return Scorer(model, overrides, normalise=normalise, bf16=bf16)
 
     scorer = first_error(world, "loading the model", start)
-    for note in scorer.template.notes if world.is_main else ():
-        print(f"note: {note}", file=sys.stderr)
+    for line in scorer.notes if world.is_main else []:
+        print_text(f"rmcore score: {line}", sys.stderr)
     if out == STANDARD:
         counts = score_stream(scorer, rows, sys.stdout.buffer)
         _report_unread([scorer.unread], world)
@@ -54,7 +58,7 @@ def _report_unread(counts: Sequence[Mapping[str, int]], world: World) -> None:
     """Prints on rank 0 what of the rows' content is not read; of a restarted run, for the chunks scored now."""
     total = sum(map(Counter, counts), Counter[str]())
     for what, rows in total.most_common(MOST_UNREAD) if world.is_main else ():
-        print(f"warning: content that is not read, in {rows:,} rows: {what}", file=sys.stderr)
+        print_text(f"warning: content that is not read, in {rows:,} rows: {what}", sys.stderr)
 
 
 def check_files(rows: str, out: str, ranks: int) -> None:

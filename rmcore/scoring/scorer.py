@@ -28,6 +28,7 @@ from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.evaluate import micro_batches
 from rmcore.evaluation.trained import TrainedModel, evaluation_config
 from rmcore.model.backbone import load_model_config, position_limit
+from rmcore.parallel.precision import Bf16, bf16_of, with_precision
 from rmcore.scoring.normalisation import read_normalisation
 from rmcore.scoring.rows import Rendered, comparison_of
 
@@ -54,21 +55,25 @@ class Scorer:
         model: directory or hub id. The template and precision are those of its training (rmcore_config.yaml), unless
             `overrides` (key=value) change them; without that file the template is the tokenizer's own.
         normalise: return (reward - mean) / deviation, as stored in the model's config.json.
+        bf16: the bf16 instructions of all ranks that score together; None: those of this process's device.
     Raises UserError for a model or settings that cannot be used.
 
     Call `choose_path` once before the first reward. Any thread may call `render` and `encode`; only one thread at a
     time may call the other methods.
     """
 
-    def __init__(self, model: str, overrides: Sequence[str] = (), *, normalise: bool = False) -> None:
+    def __init__(
+        self, model: str, overrides: Sequence[str] = (), *, normalise: bool = False, bf16: Bf16 | None = None
+    ) -> None:
         self.name = model
-        self.config = evaluation_config(model, "-", list(overrides))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, lines = with_precision(evaluation_config(model, "-", list(overrides)), bf16 or bf16_of(device))
         tokenizer = load_tokenizer(self.config)
         hf_config = load_model_config(self.config.model)
         self.normalisation = read_normalisation(hf_config, model) if normalise else None
         self.template = template_of(self.config, tokenizer)
+        self.notes = [*lines, *self.template.notes]
         self._encoder, self.eos, self.pad = TextEncoder(tokenizer), str(tokenizer.eos_token), str(tokenizer.pad_token)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trained = TrainedModel.load(self.config, tokenizer, device)
         self.longest = position_limit(hf_config) or 2**31 - 1
         self.unread: Counter[str] = Counter()  # content that the scored texts do not hold -> rows, see `rewards`

@@ -61,7 +61,7 @@ def serve(
             signal.signal(number, lambda *_: None)
         address.listen(BACKLOG)
         host, port = address.getsockname()[:2]
-        for line in (*scorer.template.notes, scorer.path):
+        for line in (*scorer.notes, scorer.path):
             print_text(f"rmcore serve: {line}", flush=True)
         print_text(f"rmcore serve: {model} on http://{host}:{port}", flush=True)
         uvicorn.Server(config).run(sockets=[address])

@@ -38,6 +38,7 @@ from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.parallel.make import make_strategy
+from rmcore.parallel.precision import bf16_of_all, with_precision
 from rmcore.parallel.world import World, first_error
 from rmcore.training.agreement import agree, check_same_plan, plan_facts
 from rmcore.training.loading import ShardedModel, load
@@ -50,6 +51,8 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     """Raises UserError, on all ranks, for anything in config, data or model files that cannot be trained."""
     start = start or Start()
     first_error(world, "looking at run.best_metric", lambda: Criterion.of(config))  # before the data, which take long
+    stored = start.manifest.config["parallel"].get("precision") if start.manifest else None
+    config, precision_lines = with_precision(config, bf16_of_all(world), stored)
     if config.parallel.fp8:
         first_error(world, "looking for FP8", lambda: check_fp8(world.device))
     day = start.manifest.config["data"].get("date") if start.manifest else None
@@ -84,8 +87,9 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     lines = (
         describe(data, config),
         f"{loaded.model_class.__name__}, {parameters:,} parameters, {trained:,} of them trained; {self_test_line}",
-        *([loaded.note] if loaded.note else []),
+        *loaded.notes,
         ops.describe(),
+        *precision_lines,
         *_remote_code(config),
         f"{plan.steps} steps of {config.batch.pairs} {config.loss.traits.unit} on {world.size} x {world.device.type}, "
         f"{config.parallel.strategy}, {config.parallel.precision}, micro batches of at most {budget.tokens:,} tokens, "
@@ -118,7 +122,7 @@ def self_test(config: Config, model: RewardModel, data: TokenizedComparisons, de
     On a GPU half precision is tried too, because some kernels exist only for it.
     """
     half = None
-    if device.type == "cuda" and config.parallel.precision == "bf16":
+    if device.type == "cuda" and config.parallel.bf16:
         half = torch.autocast("cuda", dtype=torch.bfloat16)
     numbers = trial_comparisons(computed_tokens(data, share=True))
     return choose_path(model, data, numbers, device, config.model.attention, half, gradients=True)

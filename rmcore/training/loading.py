@@ -39,8 +39,8 @@ from rmcore.parallel.world import World, broadcast_json, device_mesh, first_erro
 class WholeModel:
     """Every rank has all weights: the tested model is the trained one.
 
-    `adapted`, `base`, `towers`: see `rmcore.training.run.Run`. `note`: why the model was not sharded although the
-    strategy shards.
+    `adapted`, `base`, `towers`: see `rmcore.training.run.Run`. `notes`: lines for the user, such as why the model was
+    not sharded although the strategy shards.
     """
 
     tested: RewardModel
@@ -48,7 +48,7 @@ class WholeModel:
     hf_config: PretrainedConfig
     adapted: tuple[Adapted, ...]
     base: str
-    note: str
+    notes: list[str]
     towers: Mapping[str, Tensor]
     shards: Shards | None = None
 
@@ -69,7 +69,10 @@ class ShardedModel:
     towers: Mapping[str, Tensor]
     adapted: tuple[Adapted, ...] = ()
     base: str = ""
-    note: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        return [self.parts.note] if self.parts.note else []
 
     def to_train(self) -> RewardModel:
         """A second model on meta, on the path that the self-test chose. The tested model is given up."""
@@ -84,15 +87,15 @@ class ShardedModel:
 
 def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start) -> WholeModel | ShardedModel:
     """Load the model; a collective. Raises UserError, on all ranks, for model files that cannot be trained from."""
-    note = ""
+    notes: list[str] = []
     if config.parallel.traits.shards_weights:
         if world.device.type == "cpu":
             return_freed_memory()
         found = first_error(world, "loading the model", lambda: _opened(config, tokenizer))
         if isinstance(found, LazyModel):
             return _load_sharded(found, config, world)
-        note = f"the weights are read whole on every rank: {found}"
-    return _load_whole(config, world, tokenizer, start, note)
+        notes.append(f"the weights are read whole on every rank: {found}")
+    return _load_whole(config, world, tokenizer, start, notes)
 
 
 def _opened(config: Config, tokenizer: PreTrainedTokenizerFast) -> LazyModel | str:
@@ -126,13 +129,15 @@ def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedMode
 
 
 def _load_whole(
-    config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start, note: str
+    config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start, notes: list[str]
 ) -> WholeModel:
     pad_token_id, seed = _pad_token_id(tokenizer), config.run.seed
     hf_model = first_error(
         world,
         "loading the model",
-        lambda: load_model(config.model, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad_token_id),
+        lambda: load_model(
+            config.model, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad_token_id, say=notes.append
+        ),
     )
     adapted: list[Adapted] = []
     base = ""
@@ -143,7 +148,7 @@ def _load_whole(
         start.check_base(base)
     model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id).to(world.device)
     untrained = towers(hf_model) if world.is_main else {}
-    return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, note, untrained)
+    return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, notes, untrained)
 
 
 def _reward_model(hf_model: PreTrainedModel, objective: Objective, pad_token_id: int) -> RewardModel:

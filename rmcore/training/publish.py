@@ -8,7 +8,6 @@ Rank 0 checks and pushes alone, which may take longer than a collective of the t
 in a group of their own, with a timeout of PATIENCE.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from rmcore.hf_export.directory import Package, check_texts, set_aside, take_pla
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, reloaded
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
+from rmcore.host.cores import usable_cores
 from rmcore.host.faults import fault
 from rmcore.host.memory import available_memory
 from rmcore.model.lazy_model import open_exported
@@ -107,7 +107,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
 
 def export_dtype(config: Config) -> torch.dtype:
     """The dtype of the exported weights."""
-    return torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    return torch.bfloat16 if config.parallel.bf16 else torch.float32
 
 
 def written(run: Run, package: Package, directory: Path) -> Path | None:
@@ -161,8 +161,7 @@ def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 def _all_cores() -> Iterator[None]:
     """One rank computes and the others wait: it may use the cores of all, not only its share (OMP_NUM_THREADS)."""
     before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(before, cores or 1))
+    torch.set_num_threads(max(before, usable_cores()))
     try:
         yield
     finally:
@@ -171,7 +170,7 @@ def _all_cores() -> Iterator[None]:
 
 def make_probe(run: Run) -> Probe:
     """A few held-out texts, the longest among them, and the engine's rewards for them; a collective under FSDP."""
-    precision = torch.bfloat16 if run.config.parallel.precision == "bf16" else torch.float32
+    precision = torch.bfloat16 if run.config.parallel.bf16 else torch.float32
     precision = torch.float8_e4m3fn if run.config.parallel.fp8 else precision
     with run.strategy.autocast():
         return probe_of(run.strategy.model, run.data.eval or run.data.train, run.world.device, run.share, precision)

@@ -46,6 +46,7 @@ data.limit | whole number >= 1 | null | null
 data.shuffle | true | false | true
 data.eval_fraction | number >= 0, < 1 | 0
 data.cache | text | null | null
+data.workers | whole number >= 1 | null | null
 batch.pairs | whole number >= 1 | 64
 batch.tokens | whole number >= 1 | auto | auto
 batch.shrink | true | false | false
@@ -62,7 +63,7 @@ loss.label_smoothing | number >= 0, < 0.5 | 0
 loss.margin | none | data | number >= 0 | none
 loss.tie_rate | number > 0, < 1 | 0.25
 parallel.strategy | ddp | zero1 | zero2 | zero3 | hsdp | ddp
-parallel.precision | bf16 | fp32 | bf16
+parallel.precision | auto | bf16 | fp32 | auto
 parallel.recompute | auto | none | selective | full | auto
 parallel.compile | true | false | false
 parallel.offload | true | false | false

@@ -1,11 +1,16 @@
 """How a command ends: exit codes, what is printed and by which rank."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from rmcore.hf_export.parity import ExportError
 from rmcore.hf_export.upload import PushError
 from rmcore.host.command import ExplainedError, UserError, run_command
 from rmcore.parallel.world import RankError
+from tests.harness.paths import ROOT
 
 
 def raising(error: Exception):
@@ -43,3 +48,28 @@ def test_other_ranks_print_only_what_no_other_rank_knows(capsys, monkeypatch):
 def test_any_other_exception_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command("rmcore x", lambda: 1 / 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
+@pytest.mark.parametrize(
+    ("shell", "code", "error"),
+    [
+        ("{command} > /dev/full", 1, "rmcore x: the output cannot be written: No space left on device\n"),
+        ("{command} | true; exit ${{PIPESTATUS[0]}}", 1, ""),
+        ("{command} >&-", 0, ""),
+        ("{command} > /dev/null", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line(shell: str, code: int, error: str) -> None:
+    work = "import sys, rmcore.host.command as c; sys.exit(c.run_command('rmcore x', lambda: print('x' * 100_000)))"
+    script = shell.format(command=f'"{sys.executable}" -c "{work}"')
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, error)
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_command("rmcore x", interrupted) == 130
+    assert capsys.readouterr().err == "rmcore x: interrupted\n"

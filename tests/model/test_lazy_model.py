@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_shapes_and_files_that_do_not_fit(tmp_path: Path) -> None:
     base = stored("llama", tmp_path / "base")
     wide = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**wide, "intermediate_size": 64}))
-    with pytest.raises(UserError, match=r"weights of another shape or type: model.layers.0.mlp.\w+.weight \[48, 32\]"):
+    with pytest.raises(UserError, match=r"weights of another shape or type: model.layers.0.mlp.\w+.weight \[32, 48\]"):
         open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS)
     (base / "config.json").write_text(json.dumps(wide))
     cut = sorted(base.glob("*.safetensors"))[0]
@@ -222,3 +223,72 @@ def test_the_export_from_shards_is_that_of_one_rank(tmp_path: Path, strategy: st
     weight = 1e-4 if precision == "fp32" else 3e-3 + 2e-3
     assert a.keys() == b.keys()
     assert max(float((a[name].float() - b[name].float()).abs().max()) for name in a) < weight
+
+
+def rewritten(base: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint, which become one file."""
+    tensors = {key: tensor for path in base.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    for path in base.glob("model*"):
+        path.unlink()
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+HEADS = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.zeros(1)}  # TRL's
+PRM = {"score.0.weight": torch.ones(32, 32), "score.0.bias": torch.ones(32), "score.2.weight": torch.ones(2, 32)}
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+OF_ANOTHER = "; its head is v_head.summary.bias, v_head.summary.weight, of another trainer, which is not read"
+
+
+@pytest.mark.parametrize(
+    ("head", "change", "message"),
+    [
+        ("fresh", lambda found: None, ""),
+        ("fresh", lambda found: found.update({"score.weight": torch.ones(3, 32)}), ""),
+        ("fresh", lambda found: found.update(HEADS), "warning: v_head.summary.bias, v_head.summary.weight, a head of"),
+        ("fresh", lambda found: found.update(PRM), "warning: score.0.bias, score.0.weight, score.2.weight, a head of"),
+        ("fresh", lambda found: found.update({EMBEDDING: found[EMBEDDING][:-8].clone()}), "vocab_size in its config"),
+        ("fresh", lambda found: found.update({EMBEDDING: found[EMBEDDING].repeat(2, 1)}), "vocab_size in its config"),
+        ("fresh", lambda found: found.update({NORM: torch.ones(31)}), r"norm.weight \[31\] (expected \[32\]); is it"),
+        ("fresh", lambda found: found.update({f"{NORM}s": torch.ones(31)}), "does not have: model.norm.weights; is it"),
+        ("fresh", lambda found: found.pop(NORM), "missing from the checkpoint: model.norm.weight; is it"),
+        ("stored", lambda found: None, "missing from the checkpoint: score.weight; it is a model without a score head"),
+        ("stored", lambda found: found.update({"score.weight": torch.ones(3, 32)}), "a classifier of several labels"),
+        ("stored", lambda found: found.update(HEADS), OF_ANOTHER),
+        ("stored", lambda found: found.update({"score.weight": torch.ones(1, 32)}), ""),
+        (
+            "stored",
+            lambda found: found.update({"score.weight": torch.ones(1, 32), "score.bias": torch.ones(1)}),
+            "bias",
+        ),
+    ],
+)
+def test_every_way_of_loading_judges_a_checkpoint_alike(
+    tmp_path: Path, head: Literal["fresh", "stored"], change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    base = stored("llama", tmp_path / "base")
+    rewritten(base, change)
+    config = ModelConfig(name=str(base), head=head)
+    seen = []
+    for loader in (load_model, open_lazy_model):
+        said: list[str] = []
+        try:
+            loaded = loader(config, **ARGUMENTS, **({"say": said.append} if loader is load_model else {}))
+            said += [loaded.note] if isinstance(loaded, LazyModel) and loaded.note else []
+        except UserError as error:
+            said.append(str(error))
+        seen.append("".join(said))
+    assert seen[0] == seen[1]
+    assert re.search(message.replace("(", r"\(").replace(")", r"\)"), seen[0]) and bool(message) == bool(seen[0]), seen[
+        0
+    ]
+
+
+def test_a_head_in_a_file_of_its_own_is_noticed(tmp_path: Path) -> None:
+    base = stored("llama", tmp_path / "base")
+    save_file(HEADS, base / "value_head.safetensors")  # as LLaMA-Factory writes it
+    note = open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS).note
+    assert note.startswith("warning: value_head.safetensors, a head of another trainer, is not used")
+    with pytest.raises(UserError, match=r"its head is value_head\.safetensors, of another trainer"):
+        load_model(ModelConfig(name=str(base), head="stored"), **ARGUMENTS)

@@ -89,3 +89,8 @@ def test_an_install_without_build_tools_succeeds_and_says_so(tmp_path, without):
     lines = [line for line in done.stderr.splitlines() if line.startswith("rmcore: C++ kernels not built")]
     assert len(lines) == 1
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_an_unknown_choice_in_the_environment_is_reported():
+    line, _ = attend(RMCORE_OPS="fast")
+    assert line.startswith("ops: CPU runs ") and line.endswith("(RMCORE_OPS=fast is unknown: fused or reference)")

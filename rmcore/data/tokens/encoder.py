@@ -106,17 +106,20 @@ class TextEncoder:
 
     def warnings(self) -> list[str]:
         """One sentence per kind of oddity."""
-        lines = []
-        for kind in ("doubled BOS", "missing EOS", "doubled EOS"):
-            if self.counts[kind]:
-                lines.append(
-                    f"{kind} in {self.counts[kind]:,} of {self.counts['answers']:,} answers: check data.template"
-                )
-        if self.spelled:
-            names = ", ".join(f"{name} {count:,} times" for name, count in self.spelled.most_common(5))
-            rows = self.counts["rows that spell a special token"]
-            lines.append(f"the text of {rows:,} rows contains special tokens, which it becomes: {names}")
-        return lines
+        return oddities(self.counts, self.spelled)
+
+
+def oddities(counts: Counter[str], spelled: Counter[str]) -> list[str]:
+    """One sentence per kind of oddity that a `TextEncoder` has counted."""
+    lines = []
+    for kind in ("doubled BOS", "missing EOS", "doubled EOS"):
+        if counts[kind]:
+            lines.append(f"{kind} in {counts[kind]:,} of {counts['answers']:,} answers: check data.template")
+    if spelled:
+        names = ", ".join(f"{name} {count:,} times" for name, count in spelled.most_common(5))
+        rows = counts["rows that spell a special token"]
+        lines.append(f"the text of {rows:,} rows contains special tokens, which it becomes: {names}")
+    return lines
 
 
 def plain_backend_json(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
