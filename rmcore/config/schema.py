@@ -136,7 +136,8 @@ class DataConfig(Section):
     template: PathText = Field(
         "tokenizer",
         description="simple_concat_with_space, simple_concat_with_new_line, simple_chat, assistant_message_only, "
-        "zephyr, tulu, tokenizer (its own template), a .jinja file, or none (texts unchanged, EOS appended)",
+        "zephyr, tulu, tokenizer (its own template; tokenizer:NAME, one of several), a .jinja file, or none (texts "
+        "unchanged, EOS appended)",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="variables of the chat template: {enable_thinking: false}; a row's own come first"

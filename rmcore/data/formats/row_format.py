@@ -205,6 +205,8 @@ def _is_prompt(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> b
     if name in ("prompt", "conversations"):
         return True
     both = [(row[name], row[names["chosen"]]) for row in rows if row.get(name) and row.get(names["chosen"])]
+    if both and all(map(_are_turns, (prompt for prompt, _ in both))):
+        return True
     if not both or not all(isinstance(prompt, str) for prompt, _ in both):
         return False
     return not any(
@@ -262,11 +264,17 @@ def _structure(text: str, ours: str) -> Any:
         return None
     if ours in LIST_FIELDS:
         return value
-    turns = value if isinstance(value, list) else [value]
-    keys = [turn.keys() for turn in turns if isinstance(turn, Mapping)]
+    return value if _are_turns(value if isinstance(value, list) else [value]) else None
+
+
+def _are_turns(value: Any) -> bool:
+    """Whether a value is a list of records with the keys of turns."""
     needs = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
-    whole = len(keys) == len(turns) and all(any(need <= each for need in needs) for each in keys)
-    return value if keys and whole else None
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, Mapping) and any(need <= turn.keys() for need in needs) for turn in value)
+    )
 
 
 def _is_list_of_texts(text: str) -> bool:

@@ -31,6 +31,7 @@ from rmcore.data.tokens.templates import Template, TemplateRefused
 
 CHUNK_ROWS = 1024
 MOST_UNREAD = 20  # columns and message keys that the report lists
+KINDS = 1000  # of them that are counted; rows may have any number of different keys
 CHUNK_CHARACTERS = 2_000_000  # of texts; it bounds the memory of one call to the tokenizer to some 200 MB
 
 
@@ -204,7 +205,7 @@ class Work:
 
     def counted(self, comparison: Comparison, duplicates: bool) -> Comparison:
         """Counts what is not read of a row, and remembers its hashes if the report is to count `duplicates` by them."""
-        self.unread.update(comparison.unread)
+        self.unread.update(what for what in comparison.unread if len(self.unread) < KINDS or what in self.unread)
         if duplicates:
             self._hashes.add_judged(comparison)
         return comparison

@@ -262,7 +262,8 @@ def what_it_reads(tree: jinja2.nodes.Template) -> TemplateReads:
         if _is_role(test.expr):
             roles |= {node.value for operand in test.ops for node in (operand.expr, *operand.expr.find_all(_CONST))
                       if isinstance(node, _CONST)}  # fmt: skip
-    variables = frozenset(jinja2.meta.find_undeclared_variables(tree) - {"messages", "add_generation_prompt"})
+    free = jinja2.meta.find_undeclared_variables(tree) - {"messages", "add_generation_prompt"}
+    variables = frozenset(name for name in free if not name.endswith("_token"))
     turns = {"messages"}
     for loop in tree.find_all(jinja2.nodes.For):
         if isinstance(loop.target, jinja2.nodes.Name) and "message" in str(loop.iter):

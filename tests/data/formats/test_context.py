@@ -88,6 +88,7 @@ def test_a_pair_may_call_its_prompt_otherwise(name: str) -> None:
     row = {name: "Is it so?", "chosen": "Yes, it is.", "rejected": "No, it is not."}
     assert read(row) == read(TEXT)
     assert read({name: "Is it so?", "chosen": [YES], "rejected": [NO]}) == read(TEXT)
+    assert read({**row, name: [ASK]}) == read({**row, name: json.dumps([ASK])}) == read(TEXT)
     assert read(row, text=True).prompt == "Is it so?"
     # Whole texts that contain the question already have their prompt.
     whole = {name: "Is it so?", "chosen": "Q: Is it so? A: Yes", "rejected": "Q: Is it so? A: No"}
