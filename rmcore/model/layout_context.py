@@ -4,8 +4,8 @@ Input: `with packed_layout(layout):` around the model's forward. Output: `curren
 computes a grid in place of a packed row, `current_grid()`.
 Example: StableLM's layers do not hand unknown keywords to their attention; `attention_forward` reads the layout here.
 
-The value belongs to the thread (or task) that set it, so two threads may compute with one model. A backward may run in
-a thread of its own: what it computes again gets the layout from `recompute_contexts`.
+The value belongs to the thread (or task) that set it: two threads with a model each do not see the layout of the other.
+A backward may run in a thread of its own: what it computes again gets the layout from `recompute_contexts`.
 """
 
 from collections.abc import Callable, Iterator
