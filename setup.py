@@ -122,6 +122,7 @@ setup(
         "wandb": ["wandb"],
         "lora": ["peft"],
         "fp8": ["torchao"],
+        "recurrent": ["flash-linear-attention", "causal-conv1d", "mamba-ssm"],
     },
     entry_points={"console_scripts": ["rmcore = rmcore.__main__:main"]},
 )
