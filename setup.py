@@ -126,6 +126,7 @@ setup(
         "mlflow": ["mlflow"],
         "lora": ["peft"],
         "fp8": ["torchao"],
+        "recurrent": ["flash-linear-attention", "causal-conv1d", "mamba-ssm"],
     },
     entry_points={"console_scripts": ["rmcore = rmcore.__main__:main"]},
 )

@@ -21,6 +21,7 @@ from rmcore.model.recurrent.pieces import arrange, restore, window_of
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": scans.causal_conv,
     "torch_chunk_gated_delta_rule": scans.delta_rule,
+    "chunk_gated_delta_rule": scans.delta_rule,  # its name in flash-linear-attention
     "chunk_kimi_delta_attention": scans.delta_rule,
     "mamba_selective_scan": scans.selective_scan,
     "mamba_inner_fn": scans.fused_layer,
@@ -41,6 +42,10 @@ def substitute_scans(backbone: nn.Module) -> None:
     for namespace in {sys.modules[kind.__module__] for kind in kinds}:
         for name in FUNCTIONS.keys() & vars(namespace).keys():
             _substitute(namespace, name, FUNCTIONS[name])
+    for module in backbone.modules():  # older versions of transformers keep some as attributes
+        for name, value in list(vars(module).items()):
+            if (function := getattr(value, "__name__", None)) in FUNCTIONS:
+                _substitute(module, name, FUNCTIONS[function])
     for kind in kinds:
         for (owner, name), scan in METHODS.items():
             if kind.__name__ == owner:
@@ -70,7 +75,7 @@ def _substitute(owner: Any, name: str, scan: Callable[..., Any]) -> None:
 def _watch_windows(backbone: nn.Module) -> None:
     """Put hooks on the modules that look back over a few tokens, for the layers that call them as modules."""
     for module in backbone.modules():
-        if isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1:
+        if type(module) is nn.Conv1d and module.groups == module.in_channels > 1:
             (width,), tokens = module.kernel_size, 2  # [1, D, T]
             causal = module.padding == (width - 1,) and module.stride == module.dilation == (1,)
         else:
