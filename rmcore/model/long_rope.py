@@ -38,14 +38,14 @@ class LongRope:
                 self.threshold = threshold
                 module.register_forward_hook(_both_sides(threshold), with_kwargs=True)
 
-    def separated(self, batch: RaggedBatch) -> tuple[RaggedBatch, list[bool] | None]:
-        """The batch, without sharing if that would mix sides; and whether each packed row belongs to a long text.
+    def separated(self, batch: RaggedBatch) -> tuple[RaggedBatch, Tensor | None]:
+        """The batch, without sharing if that would mix sides; and whether each token belongs to a long text, bool [T].
 
         The latter is None if all texts are on one side.
         """
         if self.threshold is None or not len(batch.last_rows_A):
             return batch, None
-        texts = answer_rows(batch)
+        texts = batch.answer_rows()
         long_A = [len(rows) > self.threshold for rows in texts]
         if all(long_A) or not any(long_A):
             return batch, None
@@ -57,23 +57,22 @@ class LongRope:
             batch, sides = unshared(batch, texts), {}
             for (start, end), long in zip(pairwise(np.cumsum([0, *map(len, texts)]).tolist()), long_A, strict=True):
                 sides |= {row: {long} for row in range(start, end)}
-        return batch, [True in sides.get(row, set()) for row in range(batch.computed_tokens)]
+        long_T = torch.tensor([True in sides.get(row, set()) for row in range(batch.computed_tokens)])
+        return batch, long_T.to(batch.input_ids_T.device, non_blocking=True)
 
 
 @contextmanager
-def long_texts(long: Tensor | None) -> Iterator[None]:
-    """Within, the tokens in `long` are rotated as those of long texts, all others as those of short texts."""
+def long_texts(long_T: Tensor | None, cells: Tensor | None = None) -> Iterator[None]:
+    """Within, the tokens in `long_T` are rotated as those of long texts, all others as those of short texts.
+
+    cells: the token of each cell, if the backbone gets a rectangle in place of the packed row.
+    """
+    long = None if long_T is None else long_T[None] if cells is None else long_T[cells.clamp(min=0)]
     token = _LONG.set(long)
     try:
         yield
     finally:
         _LONG.reset(token)
-
-
-def answer_rows(batch: RaggedBatch) -> list[list[int]]:
-    """For each answer the packed rows of its text, in order. It ends at the scored token, also within a segment."""
-    texts = {row: rows for rows in batch.layout.texts for row in rows}  # a prefix row: of any text that begins with it
-    return [[row for row in texts[last] if row <= last] for last in batch.last_rows_A.tolist()]
 
 
 def unshared(batch: RaggedBatch, texts: list[list[int]]) -> RaggedBatch:

@@ -20,6 +20,7 @@ from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
 from rmcore.model.grid import Grid
 from rmcore.model.layout_context import packed_layout
+from rmcore.model.long_rope import LongRope, long_texts
 from rmcore.model.masks import prepare
 from rmcore.model.objectives import Objective
 from rmcore.model.pruning import Pruning, only_rows
@@ -64,6 +65,7 @@ class RewardModel(nn.Module):
         self.backbone, self.score = backbone, score
         self.pad_token_id, self.objective = pad_token_id, objective
         substitute_scans(backbone)
+        self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
         try:
             self._pruning: Pruning | None = Pruning(backbone)
@@ -99,8 +101,9 @@ class RewardModel(nn.Module):
         ]
 
     def forward(self, batch: RaggedBatch) -> Output:
+        batch, long_T = self.long_rope.separated(batch)
         by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
-        hidden_TD = by_path.get(self.path, self.packed_hidden)(batch)
+        hidden_TD = by_path.get(self.path, self.packed_hidden)(batch, long_T)
         scored_A = batch.last_token_index_A
         if self._returns_scored_rows:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
@@ -121,19 +124,20 @@ class RewardModel(nn.Module):
             loss_sum = objective.loss_sum(rewards_A, batch)
         return Output(loss_sum, rewards_A, objective.counted(batch))
 
-    def packed_hidden(self, batch: RaggedBatch) -> Tensor:
+    def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
-        with packed_layout(batch.layout), self._only(batch.last_token_index_A):
+        with packed_layout(batch.layout), self._only(batch.last_token_index_A), long_texts(long_T):
             return self.backbone(
                 input_ids=batch.input_ids_T.unsqueeze(0),
                 position_ids=batch.position_ids_T.unsqueeze(0),
                 use_cache=False,
             ).last_hidden_state.squeeze(0)
 
-    def masked_hidden(self, batch: RaggedBatch) -> Tensor:
+    def masked_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same through the model's own attention, on a rectangle of whole comparisons, with masks."""
         grid = Grid.of(batch)
-        with packed_layout(grid), self._only(grid.cell_T[batch.last_token_index_A]):
+        scored = self._only(grid.cell_T[batch.last_token_index_A])
+        with packed_layout(grid), scored, long_texts(long_T, grid.token_RL):
             hidden = self.backbone(
                 input_ids=batch.input_ids_T[grid.token_RL.clamp(min=0)],
                 attention_mask=torch.ones_like(grid.token_RL),
@@ -161,7 +165,7 @@ class RewardModel(nn.Module):
         hidden = self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
 
-    def padded_hidden(self, batch: RaggedBatch) -> Tensor:
+    def padded_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same [T, D] through the model's own attention, with each text as a row of a right-padded rectangle.
 
         This path is the slowest and the most general: the architecture gets the attention mask that it expects.
@@ -174,5 +178,6 @@ class RewardModel(nn.Module):
         grid = grid.to(batch.input_ids_T.device)
         real = grid >= 0
         input_ids = torch.where(real, batch.input_ids_T[grid.clamp(min=0)], self.pad_token_id)
-        hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
+        with long_texts(long_T, grid):
+            hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
         return hidden[real]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rmcore.config import UserError
-from rmcore.data.batches.batch import Comparisons, RaggedBatch, build_batch
+from rmcore.data.batches.batch import Comparisons, build_batch
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
 from rmcore.model.rounding import UNIT_ROUNDOFF, all_roundings, floor
@@ -145,8 +145,9 @@ class BackwardTest:
     def run(self, path: str) -> tuple[str, float]:
         """What is wrong with the path that the model uses, "" if nothing is; and its largest relative error."""
         batch = build_batch(self._data, self._numbers, share=path == SHARED).on(self._device)
+        batch, _ = self._model.long_rope.separated(batch)  # the texts as the backbone gets them
         largest = 0.0
-        for answer, rows in enumerate(text_rows(batch)):
+        for answer, rows in enumerate(batch.answer_rows()):
             with torch.enable_grad(), self._half or nullcontext(), _embedded(self._model) as embedded:
                 reward = self._model(batch).rewards_A[answer]
                 gradient = self._model.packed_order(torch.autograd.grad(reward, embedded)[0], batch)
@@ -167,12 +168,6 @@ class BackwardTest:
             with torch.enable_grad(), _embedded(self._model) as embedded:
                 gradients.append(torch.autograd.grad(self._model.reward_alone(text), embedded)[0][0])
         return gradients
-
-
-def text_rows(batch: RaggedBatch) -> list[list[int]]:
-    """For each answer the packed rows of its text, in order. It ends at the scored token, also within a segment."""
-    texts = {row: rows for rows in batch.layout.texts for row in rows}  # a prefix row: of any text that begins with it
-    return [[row for row in texts[last] if row <= last] for last in batch.last_token_index_A.tolist()]
 
 
 def trial_comparisons(tokens_N: np.ndarray, count: int = 4, limit: int = 8192) -> list[int]:

@@ -117,6 +117,11 @@ class RaggedBatch(Judged):
     def computed_tokens(self) -> int:
         return self.input_ids_T.numel()
 
+    def answer_rows(self) -> list[list[int]]:
+        """For each answer the packed rows of its text, in order. It ends at the scored token, also within a segment."""
+        texts = {row: rows for rows in self.layout.texts for row in rows}  # a prefix row: of any text that begins so
+        return [[row for row in texts[last] if row <= last] for last in self.last_rows_A.tolist()]
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "RaggedBatch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
