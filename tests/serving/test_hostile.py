@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -394,7 +395,8 @@ def test_five_thousand_hostile_requests_leave_the_memory_flat() -> None:
             sizes.append(service.memory("VmRSS") // MB)
     peak = service.memory("VmHWM") // MB
     print(f"statuses {statuses}, resident MB after each 500 requests {sizes}, peak {peak}")
-    assert is_answered(service) and max(sizes[5:]) - max(sizes[:5]) < 50
+    # What is left of 40 kB per request would be 100 MB between the two halves.
+    assert is_answered(service) and median(sizes[5:]) - median(sizes[:5]) < 100
     assert service.end(signal.SIGTERM) == 0
 
 
