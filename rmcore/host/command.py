@@ -56,13 +56,13 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         if is_first_rank():
-            print(f"{prog}: interrupted", file=sys.stderr)
+            print_text(f"{prog}: interrupted", sys.stderr)
         return INTERRUPTED
     except OSError as error:
         if error.errno not in LOST_OUTPUT or error.filename is not None:
             raise
         discard_output()
         if error.errno != errno.EPIPE:  # the reader of a pipe may leave early, such as `head`
-            print(f"{prog}: the output cannot be written: {error.strerror}", file=sys.stderr)
+            print_text(f"{prog}: the output cannot be written: {error.strerror}", sys.stderr)
         return 1
     return 0

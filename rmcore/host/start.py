@@ -70,5 +70,6 @@ def _hidden(origin: str, what: str) -> str:
 
 def _leave(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"rmcore: {message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"rmcore: {message}\n")  # names of files here; nothing else of rmcore is imported yet
+        sys.stderr.flush()
     os._exit(2)

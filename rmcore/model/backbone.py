@@ -201,12 +201,21 @@ def unreadable(config: ModelConfig, error: Exception) -> str:
     return f"model.name {config.name} cannot be loaded ({type(error).__name__}): {reason}"
 
 
+NOISE = (
+    *("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"),
+    *("jitter_noise", "router_jitter_noise", "input_jitter_noise"),  # of routers
+)
+
+
 def turn_dropout_off(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in training too (Ziegler et al., arXiv 1909.08593, p. 3)."""
+    """Set every dropout probability, and the noise of routers, to 0, in training too.
+
+    Source for dropout: Ziegler et al., arXiv 1909.08593, p. 3.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
+        for name in NOISE:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 
