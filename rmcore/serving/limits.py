@@ -50,7 +50,7 @@ class Limits:
     @property
     def values(self) -> int:
         """Texts, numbers, lists and objects in the body of a request."""
-        return 128 * self.texts
+        return max(1 << 19, 128 * self.texts)
 
     @property
     def bytes_held(self) -> int:

@@ -109,6 +109,7 @@ def test_standard_input_has_the_same_limit(small_limit: None, monkeypatch: pytes
         list(read_rows(None))
 
 
+@pytest.mark.slow
 def test_many_large_rows_are_not_held_together(tmp_path: Path) -> None:
     """30 rows of 10 MB: a batch holds a few of them."""
     bomb(tmp_path / "rows.jsonl.gz", b"", b'{"chosen": "' + b"a" * 10_000_000 + b'"}\n', 30)
