@@ -128,7 +128,7 @@ def _rows_inside(value: Any, file: Path) -> list[Any] | None:
     if not isinstance(value, dict):
         return None
     column = value.get("chosen")
-    if isinstance(column, list | dict) and column:
+    if column and all(isinstance(inner, list | dict) for inner in value.values()):
         texts = all(isinstance(item, str) for item in column) if isinstance(column, list) else "0" in column
         if texts:
             raise UserError(f"{file}: holds columns, not rows; write one object per row (pandas: orient='records')")

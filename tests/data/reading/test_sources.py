@@ -228,10 +228,13 @@ def test_json_documents_of_any_layout_hold_the_same_rows(name: str, tmp_path: Pa
         assert place(source, 1) in (f"{tmp_path / name} row 2", f"{tmp_path / name}:3")
 
 
+LISTS = {"prompt": "x", "chosen": ["a", "b"], "rejected": ["c"]}  # as in RewardBench 2
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_single_row_is_no_wrapper(indent: int | None, tmp_path: Path, load) -> None:
     turn = {"role": "user", "content": "x"}
-    for row in ({"chosen": [turn], "rejected": [turn, turn]}, {"messages": [turn], "extra": [turn]}, {"a": 1}):
+    for row in ({"chosen": [turn], "rejected": [turn, turn]}, {"messages": [turn], "extra": [turn]}, {"a": 1}, LISTS):
         (tmp_path / "a.json").write_text(json.dumps(row, indent=indent), encoding="utf-8")
         assert rows_of(load(tmp_path / "a.json")) == [row]
 
