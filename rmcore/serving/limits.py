@@ -73,6 +73,11 @@ def check_rows(rows: Sequence[Mapping[str, Any]], limits: Limits) -> None:
     serialised = next((name for row in rows for name in MANY if isinstance(row.get(name), str)), None)
     if serialised is not None:  # a file may hold lists as text; here the texts are counted before anything is parsed
         raise Refused(422, f"{serialised} must be a list of answers")
+    for row in rows:  # other cells may hold JSON as text, such as turns, which is parsed later
+        for name, value in row.items():
+            is_json = isinstance(value, str) and len(value) > limits.values and value.lstrip()[:1] in ("[", "{")
+            if is_json and _values(value.encode("utf-8", "replace"), limits.values) > limits.values:
+                raise Refused(422, f"the JSON in {name[:40]} has more than {limits.values} values")
     answers = [next((row[name] for name in (*MANY, "texts") if isinstance(row.get(name), list)), None) for row in rows]
     pairs = ["chosen" in row and "rejected" in row for row in rows]
     counts = [2 if pair else 1 if found is None else len(found) for found, pair in zip(answers, pairs, strict=True)]
@@ -104,13 +109,18 @@ def check_body(body: bytes, limits: Limits) -> None:
     """Raises Refused if a body of JSON has too many values, without parsing it: `[],[],[]` takes 20 times its size."""
     if b"\0" in body:  # UTF-16 and UTF-32, which Python would read as JSON too
         raise Refused(400, "the body is not JSON in UTF-8")
-    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    values = bare.count(b'"') // 4  # a key and a text have two quotation marks each
-    if values <= limits.values:
-        outside = re.sub(rb'"[^"]*"', b"", bare)
-        values = outside.count(b",") + outside.count(b"[") + outside.count(b"{")
-    if values > limits.values:
+    if _values(body, limits.values) > limits.values:
         raise Refused(422, f"the body has more than {limits.values} values")
+
+
+def _values(text: bytes, most: int) -> int:
+    """How many values JSON has, by its commas and brackets outside of texts; a lower bound if they exceed `most`."""
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    values = bare.count(b'"') // 4  # a key and a text have two quotation marks each
+    if values > most:
+        return values
+    outside = re.sub(rb'"[^"]*"', b"", bare)
+    return outside.count(b",") + outside.count(b"[") + outside.count(b"{")
 
 
 def _characters(value: Any) -> int:
