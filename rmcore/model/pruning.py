@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import AttentionLayout
@@ -75,6 +76,11 @@ class ScoredRows:
         return (visible_AT & (behind_AT < window) if window else visible_AT), behind_AT
 
 
+# Without cuDNN, which PyTorch prefers on recent GPUs: it builds a plan for every new number of answers and tokens, and
+# nearly every micro batch has new ones.
+_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def scored_attention(
     query_AHK: Tensor, key_TGK: Tensor, value_TGV: Tensor, visible_AT: Tensor, behind_AT: Tensor, terms: Terms
 ) -> Tensor:
@@ -91,7 +97,8 @@ def scored_attention(
         query, key, value = (x.to(value_TGV.dtype).transpose(0, 1) for x in (query_AHK, key_TGK, value_TGV))
         key, value = (x.repeat_interleave(share, 0) if share > 1 else x for x in (key, value))
         mask = visible_AT[None, None]
-        out = F.scaled_dot_product_attention(query[None], key[None], value[None], mask, scale=terms.scale)
+        with sdpa_kernel(_BACKENDS):
+            out = F.scaled_dot_product_attention(query[None], key[None], value[None], mask, scale=terms.scale)
         return out.squeeze(0).transpose(0, 1)
     wide = torch.float64 if query_AHK.dtype == torch.float64 else torch.float32
     with torch.autocast(query_AHK.device.type, enabled=False):
