@@ -170,7 +170,7 @@ sys.exit(rmcore.prepare.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_no_process_outlives_the_preparation(tmp_path: Path, number: signal.Signals) -> None:
     config_of(tmp_path, "cache")
     given = ["model.name=synthetic", f"data.train.path={tmp_path / 'rows.jsonl'}", "data.template=simple_chat"]
