@@ -92,23 +92,23 @@ def check_all(config: Config) -> Checks:
 
     checks.run("data", data, needs=("tokenizer", "template"))
     checks.run("plan", lambda: _plan(config, found["data"].train), needs=("data",))
-    checks.run("export", lambda: _export(config, found["tokenizer"], found["data"]), needs=("model", "data"))
+    checks.run("export", lambda: _export(found["config"], found["tokenizer"], found["data"]), needs=("model", "data"))
     checks.run("run.dir", lambda: _run_directory(config, found.get("export")))
     return checks
 
 
 def _config(config: Config) -> tuple[Any, str, list[str]]:
-    """What the run trains on what, and its precision if it ran on this machine."""
+    """What the run trains on what, and its config with the precision that it would have on this machine."""
     import torch
 
     from rmcore.parallel.precision import bf16_of, with_precision
 
     data = ", ".join(source.path for source in config.data.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, lines = with_precision(config, bf16_of(device))
+    resolved, lines = with_precision(config, bf16_of(device))
     warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
     notes = [f"\non this machine {line}" for line in lines if not line.startswith("warning: ")]
-    return config, f"{config.model.name} on {data}{''.join(notes)}", warnings
+    return resolved, f"{config.model.name} on {data}{''.join(notes)}", warnings
 
 
 def _tokenizer(config: Config) -> tuple[Any, str, list[str]]:
