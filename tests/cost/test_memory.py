@@ -90,7 +90,7 @@ def test_a_model_that_fails_on_fake_tensors_gets_the_rule_of_thumb(monkeypatch: 
 
 
 def config_of(**parallel: str) -> Config:
-    values = {"model": {"name": "m"}, "data": {"train": {"path": "p"}}, "parallel": parallel}
+    values = {"model": {"name": "m"}, "data": {"train": {"path": "p"}}, "parallel": {"precision": "bf16", **parallel}}
     return Config.model_validate(values)
 
 

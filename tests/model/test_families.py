@@ -12,7 +12,7 @@ from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.model.backbone import decoder_layers, load_model
 from rmcore.model.classifier import classifier_class, decoder_class, is_made, text_model, text_prefix, towers
-from rmcore.model.lazy_model import open_lazy_model
+from rmcore.model.lazy_model import NeedsWholeModel, open_lazy_model
 from rmcore.model.meta_model import model_on_meta, set_padding
 
 ARGUMENTS = {"seed": 7, "vocabulary": 270, "pad_token_id": 0}  # 264 rows grow to 272
@@ -122,6 +122,11 @@ def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"experts of model\.layers\.\d+\.mlp\.experts"):
         open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS)
+
+
+def test_a_weight_that_is_made_of_several_others_needs_the_whole_model(tmp_path: Path) -> None:
+    with pytest.raises(NeedsWholeModel, match=r"makes model\.layers\.0\.self_attn\.conv1d\.weight of several weights"):
+        open_lazy_model(ModelConfig(name=str(stored("kimi_linear", tmp_path))), **ARGUMENTS)
 
 
 def test_layers_of_several_classes_are_one_list() -> None:

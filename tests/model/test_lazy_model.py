@@ -156,13 +156,6 @@ def test_shapes_and_files_that_do_not_fit(tmp_path: Path) -> None:
         open_lazy_model(ModelConfig(name=str(base)), **ARGUMENTS)
 
 
-def test_fused_experts_are_loaded_whole(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(**FAMILIES["llama"][1], num_local_experts=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    with pytest.raises(NeedsWholeModel, match="mixtral"):
-        open_lazy_model(ModelConfig(name=str(tmp_path / "base")), **ARGUMENTS)
-
-
 RUN = [
     "data.train.path=synthetic",
     "data.template=none",

@@ -154,7 +154,8 @@ def test_small_data_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 PREPARE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands with SIGINT ignored
 from rmcore.data.tokens import build, workers
 import rmcore.prepare, rmcore.tracking.data_progress as shown
 build.CHUNK_ROWS, workers.WORTH_SECONDS = 8, -1.0
