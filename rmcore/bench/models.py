@@ -201,7 +201,9 @@ def one_line(error: Exception, directory: str | None = None) -> str:
 
 SHARED_KV = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 ODD: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text"), MROPE),
     "bamba": {**MAMBA2, "attn_layer_indices": [1, 3]},
     "codegen": {"n_ctx": 512, "rotary_dim": 4},
     "dbrx": {

@@ -203,7 +203,7 @@ def unreadable(config: ModelConfig, error: Exception) -> str:
 
 NOISE = (
     *("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"),
-    *("jitter_noise", "router_jitter_noise", "input_jitter_noise"),  # of routers
+    *("jitter_noise", "input_jitter_noise"),  # of routers
 )
 
 

@@ -55,7 +55,13 @@ def choose_path(
         UserError: none of the paths to try is exact.
     """
     model.use(PADDED)
-    oracle = rewards_alone(model, data, numbers, device)
+    try:
+        oracle = rewards_alone(model, data, numbers, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # some models with towers cannot run on text alone
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{type(model.backbone).__name__} cannot compute the reward of a text: {reason}") from error
     tolerance = _tolerance(model, data, numbers, device, oracle)
     if half is not None:
         with half:
