@@ -233,7 +233,10 @@ def load_template(
     if "eos_token" in source and own != "tokenizer":
         _require_eos(name, special_tokens)
     tree = _parsed(source, origin)
-    reads = what_it_reads(tree)
+    try:
+        reads = what_it_reads(tree)
+    except RecursionError as error:
+        raise _too_large(origin, error) from None
     own_names, day = reads.variables or frozenset(), None
     warnings = tuple(_unread(variables or {}, own_names, name))
     source = "".join(f"{{%- if {key} is not defined %}}{{%- set {key} = {value!r} %}}{{%- endif %}}"
