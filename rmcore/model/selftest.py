@@ -59,9 +59,9 @@ def choose_path(
         oracle = rewards_alone(model, data, numbers, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # some models with towers cannot run on text alone
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{type(model.backbone).__name__} cannot compute the reward of a text: {reason}") from error
+    except Exception as cause:  # some models with towers cannot run on text alone
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        raise UserError(f"{type(model.backbone).__name__} cannot compute the reward of a text: {reason}") from cause
     tolerance = _tolerance(model, data, numbers, device, oracle)
     if half is not None:
         with half:

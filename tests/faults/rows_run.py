@@ -120,7 +120,8 @@ def row_07(folder: Path) -> str:
         shutil.rmtree(disk / "run")
         (disk / "filler").write_bytes(bytes(size))
         refused = run(disk / "run", arguments(folder), 2)
-        assert refused.codes == [2, 2] and "3 checkpoints of 0.00435 GB and the exported model of 0.00145 GB need 0.013 GB" in refused.text, refused.text
+        room = "3 checkpoints of 0.00435 GB and the exported model of 0.00145 GB need 0.013 GB"
+        assert refused.codes == [2, 2] and room in refused.text, refused.text
     return "checkpoint step 4 failed: No space left, needed and free space; step 2 kept; resumed; refused at the start"
 
 
