@@ -1,9 +1,10 @@
-"""Two campaigns at random: kill -9 anywhere, and damage to any file of a checkpoint. The seed decides everything.
+"""Two campaigns at random: an end anywhere, and damage to any file of a checkpoint. The seed decides everything.
 
-`kills(folder, cases, seed)`: a run of two ranks is killed at a random rank, step and point, under random settings. What
-it left is resumed on 1, 2 and 4 ranks. On 2 ranks the final weights must equal those of the uninterrupted run to the
-last bit. On other world sizes they must be equal within the rounding of fp32; in bf16 no such bound holds, so the run
-must complete with finite weights. The data order must be the same everywhere.
+`kills(folder, cases, seed)`: a run of two ranks is killed, or gets a signal to stop, at a random rank, step and point,
+under random settings. After a signal it must save, and exit with 3 on both ranks. What it left is resumed on 1, 2 and 4
+ranks. On 2 ranks the final weights must equal those of the uninterrupted run to the last bit. On other world sizes they
+must be equal within the rounding of fp32; in bf16 no such bound holds, so the run must complete with finite weights. The
+data order must be the same everywhere.
 `damages(folder, cases, seed)`: bytes are flipped, files truncated or deleted in the checkpoints of a run. What starts
 afterwards restores exactly what a good checkpoint held, or refuses. It runs without training, in one process.
 """
@@ -29,13 +30,14 @@ PASSES = {
     "save.begin": 4, "save.copy": 4, "save.open": 4, "save.write": 4 * 20, "save.sync": 4,
 }  # fmt: skip
 PASSES_OF_MAIN = {"save.manifest": 4, "save.rename": 4, "save.parent": 4, "retain.trash": 2, "retain.delete": 2}
+ENDS = (*["kill"] * 6, "term", "int", "hup", "quit", "usr1", "usr2")  # actions of tests/harness/crash.py
 STRATEGIES = ("ddp", "ddp", "zero1", "zero2", "zero3", "hsdp")
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """The settings of one run, where it is killed, and whether it is killed once more while it resumes."""
+    """The settings of one run, how and where it ends, and whether it is killed once more while it resumes."""
 
     strategy: str
     precision: str
@@ -59,7 +61,7 @@ class Case:
     def __str__(self) -> str:
         settings = f"{self.strategy}{' with LoRA' if self.lora else ''}, {self.precision}, {self.evals} evaluations"
         settings += f", recompute {self.recompute}, {'background' if self.background_save else 'blocking'} save"
-        killed = f"kill rank {self.kill.rank} at {self.kill.point} number {self.kill.nth}"
+        killed = f"{self.kill.action} rank {self.kill.rank} at {self.kill.point} number {self.kill.nth}"
         return f"{settings}: {killed}" + (f", and rank {self.again.rank} at {self.again.point}" if self.again else "")
 
 
@@ -69,10 +71,11 @@ def draw_case(seed: int, number: int) -> Case:
     strategy = rng.choice(STRATEGIES)
     evals = rng.choice((0, 2))
     point = rng.choice([*PASSES, *PASSES_OF_MAIN, *(["evaluate"] if evals else [])])
+    action = rng.choice(ENDS)
     if point in PASSES_OF_MAIN:
-        kill = Fault(point, "kill", 0, rng.randint(1, PASSES_OF_MAIN[point]))
+        kill = Fault(point, action, 0, rng.randint(1, PASSES_OF_MAIN[point]))
     else:
-        kill = Fault(point, "kill", rng.randrange(2), rng.randint(1, {**PASSES, "evaluate": evals}[point]))
+        kill = Fault(point, action, rng.randrange(2), rng.randint(1, {**PASSES, "evaluate": evals}[point]))
     again = None
     if rng.random() < 0.2:
         again = Fault(rng.choice(["resume.verify", "resume.read", "compute"]), "kill", rng.randrange(2))
@@ -107,7 +110,13 @@ def _check(case: Case, folder: Path, what: str) -> int:
     given = arguments(folder, *settings)
     whole = reference(folder, *settings, size=2)
     killed = run(folder / "killed", given, 2, [case.kill])
-    assert killed.codes[case.kill.rank] == -signal.SIGKILL, f"{what}: it was not killed\n{killed.text}"
+    if case.kill.action == "kill":
+        assert killed.codes[case.kill.rank] == -signal.SIGKILL, f"{what}: it was not killed\n{killed.text}"
+    elif killed.codes == [0, 0]:  # the signal came after the last step
+        assert same(killed, whole) and killed.order == whole.order, what
+        return 1
+    else:
+        assert killed.codes == [3, 3] and killed.status["status"] == "preempted", f"{what}\n{killed.text}"
     if case.again:
         second = run(killed.directory, given, 2, [case.again])
         if second.codes == [0, 0]:  # killed after the last step: there was nothing to compute, and it is complete

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import damages, draw_case, kills
+from tests.faults.campaign import ENDS, damages, draw_case, kills
 from tests.harness.seed import random_seed
 
 pytestmark = pytest.mark.distributed
@@ -38,4 +38,5 @@ def test_the_cases_cover_all_settings() -> None:
     assert cases == [draw_case(1, number) for number in range(100)], "the seed decides"
     assert len({(case.strategy, case.precision) for case in cases}) == 10
     assert len({(case.evals, case.recompute, case.background_save) for case in cases}) == 8
+    assert {case.kill.action for case in cases} == set(ENDS)
     assert any(case.lora for case in cases) and all(case.strategy == "ddp" for case in cases if case.lora)
