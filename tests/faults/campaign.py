@@ -3,8 +3,8 @@
 `kills(folder, cases, seed)`: a run of two ranks is killed, or gets a signal to stop, at a random rank, step and point,
 under random settings. After a signal it must save, and exit with 3 on both ranks. What it left is resumed on 1, 2 and 4
 ranks. On 2 ranks the final weights must equal those of the uninterrupted run to the last bit. On other world sizes they
-must be equal within the rounding of fp32; in bf16 no such bound holds, so the run must complete with finite weights. The
-data order must be the same everywhere.
+must be equal within the rounding of fp32; in bf16 no such bound holds, so the run must complete with finite weights.
+The data order must be the same everywhere.
 `damages(folder, cases, seed)`: bytes are flipped, files truncated or deleted in the checkpoints of a run. What starts
 afterwards restores exactly what a good checkpoint held, or refuses. It runs without training, in one process.
 """
