@@ -97,7 +97,7 @@ def test_a_fault_is_one_clear_message(fault, tmp_path):
     file.write_bytes(content)
     told = refused([*BASE, f"data.train.path={file}", f"data.cache={tmp_path / 'cache'}", *more])
     assert all(part in told for part in wanted), told
-    assert "Traceback" not in told and "1 of 7 checks failed" in told and len(told) < 1500 + 3 * len(str(tmp_path))
+    assert "Traceback" not in told and "1 of 8 checks failed" in told and len(told) < 1500 + 3 * len(str(tmp_path))
 
 
 TRAINED = ["18 missing field", "21 every pair filtered", "25 unknown template", "27 model, not cached"]
