@@ -139,15 +139,19 @@ class Service:
     def _advance(self, steps: Iterator[Encoded | None], deadline: float) -> Encoded | None:
         """Do a part of the work on a request; the result once it is complete. Raises Refused, TimeoutError."""
         began = time.monotonic()
-        with until(deadline, self.limits.characters):
-            for result in steps:
-                if result is not None:
-                    return result
-                now = time.monotonic()
-                if now > deadline:
-                    raise TimeoutError
-                if now > began + SLICE_SECONDS:
-                    return None
+        try:
+            with until(deadline, self.limits.characters):
+                for result in steps:
+                    if result is not None:
+                        return result
+                    now = time.monotonic()
+                    if now > deadline:
+                        raise TimeoutError
+                    if now > began + SLICE_SECONDS:
+                        return None
+        except Refused as error:
+            # At the deadline a rendering is stopped, which reads as if its template did too much.
+            raise (TimeoutError() if time.monotonic() > deadline else error) from None
         raise AssertionError("the last step gives the result")
 
     def _encode(self, asked: Sequence[Asked]) -> Iterator[Encoded | None]:
