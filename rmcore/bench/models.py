@@ -181,7 +181,7 @@ def exact(family: str, checkpoint: Path, exported: Path) -> Result:
         towers=towers(hf_model),
     )
     export_model({name: tuple(t.shape) for name, t in state.items()}, state.items(), package, exported, probe)
-    where = "loads in vLLM by its decoder's name, and in rmcore" if is_made(type(hf_model)) else "loads in transformers"
+    where = "loads in rmcore" if is_made(type(hf_model)) else "loads in transformers"
     return Result(family, "exact", path, model.pruned, f"exported, {where}", line)
 
 

@@ -48,7 +48,7 @@ class Change(NamedTuple):
 def changes(before: dict[str, Any], config: Config) -> list[Change]:
     """Every key whose value differs, except `FREE` ones and keys that the older configuration does not have.
 
-    Without data.date a run keeps the date on which it began, so that is no change.
+    Without data.date a run keeps the date on which it began, so the date has not changed.
     """
     after = config.model_dump(mode="json")
     found = []

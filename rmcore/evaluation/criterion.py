@@ -1,4 +1,4 @@
-"""Compares the evaluations of a run: which one is the best, and for how many the run has not improved.
+"""Compares the evaluations of a run: which one is the best, and how many came after it without an improvement.
 
 Input: run.best_metric, and the logged metrics of an evaluation. Output: a `Quality`, of which a larger one is better;
 a `Progress`, which counts.
@@ -115,7 +115,7 @@ class Progress:
         return cls(criterion.name, None if best is None else tuple(best), stored["step"], stored["since"])
 
     def after(self, step: int, quality: Quality | None) -> Progress:
-        """The progress after one more evaluation. An equal quality is no improvement."""
+        """The progress after one more evaluation. An equal quality does not count as an improvement."""
         if quality is not None and (self.best is None or quality > self.best):
             return Progress(self.metric, quality, step)
         return replace(self, since=self.since + 1)

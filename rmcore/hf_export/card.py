@@ -50,6 +50,16 @@ reward = output.outputs.data.item()
 ```
 """
 
+# Of a class that rmcore made: (what the text above has, what it has here).
+MADE = (
+    ("With transformers:", "Transformers has no class for this model. With rmcore (vLLM has not been tried):"),
+    (
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
+        "from transformers import AutoConfig, AutoTokenizer\n\nfrom rmcore.model.classifier import classifier_class\n",
+    ),
+    ("AutoModelForSequenceClassification", 'classifier_class(AutoConfig.from_pretrained("{name}"))'),
+)
+
 NORMALISED = """
 `config.json` holds the mean and deviation of the rewards of held-out answers: `"pooler_config": {stored}`. The weights
 are not changed, so the code above gives raw rewards. `rmcore score --normalise` and `rmcore serve --normalise` return
@@ -92,6 +102,7 @@ def model_card(
     data: TokenizedComparisons | None = None,
     metrics: Mapping[str, Any] | None = None,
     normalisation: Normalisation | None = None,
+    made: bool = False,
 ) -> str:
     """README.md of the exported directory.
 
@@ -101,6 +112,7 @@ def model_card(
         data: the prepared training data; None if it is no longer available.
         metrics: of the last evaluation, as `Evaluations.metrics`; None or empty without evaluation.
         normalisation: the mean and deviation that config.json holds.
+        made: transformers has no class for the model (rmcore.model.classifier.is_made).
     """
     base = config.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
@@ -108,7 +120,10 @@ def model_card(
     if HUB_ID.fullmatch(base) and not os.path.isdir(base):
         front["base_model"] = base
     name = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
-    use = USE.format(name=name, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
+    use = USE
+    for ours, theirs in MADE if made else ():
+        use = use.replace(ours, theirs)
+    use = use.format(name=name, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
     if normalisation is not None:
         stored = normalisation.stored()
         use += NORMALISED.format(name=name, stored=json.dumps(stored), **stored)

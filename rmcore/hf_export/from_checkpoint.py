@@ -37,7 +37,7 @@ from rmcore.hf_export.parity import Probe
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.model.backbone import load_model, load_model_config, position_limit
-from rmcore.model.classifier import brings_code, text_model, towers
+from rmcore.model.classifier import brings_code, is_made, text_model, towers
 from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
 from rmcore.model.meta_model import model_on_meta
@@ -75,6 +75,7 @@ def export(
             data=loaded.data.train if loaded.data else None,
             metrics=from_log(manifest.figures or {}),
             normalisation=normalisation,
+            made=is_made(type(trained.hf_model)),
         ),
         config_yaml=config.dump_yaml(),
         normalisation=normalisation,

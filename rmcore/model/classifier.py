@@ -5,8 +5,8 @@ Otherwise it is made of the family's base class and a score head, and has the na
 Example: OlmoeConfig -> OlmoeForSequenceClassification, made here. Gemma4Config (a text model with towers for images and
 sound) -> Gemma4ForSequenceClassification; its text model is `model.language_model`, and its towers never run.
 
-Other programs know such a class by its name: for an architecture OlmoeForSequenceClassification in config.json, vLLM
-takes its decoder OlmoeForCausalLM and adds the score head. Plain transformers cannot load it.
+Plain transformers has no such class and cannot load its exports; rmcore can. The name is for programs that look for the
+decoder by it.
 """
 
 from collections.abc import Hashable, Mapping

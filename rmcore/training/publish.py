@@ -26,6 +26,7 @@ from rmcore.hf_export.upload import push
 from rmcore.host.cores import usable_cores
 from rmcore.host.faults import fault
 from rmcore.host.memory import available_memory
+from rmcore.model.classifier import is_made
 from rmcore.model.lazy_model import open_exported
 from rmcore.model.lora import merged
 from rmcore.parallel.fsdp import materialise, shard
@@ -98,6 +99,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
             wants_text=run.data.template.wants_text,
             data=run.data.train,
             metrics=evaluations.metrics if evaluations else None,
+            made=is_made(run.model_class),
         ),
         config_yaml=config.dump_yaml(),
         towers=run.towers,

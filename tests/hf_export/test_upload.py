@@ -42,6 +42,8 @@ def test_the_card_says_where_it_comes_from() -> None:
     assert "ECE 0.0300, Brier score 0.2100" in card and "Best of" not in card
     assert "| all | 2,000 | 0.7500 | 0.7000 to 0.8000 | 0.5500 | 0.5000 |" in card and "| harmless | 7 |" in card
     assert """--pooler-config '{"logit_mean": 0.5, "logit_sigma": 4.0}'""" in card
+    made = model_card(run_config(), wants_text=True, made=True)
+    assert "classifier_class(AutoConfig.from_pretrained(" in made and "AutoModelForSequenceClassification" not in made
     local = model_card(run_config(), wants_text=True)
     assert "base_model" not in local and "had no evaluation" in local and "eos_token" in local
     assert "counts were not available" in local and "pooler" not in local.replace('runner="pooling"', "")

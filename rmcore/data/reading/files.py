@@ -104,7 +104,7 @@ def read_files(
     `columns` (rmcore's names -> those of the data): only the columns that a comparison then reads must fit in all
     files, and others that do not fit are left out. Without it, all columns must fit.
 
-    Raises UserError: "FILE:LINE: reason" for the first malformed row, if columns do not fit, or if there is no row.
+    Raises UserError: "FILE:LINE: reason" for the first malformed row, if columns do not fit, or without any row.
     """
     for file in files:
         refuse_lfs_pointer(file)
