@@ -1,4 +1,4 @@
-"""Writes a directory that plain transformers, vLLM, SGLang and RewardBench load, and proves it by reloading.
+"""Writes a directory for plain transformers, vLLM, SGLang and RewardBench, and proves it by reloading.
 
 Input: the reward model's weights, one after the other, its Hugging Face config, the tokenizer and the template.
 Output: a directory with safetensors files, config.json (one label, problem_type regression, a padding token that is not

@@ -1,7 +1,8 @@
-"""Checks that an exported directory is the trained model: plain transformers must give the engine's rewards.
+"""Checks that an exported directory is the trained model: reloaded, it must give the engine's rewards.
 
 Input: the reloaded model, a few texts as token ids, and the engine's rewards for them.
-Output: the largest difference of the rewards, or an `ExportError`. None of rmcore's code computes the reloaded rewards.
+Output: the largest difference of the rewards, or an `ExportError`. Plain transformers computes the reloaded rewards; of
+a model that it has no class for, it computes all but the score head (rmcore.model.classifier).
 Example: rewards [0.3127, -1.0442] and [0.3127, -1.0442]: `Parity(difference=1.2e-07, allowed=1e-05)`.
 """
 
@@ -49,21 +50,26 @@ class Probe:
 class Parity:
     """The largest difference between the reloaded model's rewards and the engine's, and the largest allowed one.
 
-    `left`: why texts must not be padded on the left; empty for most models.
+    `left`: why texts must not be padded on the left. `made`: a class that transformers does not have. Most models have
+    neither.
     """
 
     difference: float
     allowed: float
     left: str = ""
+    made: str = ""
 
     @property
     def notes(self) -> list[str]:
         """Facts that users of the model should know."""
-        return [f"note: pad this model's texts on the right, never on the left: {self.left}"] if self.left else []
+        return [
+            *([f"note: pad this model's texts on the right, never on the left: {self.left}"] if self.left else []),
+            *([f"note: transformers has no class {self.made}: the model loads in rmcore"] if self.made else []),
+        ]
 
 
 def reloaded(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The directory as plain transformers loads it, in fp32.
+    """The directory as plain transformers loads it, in fp32; where that has no class, as rmcore does.
 
     Raises ExportError: weights are missing, unexpected or of another shape.
     """
@@ -123,7 +129,8 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     precision = max(written, probe.precision, key=UNIT_ROUNDOFF.__getitem__)
     allowed = allowed_difference(precision, layers, scale, alone)
     engine = torch.tensor(list(probe.rewards), dtype=torch.float64)
-    return Parity(_compare("reloaded", alone, "the engine's", engine, allowed), allowed, left)
+    made = type(model).__name__ if is_made(type(model)) else ""
+    return Parity(_compare("reloaded", alone, "the engine's", engine, allowed), allowed, left, made)
 
 
 def depth(model: PreTrainedModel) -> int:
