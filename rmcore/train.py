@@ -72,7 +72,7 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
         bad_steps.note_spike(interval)
         heartbeat.report_slow_rank(tracker)
 
-    with signals.deferred(), saver, loader:
+    with signals.deferred(world), saver, loader:
         for step, micro_batches in loader:
             lr = learning_rate(config.optim, step.index, plan.steps)
             set_learning_rate(optimizer, lr)

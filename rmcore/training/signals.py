@@ -67,11 +67,16 @@ class Signals:
                 signal.signal(number, handler)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal only sets `received`; the code inside checks it and raises Stopped itself."""
+    def deferred(self, world: World) -> Iterator[None]:
+        """Inside, a signal only sets `received`; the code inside checks it and raises Stopped itself.
+
+        At the end the ranks compare what they received, a collective, and all of them raise Stopped or none does: a
+        signal may reach one rank after the last check inside.
+        """
         self._deferred = True
         try:
             yield
+            self.received = any_rank_max(world, [self.received])[0]
         finally:
             self._deferred = False
         if self.received:

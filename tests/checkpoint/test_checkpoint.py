@@ -272,3 +272,14 @@ def test_only_changes_that_matter_are_reported() -> None:
     after = load_config(None, [*base, "optim.lr=1e-5", "log.every=3", "parallel.strategy=zero2", "run.seed=4"])
     assert [str(change) for change in changes(before, after)] == ["optim.lr: 3e-06 -> 1e-05", "run.seed: 1 -> 4"]
     assert changes({}, after) == [], "keys that an older version does not have"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_signal_to_one_rank_during_the_last_save_stops_all_ranks(tmp_path: Path, background: str) -> None:
+    """The loop agreed for the last time before this save; rank 0, which got no signal, must not start the export."""
+    more = f"run.background_save={background}"
+    stopped = run(tmp_path / "run", arguments(tmp_path, more), 2, [Fault("save.open", "int", 1, 4)])
+    assert stopped.codes == [3, 3] and stopped.status["status"] == "preempted", stopped.text
+    resumed = run(stopped.directory, arguments(tmp_path, more), 2)
+    assert resumed.codes == [0, 0] and same(resumed, reference(tmp_path, more)), resumed.text
