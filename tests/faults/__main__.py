@@ -2,7 +2,7 @@
 
 python -m tests.faults --table                 the 32 rows of the fault matrix: fault, expected, seen
 python -m tests.faults --table 7 12            some rows
-python -m tests.faults --kills 100 --seed 1    kill -9 or a signal at random points, resumed on 1, 2 and 4 ranks
+python -m tests.faults --kills 100 --seed 1    kill -9, signals, lost consoles and full disks at random points, resumed
 python -m tests.faults --damages 500 --seed 1  random damage to checkpoint files
 python -m tests.faults                         all of it
 """

@@ -1,10 +1,11 @@
 """Two campaigns at random: an end anywhere, and damage to any file of a checkpoint. The seed decides everything.
 
-`kills(folder, cases, seed)`: a run of two ranks is killed, or gets a signal to stop, at a random rank, step and point,
-under random settings. After a signal it must save, and exit with 3 on both ranks. What it left is resumed on 1, 2 and 4
-ranks. On 2 ranks the final weights must equal those of the uninterrupted run to the last bit. On other world sizes they
-must be equal within the rounding of fp32; in bf16 no such bound holds, so the run must complete with finite weights.
-The data order must be the same everywhere.
+`kills(folder, cases, seed)`: a run of two ranks is killed, gets a signal to stop, loses its console or fills its disk,
+at a random rank, step and point, under random settings. After a signal it must save, and exit with 3 on both ranks;
+without a console it must complete; on a full disk it must complete or stop with one sentence. What it left is resumed
+on 1, 2 and 4 ranks. On 2 ranks the final weights must equal those of the uninterrupted run to the last bit. On other
+world sizes they must be equal within the rounding of fp32; in bf16 no such bound holds, so the run must complete with
+finite weights. The data order must be the same everywhere.
 `damages(folder, cases, seed)`: bytes are flipped, files truncated or deleted in the checkpoints of a run. What starts
 afterwards restores exactly what a good checkpoint held, or refuses. It runs without training, in one process.
 """
@@ -21,8 +22,9 @@ import numpy as np
 
 from rmcore.checkpoint import directory as names
 from rmcore.checkpoint.directory import steps
-from tests.harness.crash import CONTEXT, Fault, copy_of, run
+from tests.harness.crash import CONTEXT, Fault, Outcome, copy_of, run, scratch_of
 from tests.harness.small_run import ROUNDING, STEPS, arguments, furthest, reference, same
+from tests.harness.tmpfs import small_disk
 
 # point -> how often a rank passes it in a run of eight steps that saves every two and keeps two; and which ranks do
 PASSES = {
@@ -30,7 +32,9 @@ PASSES = {
     "save.begin": 4, "save.copy": 4, "save.open": 4, "save.write": 4 * 20, "save.sync": 4,
 }  # fmt: skip
 PASSES_OF_MAIN = {"save.manifest": 4, "save.rename": 4, "save.parent": 4, "retain.trash": 2, "retain.delete": 2}
-ENDS = (*["kill"] * 6, "term", "int", "hup", "quit", "usr1", "usr2")  # actions of tests/harness/crash.py
+SIGNALS, CONSOLES, DISK = ("term", "int", "hup", "quit", "usr1", "usr2"), ("closed-pipe", "full-console"), "fill"
+ENDS = (*["kill"] * 6, *SIGNALS, *CONSOLES, DISK)  # actions of tests/harness/crash.py
+DISK_BYTES = 24 << 20  # three checkpoints of 4.3 MB and the export fit
 STRATEGIES = ("ddp", "ddp", "zero1", "zero2", "zero3", "hsdp")
 Say = Callable[[str], None]
 
@@ -100,7 +104,7 @@ def kills(folder: Path, cases: int, seed: int, say: Say = print) -> int:
         place = folder / f"case-{number}"
         checked += _check(case, place, what)
         shutil.rmtree(place)
-        say(f"{what}: resumed on 1, 2 and 4 ranks")
+        say(f"{what}: right")
     return checked
 
 
@@ -109,7 +113,12 @@ def _check(case: Case, folder: Path, what: str) -> int:
     settings = case.settings(folder)
     given = arguments(folder, *settings)
     whole = reference(folder, *settings, size=2)
+    if case.kill.action == DISK:
+        return _check_full_disk(case, folder, whole, what)
     killed = run(folder / "killed", given, 2, [case.kill])
+    if case.kill.action in CONSOLES:
+        assert killed.codes == [0, 0] and same(killed, whole) and killed.order == whole.order, f"{what}\n{killed.text}"
+        return 0
     if case.kill.action == "kill":
         assert killed.codes[case.kill.rank] == -signal.SIGKILL, f"{what}: it was not killed\n{killed.text}"
     elif killed.codes == [0, 0]:  # the signal came after the last step
@@ -134,6 +143,23 @@ def _check(case: Case, folder: Path, what: str) -> int:
         else:
             assert resumed.weights and all(np.isfinite(weight).all() for weight in resumed.weights.values()), what
     return 3
+
+
+def _check_full_disk(case: Case, folder: Path, whole: Outcome, what: str) -> int:
+    """The run directory's disk is full from some point on; with room again, the run completes as if nothing happened.
+
+    The tests' own records of the run are kept elsewhere.
+    """
+    given = arguments(folder, *case.settings(folder))
+    with small_disk(folder / "disk", DISK_BYTES) as disk:
+        (folder / "records").mkdir()
+        scratch_of(disk / "run").symlink_to(folder / "records")
+        full = run(disk / "run", given, 2, [case.kill])
+        assert full.codes in ([0, 0], [1, 1]) and "Traceback" not in full.text, f"{what}\n{full.text}"
+        (disk / "filler").unlink()
+        resumed = run(disk / "run", given, 2) if full.codes == [1, 1] else full
+    assert resumed.codes == [0, 0] and same(resumed, whole) and resumed.order == whole.order, f"{what}\n{resumed.text}"
+    return int(full.codes == [1, 1])
 
 
 def damages(folder: Path, cases: int, seed: int, say: Say = print) -> dict[str, int]:

@@ -180,8 +180,10 @@ def _rank(
 
     import rmcore.train
     from rmcore.config import config_from_argv
+    from rmcore.host.terminal import survive_lost_output
     from rmcore.training import heartbeat
 
+    survive_lost_output()  # as `python -m rmcore.train` does
     torch.set_num_threads(1)
     heartbeat.BEAT_SECONDS, heartbeat.LISTEN_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 1.0, 4.0  # one machine is fast
     rmcore.train.running_world = functools.partial(
@@ -288,6 +290,8 @@ def _act(fault: Fault) -> None:
         os.kill(os.getpid(), signal.Signals[f"SIG{fault.action.upper()}"])
     elif fault.action == "raise":
         raise ValueError(f"planted at {fault.point}")
+    elif fault.action in ("closed-pipe", "full-console"):
+        _lose_output(fault.action)
     elif fault.action == "fill":
         fill(_RUN[-1].config.run.dir)
     elif fault.action == "oom":
@@ -314,6 +318,18 @@ def _act(fault: Fault) -> None:
         )
     else:
         raise AssertionError(fault.action)
+
+
+def _lose_output(how: str) -> None:
+    """From here on, both standard streams of this process fail: nobody reads the pipe, or its disk is full."""
+    if how == "closed-pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    os.close(writing)
 
 
 def fill(directory: str) -> None:
