@@ -158,7 +158,8 @@ def _check_full_disk(case: Case, folder: Path, whole: Outcome, what: str) -> int
         assert full.codes in ([0, 0], [1, 1]) and "Traceback" not in full.text, f"{what}\n{full.text}"
         (disk / "filler").unlink()
         resumed = run(disk / "run", given, 2) if full.codes == [1, 1] else full
-    assert resumed.codes == [0, 0] and same(resumed, whole) and resumed.order == whole.order, f"{what}\n{resumed.text}"
+        same_end = same(resumed, whole) and resumed.order == whole.order
+        assert resumed.codes == [0, 0] and same_end, f"{what}\n{resumed.text}"
     return int(full.codes == [1, 1])
 
 
