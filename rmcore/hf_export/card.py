@@ -61,7 +61,7 @@ MADE = (
 )
 
 NORMALISED = """
-`config.json` holds the mean and deviation of the rewards of held-out answers: `"pooler_config": {stored}`. The weights
+`config.json` holds the mean and deviation of {what}: `"pooler_config": {stored}`. The weights
 are not changed, so the code above gives raw rewards. `rmcore score --normalise` and `rmcore serve --normalise` return
 (reward - {logit_mean:.6g}) / {logit_sigma:.6g}. So does vLLM (0.20 or newer) with this option:
 
@@ -120,24 +120,44 @@ def model_card(
     if HUB_ID.fullmatch(base) and not os.path.isdir(base):
         front["base_model"] = base
     name = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
-    use = USE
-    for ours, theirs in MADE if made else ():
-        use = use.replace(ours, theirs)
-    use = use.format(name=name, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
-    if normalisation is not None:
-        stored = normalisation.stored()
-        use += NORMALISED.format(name=name, stored=json.dumps(stored), **stored)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# A reward model on {markdown_text(base)}",
         f"Trained by rmcore {__version__} with the objective `{config.loss.name}`.",
-        "## Use\n\n" + use.rstrip(),
+        "## Use\n\n" + _use(name, wants_text, normalisation, made, "the rewards of held-out answers"),
         "## Data\n\n" + _data(config, data),
         "## Metrics\n\n" + _metrics(metrics or {}),
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
         "## Training\n\n" + TRAINING.format(yaml=markdown_code(config.dump_yaml().strip(), "yaml")),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def converted_card(source: str, *, wants_text: bool, normalisation: Normalisation | None, made: bool) -> str:
+    """README.md of a directory that was not trained here: how to use it, and where it comes from."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
+    front["tags"] = ["reward-model"]
+    if HUB_ID.fullmatch(source) and not os.path.isdir(source):
+        front["base_model"] = source
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# {markdown_text(source)} as a plain reward model",
+        f"Converted by rmcore {__version__}; the reward head is `score`.",
+        "## Use\n\n" + _use("path/to/this/directory", wants_text, normalisation, made, "the original rewards"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(name: str, wants_text: bool, normalisation: Normalisation | None, made: bool, what: str) -> str:
+    """The code that loads the model and computes a reward; `what` the normalisation was measured on."""
+    use = USE
+    for ours, theirs in MADE if made else ():
+        use = use.replace(ours, theirs)
+    use = use.format(name=name, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
+    if normalisation is not None:
+        stored = normalisation.stored()
+        use += NORMALISED.format(name=name, what=what, stored=json.dumps(stored), **stored)
+    return use.rstrip()
 
 
 def _data(config: Config, data: TokenizedComparisons | None) -> str:

@@ -26,7 +26,6 @@ from rmcore.config import Config, UserError, config_from_values
 from rmcore.config.schema import ModelConfig
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.comparisons import TokenizedComparisons
-from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.metrics import from_log
@@ -34,7 +33,7 @@ from rmcore.evaluation.trained import TrainedModel
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
-from rmcore.hf_export.probe import probe_of
+from rmcore.hf_export.probe import built_in, probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.model.backbone import load_model, load_model_config, position_limit
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
@@ -45,8 +44,6 @@ from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.precision import bf16_of, with_precision
 from rmcore.parallel.world import running_world
 from rmcore.scoring.normalisation import Normalisation, measure
-from rmcore.scoring.rows import comparison_of, trial_rows
-from rmcore.scoring.scorer import pack
 from rmcore.tracking.status import read_status
 
 
@@ -181,13 +178,6 @@ def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest) -> No
         read_slices([checkpoint / name for name in sorted(manifest.files)], wanted)
     except Damaged as error:
         raise UserError(f"{checkpoint} does not fit this model: {error}") from None
-
-
-def built_in(template: Template, tokenizer: Any, positions: int | None) -> TokenizedComparisons:
-    """Comparisons of built-in texts, from a few to some hundred words, rendered with the run's template."""
-    encoder = TextEncoder(tokenizer)
-    pairs = [template.render(comparison_of(row, template, where)[0])[1] for row, where in trial_rows()]
-    return pack([[ids[:positions] for ids in encoder.encode(pair)] for pair in pairs])
 
 
 def probe(loaded: Loaded) -> Probe:
