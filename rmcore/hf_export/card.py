@@ -119,7 +119,7 @@ def model_card(
     front["tags"] = ["reward-model", "rmcore"]
     if HUB_ID.fullmatch(base) and not os.path.isdir(base):
         front["base_model"] = base
-    name = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
+    name: Any = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# A reward model on {markdown_text(base)}",

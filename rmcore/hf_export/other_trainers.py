@@ -333,7 +333,8 @@ class Adapter(NamedTuple):
             adapted: Any = peft.get_peft_model(hf_model, settings)
             weights = peft.load_peft_weights(self.source, device="cpu")
             own = {name: tensor for name, tensor in weights.items() if not name.startswith(("v_head.", "value_head."))}
-            unexpected = peft.set_peft_model_state_dict(adapted, own).unexpected_keys
+            result: Any = peft.set_peft_model_state_dict(adapted, own)
+            unexpected = result.unexpected_keys
             merged = adapted.merge_and_unload()
         except UserError:
             raise

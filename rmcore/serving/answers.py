@@ -96,7 +96,9 @@ REFUSALS = {
 
 def responses(answer: type[Answer]) -> dict[int | str, dict[str, Any]]:
     """The answers of an endpoint that computes rewards, by status."""
-    refusals = {status: {"model": Error, "description": why} for status, why in REFUSALS.items()}
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"model": Error, "description": why} for status, why in REFUSALS.items()
+    }
     return {200: {"model": answer, "description": "All rewards."}, **refusals}
 
 
