@@ -9,12 +9,13 @@ The balance of a text in one layer is E/K sum_e f_e P_e: f_e is the fraction of 
 expert e, P_e the mean of the router's normalised score of e, E the number of experts, K those per token. Only P has a
 gradient. It is the sequence-wise auxiliary loss of DeepSeek-V3 (arXiv 2412.19437, eq. 17 to 20), averaged over the
 layers with experts. The Switch loss (arXiv 2101.03961, eq. 4), which transformers computes, multiplies means over all
-tokens of a batch, so that it would depend on the cut of a step into ranks and micro batches. A mean over texts does not.
+tokens of a batch, so it would depend on the cut of a step into ranks and micro batches. A mean over texts does not.
 
 A text is the prompt and one answer. The tokens of a shared prompt are computed once and count in each of its texts.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -46,8 +47,8 @@ class RouterBalance:
         routers = [module for module in backbone.modules() if kind is not None and isinstance(module, kind)]
         if not routers:
             raise UserError(
-                f"loss.router_aux: {type(backbone).__name__} has no routers of experts whose logits transformers records; "
-                "set it to 0"
+                f"loss.router_aux: {type(backbone).__name__} has no routers of experts whose logits transformers "
+                "records; set it to 0"
             )
         scores = _scores_of(routers[0], backbone.config.get_text_config().hidden_size)
         self._routed: list[Routed] | None = None
@@ -111,15 +112,19 @@ def _scores_of(router: nn.Module, width: int) -> Callable[[Tensor], Tensor]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
         for buffer in probe.buffers():
             buffer.zero_()
+        hidden = torch.randn(64, width, generator=generator) * 4.0 / width**0.5
         try:
-            logits, weights, chosen = probe(torch.randn(64, width, generator=generator) / width**0.5 * 4.0)
+            # Some routers are given a bias for each expert, which is 0 here.
+            bias = torch.zeros(next(probe.parameters()).shape[0])
+            logits, weights, chosen = probe(hidden, *[bias] * (len(inspect.signature(probe.forward).parameters) - 1))
             given = (weights / weights.sum(-1, keepdim=True)).float()
             for scores in (_softmax, _sigmoid):
                 picked = scores(logits.float()).gather(1, chosen)
                 if chosen.shape[1] > 1 and torch.allclose(picked / picked.sum(-1, keepdim=True), given, atol=1e-4):
                     return scores
-        except Exception:  # a router with other arguments or outputs
-            pass
+            reason = "its weights are not those of a softmax or of sigmoids"
+        except Exception as error:  # a router with other arguments or outputs
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     raise UserError(
-        f"loss.router_aux: {type(router).__name__} scores experts in a way that rmcore does not know; set it to 0"
+        f"loss.router_aux: rmcore does not know how {type(router).__name__} scores experts ({reason}); set it to 0"
     )

@@ -62,7 +62,7 @@ def engine(model: PreTrainedModel, data: TokenizedComparisons, path: str) -> tup
 def export(
     directory: Path, family: str = "llama", template: str = "simple_chat", tokenizer: Any = None, **changes: Any
 ) -> Probe:
-    """Export a tiny model, of the family or `model`; `changes` replace arguments of `export_model`. Returns the probe."""
+    """Export `model` or a tiny one of the family; `changes` replace arguments of `export_model`. Returns the probe."""
     tokenizer = tokenizer or byte_tokenizer()
     model = changes.pop("model", None) or classifier(family, tokenizer)
     state, probe = engine(model, texts(tokenizer), PADDED if family == "bloom" else SHARED)

@@ -69,9 +69,7 @@ def main(workdir: str, peer: str, *families: str) -> int:
             expected = task["normalised"] if "--pooler-config" in what else task["rewards"]
             difference = max(abs(a - b) for a, b in zip(rewards, expected, strict=True))
             compared = f"{task['family']}, {what}"
-            rows.append(
-                {"client": "vLLM", "version": found["version"], "compared": compared, "difference": difference}
-            )
+            rows.append({"client": "vLLM", "version": found["version"], "compared": compared, "difference": difference})
     lines = [json.dumps(row) for row in rows]
     (folder / "vllm.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print("\n".join(lines))
@@ -93,8 +91,8 @@ def prepared(directory: Path, family: str) -> dict[str, Any]:
         normalisation=normalisation,
     )
     scorer = Scorer(str(directory), ["parallel.precision=fp32"])
-    template = load_template("simple_chat", tokenizer)
-    texts = [tokenizer.apply_chat_template(c, chat_template=template.chat_template, tokenize=False) for c in CONVERSATIONS]
+    chat = load_template("simple_chat", tokenizer).chat_template
+    texts = [tokenizer.apply_chat_template(turns, chat_template=chat, tokenize=False) for turns in CONVERSATIONS]
     rows = [({"messages": conversation}, f"conversation {n}") for n, conversation in enumerate(CONVERSATIONS)]
     scorer.choose_path(rows)
     rewards = [scored.rewards[0] for scored in scorer.rewards(rows)]
