@@ -25,6 +25,7 @@ DOZEN = {
     "gemma3": "shared",
     "llama4": None,
     "deepseek_v3": None,
+    "deepseek_v32": "shared",
     "gemma2": None,
     "bloom": None,
     "mamba2": None,

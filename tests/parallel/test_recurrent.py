@@ -53,8 +53,8 @@ def walk(rendezvous: str, variants: list[list[str]]) -> list[tuple[str, list[dic
             run = assemble(load_config(None, [*RUN, *variant]), world)
             tracker = Kept()
             train(run, tracker)
-            (line,) = (line for line in run.lines if line.startswith("attention "))
-            walks.append((line.split(":")[0], tracker.figures))
+            (line,) = (line for line in run.lines if "; attention " in line)
+            walks.append((line.split("; ")[1].split(":")[0], tracker.figures))
     return walks
 
 

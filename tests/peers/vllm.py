@@ -61,7 +61,10 @@ def main(workdir: str, peer: str, *families: str) -> int:
     tasks = [prepared(folder / family, family) for family in families or FAMILIES]
     (folder / "vllm_tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
     client = Path(__file__).with_name("vllm_client.py")
-    subprocess.run([peer, str(client), "vllm_tasks.json", "vllm_found.json"], cwd=folder, check=True)
+    (folder / "vllm_found.json").unlink(missing_ok=True)
+    done = subprocess.run([peer, str(client), "vllm_tasks.json", "vllm_found.json"], cwd=folder, check=False)
+    if not (folder / "vllm_found.json").exists():
+        return 1
     found = json.loads((folder / "vllm_found.json").read_text(encoding="utf-8"))
     rows = []
     for task, results in zip(tasks, found["results"], strict=True):
@@ -73,7 +76,7 @@ def main(workdir: str, peer: str, *families: str) -> int:
     lines = [json.dumps(row) for row in rows]
     (folder / "vllm.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print("\n".join(lines))
-    return int(not all(row["difference"] <= CLOSE for row in rows))
+    return int(done.returncode != 0 or not all(row["difference"] <= CLOSE for row in rows))
 
 
 def prepared(directory: Path, family: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Runs vLLM on exported models: python tests/peers/vllm_client.py TASKS FOUND, with a Python that has vLLM.
 
 Input: the JSON file that tests/peers/vllm.py wrote. Output: the JSON file FOUND: vLLM's version, and for each model the
-rewards of each way to call it, such as {"LLM.classify": [0.3127, -1.0442]}. This file uses nothing of rmcore.
+rewards of each way to call it, such as {"LLM.classify": [0.3127, -1.0442]}. It is written after each way, so that a
+failure loses none. This file uses nothing of rmcore.
 """
 
 import gc
@@ -23,21 +24,26 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Pa
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-START_SECONDS = 300
+START_SECONDS = 900  # of a server on a machine that is busy
 
 
 def main(tasks: str, found: str) -> None:
     import vllm
 
-    results = []
-    for task in json.loads(Path(tasks).read_text(encoding="utf-8")):
-        rewards = offline(task)
-        rewards |= served(task, "vllm serve, ", [])
+    given = json.loads(Path(tasks).read_text(encoding="utf-8"))
+    results: list[dict[str, list[float]]] = [{} for _ in given]
+
+    def keep(result: dict[str, list[float]], more: dict[str, list[float]]) -> None:
+        result |= more
+        Path(found).write_text(json.dumps({"version": vllm.__version__, "results": results}), encoding="utf-8")
+
+    for task, result in zip(given, results, strict=True):
+        keep(result, offline(task))
+    for task, result in zip(given, results, strict=True):
+        keep(result, served(task, "vllm serve, ", []))
         if task["card_command"]:
             options = shlex.split(task["card_command"])[3:]
-            rewards |= served(task, "vllm serve --pooler-config, ", options)
-        results.append(rewards)
-    Path(found).write_text(json.dumps({"version": vllm.__version__, "results": results}), encoding="utf-8")
+            keep(result, served(task, "vllm serve --pooler-config, ", options))
 
 
 def offline(task: dict[str, Any]) -> dict[str, list[float]]:
