@@ -20,9 +20,13 @@ from rmcore.model.backbone import recompute_activations, turn_dropout_off
 from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import PACKED, PADDED, SHARED, RewardModel
 from rmcore.model.router_balance import RouterBalance
+from rmcore.parallel.world import running_world
+from rmcore.training.assembly import assemble
+from rmcore.validate import main as validate
 from tests.harness.oracle import BOUND, GROUPED, PAD, SMALL, Items, Scored, Wide, assert_close, odd_items, tiny_model
 from tests.harness.oracle import padded as padded_loss
 from tests.harness.ranks import run_ranks
+from tests.harness.small_run import arguments
 from tests.parallel.test_recurrent import walk
 
 WEIGHT = 0.7
@@ -146,6 +150,14 @@ def test_models_without_routers_that_are_understood_are_refused_in_one_sentence(
     phimoe = AutoModel.from_config(tiny_config("phimoe"))  # its weights are no function of one score per expert
     with pytest.raises(UserError, match=r"loss\.router_aux: rmcore does not know how PhimoeTopKRouter scores"):
         RouterBalance(phimoe)
+
+
+def test_a_run_and_its_validation_refuse_a_model_without_routers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    keys = [*arguments(tmp_path), "loss.router_aux=0.1", f"run.dir={tmp_path / 'run'}"]
+    assert validate(keys) == 2
+    assert "loss.router_aux: LlamaModel has no routers" in "".join(capsys.readouterr())
+    with running_world() as world, pytest.raises(UserError, match=r"loss\.router_aux: LlamaModel has no routers"):
+        assemble(load_config(None, keys), world)
 
 
 def test_it_excludes_compilation() -> None:
