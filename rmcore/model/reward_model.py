@@ -26,7 +26,7 @@ from rmcore.model.masks import prepare
 from rmcore.model.objectives import Objective
 from rmcore.model.pruning import Pruning, ScoredRows, only_rows
 from rmcore.model.recurrent.substitute import substitute_scans
-from rmcore.model.router_balance import RouterBalance, balance_A
+from rmcore.model.router_balance import Routed, RouterBalance, balance_A
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -107,8 +107,10 @@ class RewardModel(nn.Module):
     def forward(self, batch: RaggedBatch) -> Output:
         batch, long_T = self.long_rope.separated(batch)
         by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
-        balance = self._balance if torch.is_grad_enabled() else None
-        with balance.recorded() if balance else nullcontext([]) as routed:
+        recorded: AbstractContextManager[list[Routed]] = nullcontext([])
+        if self._balance and torch.is_grad_enabled():
+            recorded = self._balance.recorded()
+        with recorded as routed:
             hidden_TD = by_path.get(self.path, self.packed_hidden)(batch, long_T)
         scored_A = batch.last_token_index_A
         if self._returns_scored_rows:  # hidden_TD has only these rows, in this order

@@ -63,7 +63,8 @@ class RouterBalance:
     @contextmanager
     def recorded(self) -> Iterator[list[Routed]]:
         """Collects what the routers return within, one entry per layer with experts."""
-        self._routed = routed = []
+        routed: list[Routed] = []
+        self._routed = routed
         try:
             yield routed
         finally:
