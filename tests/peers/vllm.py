@@ -2,7 +2,7 @@
 
 Input: a folder to write to, and the Python of an environment with vLLM (tests/peers/vllm.txt).
 Output: WORKDIR/vllm.jsonl, a row for each thing that was compared; exit code 1 if a reward differs by more than 1e-5.
-Example: {"client": "vLLM", "version": "0.32.0", "compared": "llama, LLM.classify", "difference": 4.8e-07}.
+Example: {"client": "vLLM", "version": "0.32.0", "compared": "llama, LLM.classify", "largest_difference": 4.8e-07}.
 
 rmcore exports a tiny random model of each family and computes its rewards with `rmcore score`'s own code. Then
 vllm_client.py loads the directories in its environment: LLM.encode, LLM.classify and LLM.score, the server's /classify
@@ -71,12 +71,12 @@ def main(workdir: str, peer: str, *families: str) -> int:
         for what, rewards in results.items():
             expected = task["normalised"] if "--pooler-config" in what else task["rewards"]
             difference = max(abs(a - b) for a, b in zip(rewards, expected, strict=True))
-            compared = f"{task['family']}, {what}"
-            rows.append({"client": "vLLM", "version": found["version"], "compared": compared, "difference": difference})
+            row = {"client": "vLLM", "version": found["version"], "compared": f"{task['family']}, {what}"}
+            rows.append({**row, "largest_difference": difference})
     lines = [json.dumps(row) for row in rows]
     (folder / "vllm.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print("\n".join(lines))
-    return int(done.returncode != 0 or not all(row["difference"] <= CLOSE for row in rows))
+    return int(done.returncode != 0 or not all(row["largest_difference"] <= CLOSE for row in rows))
 
 
 def prepared(directory: Path, family: str) -> dict[str, Any]:
