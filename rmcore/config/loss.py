@@ -61,6 +61,10 @@ class LossConfig(Section):
         0.25, gt=0, lt=1, description="rao_kupper, davidson: probability of a tie between two equally good answers"
     )
 
+    router_aux: float = Field(
+        0.0, ge=0, description="weight of the balance of a mixture of experts: 1 if texts use all experts equally"
+    )
+
     @property
     def traits(self) -> Traits:
         """The traits of the chosen objective."""
@@ -69,7 +73,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "LossConfig":
         for key, field in type(self).model_fields.items():
-            if key != "name" and key not in self.traits.keys and getattr(self, key) != field.default:
+            if key not in ("name", "router_aux", *self.traits.keys) and getattr(self, key) != field.default:
                 used = ", ".join(f"loss.{one}" for one in self.traits.keys) or "no other key of loss"
                 raise conflict(f"loss.{key}", f"has no effect on loss.name={self.name}, which uses {used}")
         return self

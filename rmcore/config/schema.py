@@ -388,6 +388,8 @@ class Config(Section):
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
+        if self.loss.router_aux and self.parallel.compile:
+            raise conflict("loss.router_aux", "and parallel.compile exclude each other: this combination is untested")
         return self
 
     def dump_yaml(self) -> str:

@@ -10,6 +10,7 @@ it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `P
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ from rmcore.model.layout_context import packed_layout
 from rmcore.model.long_rope import LongRope, long_texts
 from rmcore.model.masks import prepare
 from rmcore.model.objectives import Objective
-from rmcore.model.pruning import Pruning, only_rows
+from rmcore.model.pruning import Pruning, ScoredRows, only_rows
 from rmcore.model.recurrent.substitute import substitute_scans
+from rmcore.model.router_balance import Routed, RouterBalance, balance_A
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -67,8 +69,10 @@ class RewardModel(nn.Module):
         substitute_scans(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
+        self._balance = RouterBalance(backbone) if objective.router_aux else None
         try:
-            self._pruning: Pruning | None = Pruning(backbone)
+            # The balance of the last layer's experts is one over all tokens of a text.
+            self._pruning: Pruning | None = None if self._balance else Pruning(backbone)
         except ValueError:  # the last layer has other parts: it runs on all tokens
             self._pruning = None
         self.use(path)
@@ -103,7 +107,11 @@ class RewardModel(nn.Module):
     def forward(self, batch: RaggedBatch) -> Output:
         batch, long_T = self.long_rope.separated(batch)
         by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
-        hidden_TD = by_path.get(self.path, self.packed_hidden)(batch, long_T)
+        recorded: AbstractContextManager[list[Routed]] = nullcontext([])
+        if self._balance and torch.is_grad_enabled():
+            recorded = self._balance.recorded()
+        with recorded as routed:
+            hidden_TD = by_path.get(self.path, self.packed_hidden)(batch, long_T)
         scored_A = batch.last_token_index_A
         if self._returns_scored_rows:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
@@ -122,6 +130,10 @@ class RewardModel(nn.Module):
         )
         if not objective.fused:
             loss_sum = objective.loss_sum(rewards_A, batch)
+        if routed:
+            text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
+            unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
+            loss_sum = loss_sum + objective.router_aux * (objective.counted_A(batch) * unevenness_A).sum()
         return Output(loss_sum, rewards_A, objective.counted(batch))
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
@@ -155,6 +167,12 @@ class RewardModel(nn.Module):
         """In a rank without work one row goes through a pruned last layer, so that its experts have zero gradients."""
         return only_rows(rows_A if rows_A.numel() else rows_A.new_zeros(1)) if self.pruned else nullcontext()
 
+    def _in_packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
+        """[T, ...] from the values of a layer that flattens its tokens, such as a router, on any path."""
+        if self.path != PADDED:
+            return values[Grid.of(batch).cell_T] if self.masked else values
+        return values[(_rectangle(batch) >= 0).flatten()]
+
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
         """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...]."""
         return values.flatten(0, 1)[Grid.of(batch).cell_T] if self.masked else values.squeeze(0)
@@ -170,14 +188,19 @@ class RewardModel(nn.Module):
 
         This path is the slowest and the most general: the architecture gets the attention mask that it expects.
         """
-        texts = batch.layout.texts
-        longest = max(len(rows) for rows in texts)
-        grid = torch.full((len(texts), longest), -1, dtype=torch.int64)
-        for place, rows in enumerate(texts):
-            grid[place, : len(rows)] = torch.tensor(rows)
-        grid = grid.to(batch.input_ids_T.device)
+        grid = _rectangle(batch)
         real = grid >= 0
         input_ids = torch.where(real, batch.input_ids_T[grid.clamp(min=0)], self.pad_token_id)
         with long_texts(long_T, grid):
             hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
         return hidden[real]
+
+
+def _rectangle(batch: RaggedBatch) -> Tensor:
+    """int64 [texts, longest]: the packed rows of each text, -1 behind its end."""
+    texts = batch.layout.texts
+    longest = max(len(rows) for rows in texts)
+    grid = torch.full((len(texts), longest), -1, dtype=torch.int64)
+    for place, rows in enumerate(texts):
+        grid[place, : len(rows)] = torch.tensor(rows)
+    return grid.to(batch.input_ids_T.device)

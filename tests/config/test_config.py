@@ -62,6 +62,7 @@ loss.centering | number >= 0 | 0
 loss.label_smoothing | number >= 0, < 0.5 | 0
 loss.margin | none | data | number >= 0 | none
 loss.tie_rate | number > 0, < 1 | 0.25
+loss.router_aux | number >= 0 | 0
 parallel.strategy | ddp | zero1 | zero2 | zero3 | hsdp | ddp
 parallel.precision | auto | bf16 | fp32 | auto
 parallel.recompute | auto | none | selective | full | auto
