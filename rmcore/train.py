@@ -31,7 +31,7 @@ from rmcore.data.batches.loader import Loader
 from rmcore.host.command import run_command
 from rmcore.host.files import write_text_atomically
 from rmcore.host.terminal import print_text, survive_lost_output
-from rmcore.parallel.optim import learning_rate, set_learning_rate
+from rmcore.parallel.optim import set_learning_rates
 from rmcore.parallel.world import World, first_error, running_world
 from rmcore.tracking.status import write_status
 from rmcore.tracking.tracker import Tracker, start_tracker
@@ -61,21 +61,20 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
-    step, lr = plan.step(max(0, run.position.step - 1)), 0.0
+    step, rates = plan.step(max(0, run.position.step - 1)), dict[str, float]()
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
     loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share)
 
     def log_interval() -> None:
         bad_steps.report(step.index + 1, logged=True)
         interval = metrics.reduce()
-        tracker.log(moment_after(step), {**interval, "train/rm/lr": lr})
+        tracker.log(moment_after(step), {**interval, **rates})
         bad_steps.note_spike(interval)
         heartbeat.report_slow_rank(tracker)
 
     with signals.deferred(world), saver, loader:
         for step, micro_batches in loader:
-            lr = learning_rate(config.optim, step.index, plan.steps)
-            set_learning_rate(optimizer, lr)
+            rates = set_learning_rates(optimizer, config.optim, step.index, plan.steps)
             for batch, is_last in heartbeat.through(step.index + 1, micro_batches):
                 with strategy.gradient_sync(is_last):
                     with strategy.autocast():

@@ -1,6 +1,6 @@
 """Configuration: a YAML file and `key.sub=value` overrides become a typed, frozen, strict `Config`.
 
-schema.py defines the keys (with loss.py, lora.py and parallel.py), layers.py reads files and overrides, load.py builds
+schema.py defines the keys (with loss.py, lora.py, optim.py and parallel.py), layers.py reads files and overrides, load.py builds
 the `Config`, errors.py explains mistakes, help.py prints `--help`.
 """
 

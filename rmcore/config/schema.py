@@ -26,6 +26,7 @@ from pydantic.config import JsonDict
 from rmcore.config.layers import TAG, plain_kind
 from rmcore.config.lora import LoraConfig
 from rmcore.config.loss import LossConfig
+from rmcore.config.optim import OptimConfig
 from rmcore.config.parallel import ParallelConfig
 from rmcore.config.section import Section, conflict
 
@@ -237,22 +238,6 @@ class BatchConfig(Section):
     shrink: bool = Field(
         False, description="after a run ended out of memory: resume with 3/4 of the tokens that did not fit"
     )
-
-
-class OptimConfig(Section):
-    """AdamW and its schedule"""
-
-    lr: float = Field(3e-6, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="after the warm-up: linear or cosine decay to zero at the end of the run, or constant"
-    )
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = Field((0.9, 0.999), description="decay rates of AdamW's two averages")
-    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
 
 
 class RunConfig(Section):

@@ -84,6 +84,7 @@ TRAINING = (
         console=("reward_margin", ".3f"),
     ),
     Metric("lr", "Learning rate of the last step.", prefix="train/rm/", console=("lr", ".2e")),
+    Metric("head_lr", "The same of the score head, with `optim.head_lr`.", prefix="train/rm/", sometimes=True),
     Metric("skipped_steps", "Steps that were skipped because their gradient was NaN or Inf.", prefix="train/"),
     Metric(
         "grad_norm",

@@ -50,7 +50,7 @@ class DataParallel:
             compile_layers(model.backbone)
         self._half = config.parallel.bf16
         self.model = self._inner if world.size == 1 else self._replicate()
-        groups = parameter_groups(self._inner.parameters(), config.optim)
+        groups = parameter_groups(dict(self._inner.named_parameters()), config.optim)
         arguments = adamw_arguments(config.optim)
         self.adamw_is_split = config.parallel.traits.shards_optimizer and world.size > 1
         if self.adamw_is_split:

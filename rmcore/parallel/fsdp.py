@@ -132,7 +132,7 @@ class FullySharded:
         if shards:
             take_over(model, shards.weights)
         self.model = model
-        groups = parameter_groups(self.model.parameters(), config.optim)
+        groups = parameter_groups(dict(self.model.named_parameters()), config.optim)
         self.optimizer = self.adamw = torch.optim.AdamW(groups, **adamw_arguments(config.optim))
         self._parameters = list(self.model.parameters())
 

@@ -51,8 +51,12 @@ batch.pairs | whole number >= 1 | 64
 batch.tokens | whole number >= 1 | auto | auto
 batch.shrink | true | false | false
 optim.lr | number > 0 | 3e-06
-optim.schedule | linear | cosine | constant | linear
+optim.head_lr | number > 0 | null | null
+optim.schedule | linear | cosine | wsd | constant | linear
 optim.warmup_steps | whole number >= 0 | 0
+optim.warmup_ratio | number >= 0, < 1 | 0
+optim.decay_ratio | number > 0, <= 1 | 0.1
+optim.min_lr_ratio | number >= 0, < 1 | 0
 optim.betas | list of 2: number >= 0, < 1 | [0.9, 0.999]
 optim.eps | number > 0 | 1e-05
 optim.weight_decay | number >= 0 | 0
