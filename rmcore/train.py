@@ -86,6 +86,8 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
             bad_steps.watch(grad_norm)  # NaN or Inf in any gradient: AdamW skips this update, on every rank
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if strategy.ema:
+                strategy.ema.update()
             metrics.add_step(grad_norm)
 
             done = step.index + 1
@@ -128,7 +130,8 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
     introduce(state, rehearsed)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
         end = take_best(state, train(state, tracker, heartbeat, signals), tracker)
-        publish(state, end.evaluations, tracker)
+        with state.chosen_weights():
+            publish(state, end.evaluations, tracker)
         report_run(state, end, tracker)
     last, metrics = moment_after(end.step), end.evaluations.metrics if end.evaluations else None
     write_status(

@@ -41,6 +41,13 @@ class OptimConfig(Section):
     )
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay per step of a moving average of the weights, such as 0.99, kept next to them in fp32; "
+        "run.weights=ema evaluates and exports it",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
 
     @model_validator(mode="after")

@@ -257,7 +257,9 @@ class RunConfig(Section):
         description="minutes between checkpoints; null: none by time, and none at the end without save_every",
     )
     background_save: bool = Field(
-        True, description="write checkpoints during training, from a copy in host memory (12 bytes per parameter)"
+        True,
+        description="write checkpoints during training, from a copy in host memory (12 bytes per parameter, 16 with "
+        "optim.ema)",
     )
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_best: int = Field(
@@ -279,6 +281,9 @@ class RunConfig(Section):
     )
     allow_changes: list[Text] = Field(
         [], description="keys or sections that may differ from the checkpoint on resume: [data, run.seed]"
+    )
+    weights: Literal["trained", "ema"] = Field(
+        "trained", description="which weights to evaluate and to export: the trained ones, or their average (optim.ema)"
     )
     max_bad_steps: int = Field(3, ge=1, description="end the run after this many NaN or Inf steps in a row")
 
@@ -371,6 +376,8 @@ class Config(Section):
         for key in ("best_metric", "patience"):
             if getattr(self.run, key) is not None and not self.data.eval_sets:
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
+        if self.run.weights == "ema" and self.optim.ema is None:
+            raise conflict("run.weights", "of ema needs optim.ema, the decay of the average")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         return self

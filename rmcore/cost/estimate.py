@@ -93,6 +93,8 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     ranks = setting.gpus // setting.hosts if parallel.traits.by_host else setting.gpus
     step_tokens = data.tokens * config.batch.pairs / setting.gpus  # mean of a rank
 
+    ema = config.optim.ema is not None
+
     # The micro batch: its budget, and how the pairs of a step are divided into ranks and micro batches.
     if machine.is_cpu:
         budget = cpu_budget(config, data.longest)
@@ -101,7 +103,7 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     else:
         budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)
         per_token = model.token_bytes(arithmetic_of(parallel), budget.recompute)
-        most_tokens = largest_budget(parallel, model.sizes, per_token, machine.memory, ranks, step_tokens)
+        most_tokens = largest_budget(parallel, model.sizes, per_token, machine.memory, ranks, step_tokens, ema=ema)
     micro_batches, idle, largest = _balance(config, data, setting, budget.tokens)
 
     memory = memory_of_step(
@@ -112,6 +114,7 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
         ranks=ranks,
         deferred=micro_batches > 1,
         gloo=machine.is_cpu,
+        ema=ema,
     )
 
     # Time: compute, exposed communication, update.

@@ -29,6 +29,7 @@ from rmcore.config import Config
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import compile_layers
 from rmcore.model.reward_model import RewardModel
+from rmcore.parallel.ema import Ema
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.strategy import Shards, gradient_norms
 from rmcore.parallel.world import World
@@ -40,6 +41,7 @@ class DataParallel:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
+    ema: Ema | None = None
 
     def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
         assert shards is None, "every rank needs the whole model"

@@ -39,7 +39,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int, peak: float | None
     return peak * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left) if config.min_lr_ratio else peak * left
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> dict[str, float]:
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int
+) -> dict[str, float]:
     """Set the rates of every group for a step, and return them by their names in the log."""
     rates = {"train/rm/lr": learning_rate(config, step, steps)}
     if config.head_lr is not None:

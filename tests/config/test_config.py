@@ -60,6 +60,7 @@ optim.min_lr_ratio | number >= 0, < 1 | 0
 optim.betas | list of 2: number >= 0, < 1 | [0.9, 0.999]
 optim.eps | number > 0 | 1e-05
 optim.weight_decay | number >= 0 | 0
+optim.ema | number > 0, < 1 | null | null
 optim.max_grad_norm | number >= 0 | 1
 loss.name | bradley_terry | hinge | rao_kupper | davidson | plackett_luce | regression | bradley_terry
 loss.centering | number >= 0 | 0
@@ -87,6 +88,7 @@ run.best_metric | text | null | null
 run.patience | whole number >= 1 | null | null
 run.resume | text | auto
 run.allow_changes | list of text | []
+run.weights | trained | ema | trained
 run.max_bad_steps | whole number >= 1 | 3
 log.every | whole number >= 1 | 10
 log.tensorboard | true | false | true
