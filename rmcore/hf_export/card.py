@@ -7,7 +7,7 @@ Example: base model EleutherAI/pythia-1b-deduped, 43,835 of 44,849 rows kept, he
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -136,6 +136,21 @@ def model_card(
         "## Metrics\n\n" + _metrics(metrics or {}),
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
         "## Training\n\n" + TRAINING.format(yaml=markdown_code(config.dump_yaml().strip(), "yaml")),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def average_card(models: Sequence[str]) -> str:
+    """README.md of the average of several models."""
+    names = "\n".join(f"- {markdown_code(model)}" for model in models)
+    front = {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": ["reward-model", "rmcore"]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        "# An average of reward models",
+        f"Averaged by rmcore {__version__}: each weight is the mean of that weight in {len(models)} models (WARM, "
+        f"arXiv 2401.12187).\n\n{names}",
+        "## Use\n\n" + USE.format(name="path/to/this/directory", tokenize=WITH_TEMPLATE).rstrip(),
+        "## Metrics\n\nThe average was not evaluated. `rmcore evaluate` measures it.",
     ]
     return "\n\n".join(parts) + "\n"
 
