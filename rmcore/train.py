@@ -57,13 +57,13 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     config, world, strategy, plan = run.config, run.world, run.strategy, run.plan
     heartbeat, signals = heartbeat or Heartbeat(world), signals or Signals()
     optimizer, bad_steps = strategy.optimizer, BadSteps(run, tracker)
-    metrics = Metrics(world, run.flops_per_token, earlier=run.start.interval)
+    metrics = Metrics(world, run.flops_per_token, earlier=run.start.interval, language=config.loss.sft > 0)
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
     step, rates = plan.step(max(0, run.position.step - 1)), dict[str, float]()
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
-    loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share)
+    loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share, language=config.loss.sft > 0)
 
     def log_interval() -> None:
         bad_steps.report(step.index + 1, logged=True)
@@ -80,7 +80,10 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
                     with strategy.autocast():
                         out = strategy.model(batch)  # tokens -> last-token scores -> summed loss
                     heartbeat.at("backward")
-                    (out.loss_sum * (world.size / step.global_weight)).backward()
+                    loss = out.loss_sum * (world.size / step.global_weight)
+                    if out.language_sum is not None:
+                        loss = loss + out.language_sum * (config.loss.sft * world.size / max(1.0, step.language_tokens))
+                    loss.backward()
                 metrics.add(out, batch)  # stays on the device
             grad_norm = strategy.clip_grad_norm(config.optim.max_grad_norm)
             bad_steps.watch(grad_norm)  # NaN or Inf in any gradient: AdamW skips this update, on every rank

@@ -378,6 +378,8 @@ class Config(Section):
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
         if self.run.weights == "ema" and self.optim.ema is None:
             raise conflict("run.weights", "of ema needs optim.ema, the decay of the average")
+        if self.loss.sft and self.model.lora.rank is not None:
+            raise conflict("loss.sft", "and model.lora exclude each other: this combination is untested")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         return self

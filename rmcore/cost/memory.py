@@ -21,13 +21,14 @@ in place of fp16).
 README.md has this as a table, and compares it with measurements.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from rmcore.config.schema import Config, ParallelConfig
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, RECOMPUTES, DryRun, Sizes, TokenBytes
+from rmcore.model.language_head import is_tied
 
 BYTES_A_PARAMETER = 12  # of a checkpoint: the fp32 weight and AdamW's two averages
 EMA_BYTES = 4  # a parameter more, in memory and in a checkpoint, with optim.ema
@@ -50,6 +51,14 @@ class Budget:
 def checkpoint_bytes(config: Config, parameters: int) -> int:
     """Bytes of one checkpoint of a run that trains `parameters`."""
     return parameters * (BYTES_A_PARAMETER + (EMA_BYTES if config.optim.ema is not None else 0))
+
+
+def trained_sizes(config: Config, model: DryRun) -> Sizes:
+    """The sizes of what a run trains: with loss.sft also a language-model head that is not the embedding."""
+    sizes = model.sizes
+    if not config.loss.sft or is_tied(model.hf_config):
+        return sizes
+    return replace(sizes, total=sizes.total + sizes.embedding, root=sizes.root + sizes.embedding)
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,11 @@ def gpu_budget(
     configured = None if config.batch.tokens == "auto" else config.batch.tokens
     recompute = config.parallel.recompute
     wanted = max(longest, configured or ENOUGH_TOKENS)
-    fits: dict[str, int] = {}
+    sizes, fits = trained_sizes(config, model), dict[str, int]()
     for name in RECOMPUTES if recompute == "auto" else (recompute,):
         per_token = model.token_bytes(arithmetic_of(config.parallel), name)
         fits[name] = largest_budget(
-            config.parallel, model.sizes, per_token, device_memory, ranks, step_tokens, ema=config.optim.ema is not None
+            config.parallel, sizes, per_token, device_memory, ranks, step_tokens, ema=config.optim.ema is not None
         )
         if fits[name] >= wanted:
             break

@@ -39,6 +39,7 @@ from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.model.backbone import load_model, load_model_config, position_limit
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
+from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
 from rmcore.model.meta_model import model_on_meta
@@ -183,7 +184,7 @@ def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest, weigh
     if kind == EMA and not any(key.startswith(f"{EMA}/") for key in manifest.keys):
         raise UserError(f"{checkpoint} holds no moving average: export it with run.weights=trained")
     wanted = {f"{kind}/{name}": (0, parameter.detach().view(-1)) for name, parameter in trained.items()}
-    if unknown := {key for key in manifest.keys if key.startswith(f"{kind}/")} - set(wanted):
+    if unknown := {key for key in manifest.keys if key.startswith(f"{kind}/")} - {f"{kind}/{LM_HEAD}"} - set(wanted):
         raise UserError(f"{checkpoint} holds {min(unknown)}, which this model does not have: is it the same model?")
     try:
         read_slices([checkpoint / name for name in sorted(manifest.files)], wanted)
