@@ -82,15 +82,21 @@ class SourceConfig(Section):
     columns: dict[str, str] = Field(
         {}, description="rmcore's column names mapped to those in the data: {chosen: better, ...}"
     )
+    keep: Text | None = Field(
+        None,
+        description="use only the rows for which this expression over their columns is true, such as "
+        "'reward_margin > 0'; amount and data.limit count these rows",
+    )
     set: Text | None = Field(
         None,
         description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
     )
 
     @model_serializer(mode="wrap")
-    def _without_empty_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `set: null`: checkpoints of versions without this key must still fit the configuration."""
-        return {key: value for key, value in handler(self).items() if key != "set" or value is not None}
+    def _without_empty_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out null in later keys: checkpoints of versions without them must still fit the configuration."""
+        later = ("set", "keep")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
 
 def _as_list(value: Any) -> Any:

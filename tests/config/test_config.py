@@ -31,6 +31,7 @@ data.train.split | text | train
 data.train.revision | text | null | null
 data.train.amount | whole number >= 1 | number > 0, <= 100 | null | null
 data.train.columns | mapping of text to text | {}
+data.train.keep | text | null | null
 data.train.set | text | null | null
 data.eval | source or list of sources | null
 data.template | text | tokenizer
