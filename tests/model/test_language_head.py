@@ -251,6 +251,6 @@ def test_every_world_size_cut_and_strategy_trains_the_same(
 def test_killed_and_resumed(folder: Path) -> None:
     more = ["parallel.strategy=zero2", "batch.tokens=400", "log.every=2"]
     whole = run(folder / "whole", given(folder, *more), 2)
-    assert run(folder / "killed", given(folder, *more), 2, [Fault("compute", "kill", rank=1, nth=12)]).codes != [0, 0]
+    assert run(folder / "killed", given(folder, *more), 2, [Fault("compute", "kill", rank=1, nth=6)]).codes != [0, 0]
     again = run(folder / "killed", given(folder, *more), 2)
     assert again.codes == [0, 0] and same(again, whole)
