@@ -38,6 +38,7 @@ from rmcore.tracking.tracker import Tracker, start_tracker
 from rmcore.training.assembly import assemble, introduce
 from rmcore.training.bad_steps import BadSteps
 from rmcore.training.best import Trained, take_best
+from rmcore.training.decorrelation import Decorrelation
 from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluations
 from rmcore.training.metrics import Metrics
@@ -61,6 +62,7 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
+    decorrelation = Decorrelation(run) if config.loss.length_decorrelation else None
     step, rates = plan.step(max(0, run.position.step - 1)), dict[str, float]()
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
     loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share, language=config.loss.sft > 0)
@@ -68,13 +70,15 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     def log_interval() -> None:
         bad_steps.report(step.index + 1, logged=True)
         interval = metrics.reduce()
-        tracker.log(moment_after(step), {**interval, **rates})
+        tracker.log(moment_after(step), {**interval, **rates, **(decorrelation.logged() if decorrelation else {})})
         bad_steps.note_spike(interval)
         heartbeat.report_slow_rank(tracker)
 
     with signals.deferred(world), saver, loader:
         for step, micro_batches in loader:
             rates = set_learning_rates(optimizer, config.optim, step.index, plan.steps)
+            if decorrelation:
+                micro_batches = decorrelation.first_pass(micro_batches)
             for batch, is_last in heartbeat.through(step.index + 1, micro_batches):
                 with strategy.gradient_sync(is_last):
                     with strategy.autocast():
@@ -83,6 +87,8 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
                     loss = out.loss_sum * (world.size / step.global_weight)
                     if out.language_sum is not None:
                         loss = loss + out.language_sum * (config.loss.sft * world.size / max(1.0, step.language_tokens))
+                    if decorrelation:
+                        loss = loss + decorrelation.loss(out, batch) * world.size
                     loss.backward()
                 metrics.add(out, batch)  # stays on the device
             grad_norm = strategy.clip_grad_norm(config.optim.max_grad_norm)

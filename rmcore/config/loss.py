@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from rmcore.config.section import Section, conflict
 
 Name = Literal["bradley_terry", "hinge", "rao_kupper", "davidson", "plackett_luce", "regression"]
-BESIDES = ("sft",)  # keys of losses that are added to any objective
+BESIDES = ("sft", "length_decorrelation")  # keys of losses that are added to any objective
 PAIRWISE = ("centering", "label_smoothing", "margin")
 
 
@@ -63,6 +63,12 @@ class LossConfig(Section):
         ge=0,
         description="weight of the language-modelling loss of the chosen answers, per token, next to the objective; "
         "the base model's language-model head is trained along",
+    )
+    length_decorrelation: float = Field(
+        0.0,
+        ge=0,
+        description="weight of |correlation| of the rewards and the lengths of all answers of a step (ODIN); costs one "
+        "forward more",
     )
     tie_rate: float = Field(
         0.25, gt=0, lt=1, description="rao_kupper, davidson: probability of a tie between two equally good answers"

@@ -90,6 +90,12 @@ TRAINING = (
         prefix="train/rm/",
         sometimes=True,
     ),
+    Metric(
+        "length_correlation",
+        "Correlation of reward and length over the answers of the last step, with `loss.length_decorrelation`.",
+        prefix="train/rm/",
+        sometimes=True,
+    ),
     Metric("head_lr", "The same of the score head, with `optim.head_lr`.", prefix="train/rm/", sometimes=True),
     Metric("skipped_steps", "Steps that were skipped because their gradient was NaN or Inf.", prefix="train/"),
     Metric(

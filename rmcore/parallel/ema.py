@@ -10,30 +10,26 @@ Polyak and Juditsky 1992, SIAM J. Control Optim. 30, p. 838-855, with constant d
 weights and has no correction for them. A skipped step counts as an update that changes nothing. No communication.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-if TYPE_CHECKING:
-    from rmcore.parallel.strategy import Strategy
 
 
 class Ema:
-    """The average of the trained weights of `strategy`.
+    """The average of the trained weights.
 
+    Args:
+        named_parameters: of the strategy; called before each exchange, too.
     Attributes:
         weights: the average of every trained parameter under its name; DTensors where the parameters are.
     """
 
-    def __init__(self, strategy: Strategy, decay: float) -> None:
-        self._strategy, self._decay = strategy, decay
-        trained = {name: p for name, p in strategy.named_parameters().items() if p.requires_grad}
+    def __init__(self, named_parameters: Callable[[], dict[str, nn.Parameter]], decay: float) -> None:
+        self._named_parameters, self._decay = named_parameters, decay
+        trained = {name: p for name, p in named_parameters().items() if p.requires_grad}
         self._parameters = list(trained.values())
         self.weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
@@ -58,7 +54,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        self._strategy.named_parameters()  # under zero2, drop the gathered copies: they have the former values
+        self._named_parameters()  # under zero2, drop the gathered copies: they have the former values
         for weight, average in zip(self._present(), self._averages(), strict=True):
             former = weight.clone()  # one tensor at a time: the exchange needs little memory
             weight.copy_(average)

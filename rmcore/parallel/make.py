@@ -22,5 +22,5 @@ def make_strategy(config: Config, model: RewardModel, world: World, shards: Shar
     """
     module, _, name = config.parallel.traits.implementation.partition(":")
     strategy: Strategy = getattr(importlib.import_module(module), name)(config, model, world, shards)
-    strategy.ema = Ema(strategy, config.optim.ema) if config.optim.ema is not None else None
+    strategy.ema = Ema(strategy.named_parameters, config.optim.ema) if config.optim.ema is not None else None
     return strategy

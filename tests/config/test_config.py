@@ -68,6 +68,7 @@ loss.centering | number >= 0 | 0
 loss.label_smoothing | number >= 0, < 0.5 | 0
 loss.margin | none | data | number >= 0 | none
 loss.sft | number >= 0 | 0
+loss.length_decorrelation | number >= 0 | 0
 loss.tie_rate | number > 0, < 1 | 0.25
 parallel.strategy | ddp | zero1 | zero2 | zero3 | hsdp | ddp
 parallel.precision | auto | bf16 | fp32 | auto

@@ -102,8 +102,8 @@ class RaggedBatch(Judged):
 
     `last_token_index_A` are packed rows, `last_rows_A` the same on the host. `comparisons_C` and `answers_C` (on the
     host): which comparisons these are, and how many answers each has. `logical_tokens`: what a batch of separate texts
-    would compute. `language_row_M`, `language_token_M` (only with loss.sft): packed rows, and the token of a chosen
-    answer (rmcore.data.batches.answers) that follows each.
+    would compute. `length_A` (fp32): tokens of each answer behind the prompt. `language_row_M`, `language_token_M`
+    (only with loss.sft): packed rows, and the token of a chosen answer (rmcore.data.batches.answers) that follows each.
     """
 
     input_ids_T: Tensor
@@ -114,6 +114,7 @@ class RaggedBatch(Judged):
     comparisons_C: np.ndarray
     answers_C: np.ndarray
     logical_tokens: int
+    length_A: Tensor
     language_row_M: Tensor | None = None
     language_token_M: Tensor | None = None
 
@@ -159,6 +160,7 @@ def build_batch(
     positions: list[np.ndarray] = []
     segments: list[tuple[int, int, int, int]] = []
     last: list[int] = []
+    lengths: list[int] = []
     language_rows: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     language_tokens: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     row = logical = 0
@@ -176,6 +178,7 @@ def build_batch(
         chosen = set(chosen_answers(item.pairs).tolist()) if language else ()
         for k, tail in enumerate(item.tails):
             logical += prefix_length + len(tail)
+            lengths.append(prefix_length + len(tail) - min(item.prompt_length, prefix_length))
             own = k > 0 and share  # the segment of this answer is only its tail, and sees the prefix of the first
             if own and len(tail) == 0:  # the answer is a prefix of the others: its last token is in the shared part
                 last.append(prefix_start + prefix_length - 1)
@@ -210,6 +213,7 @@ def build_batch(
         comparisons_C=np.asarray(numbers, dtype=np.int64),
         answers_C=answers_C,
         logical_tokens=logical,
+        length_A=torch.from_numpy(np.array(lengths, dtype=np.float32)),
         language_row_M=_int64(np.concatenate(language_rows)) if language else None,
         language_token_M=_int64(np.concatenate(language_tokens)) if language else None,
     )

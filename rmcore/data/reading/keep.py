@@ -26,9 +26,9 @@ _ROWS_A_READ = 4096
 
 
 class Kept(NamedTuple):
-    """`index`: the kept rows among those given. `dropped`: (reason, rows)."""
+    """`rows`: the kept rows among those given. `dropped`: (reason, rows)."""
 
-    index: numpy.ndarray
+    rows: numpy.ndarray
     dropped: tuple[tuple[str, int], ...] = ()
 
 

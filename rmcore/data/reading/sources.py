@@ -148,12 +148,12 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
         fingerprint=content,
         columns=config.columns,
         _rows=rows if whole else _needed(rows, config.columns, also),
-        _index=kept.index,
+        _index=kept.rows,
         keep=config.keep,
         dropped=kept.dropped,
         _maps=tuple(pages for part in parts for pages in part.maps),
     )
-    return _chosen(source, _taken(kept.index, config, seed, content, key))
+    return _chosen(source, _taken(kept.rows, config, seed, content, key))
 
 
 @dataclass(frozen=True)
