@@ -38,13 +38,13 @@ from rmcore.tracking.tracker import Tracker, start_tracker
 from rmcore.training.assembly import assemble, introduce
 from rmcore.training.bad_steps import BadSteps
 from rmcore.training.best import Trained, take_best
-from rmcore.training.decorrelation import Decorrelation
 from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluations
 from rmcore.training.metrics import Metrics
 from rmcore.training.outcome import STOPPED, Ending, leave_process, recorded
 from rmcore.training.patience import Patience
 from rmcore.training.publish import publish
+from rmcore.training.regularisers import Regularisers
 from rmcore.training.rehearsal import rehearse, sizes_of
 from rmcore.training.run import Run, moment_after
 from rmcore.training.run_directory import check_disk, own_directory
@@ -62,7 +62,7 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
-    decorrelation = Decorrelation(run) if config.loss.length_decorrelation else None
+    regularisers = Regularisers(run)
     step, rates = plan.step(max(0, run.position.step - 1)), dict[str, float]()
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
     loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share, language=config.loss.sft > 0)
@@ -70,26 +70,21 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     def log_interval() -> None:
         bad_steps.report(step.index + 1, logged=True)
         interval = metrics.reduce()
-        tracker.log(moment_after(step), {**interval, **rates, **(decorrelation.logged() if decorrelation else {})})
+        tracker.log(moment_after(step), {**interval, **rates, **regularisers.logged()})
         bad_steps.note_spike(interval)
         heartbeat.report_slow_rank(tracker)
 
     with signals.deferred(world), saver, loader:
         for step, micro_batches in loader:
             rates = set_learning_rates(optimizer, config.optim, step.index, plan.steps)
-            if decorrelation:
-                micro_batches = decorrelation.first_pass(micro_batches)
+            micro_batches = regularisers.begin(step, micro_batches)
             for batch, is_last in heartbeat.through(step.index + 1, micro_batches):
                 with strategy.gradient_sync(is_last):
                     with strategy.autocast():
                         out = strategy.model(batch)  # tokens -> last-token scores -> summed loss
                     heartbeat.at("backward")
                     loss = out.loss_sum * (world.size / step.global_weight)
-                    if out.language_sum is not None:
-                        loss = loss + out.language_sum * (config.loss.sft * world.size / max(1.0, step.language_tokens))
-                    if decorrelation:
-                        loss = loss + decorrelation.loss(out, batch) * world.size
-                    loss.backward()
+                    (loss + regularisers.loss(out, batch)).backward()
                 metrics.add(out, batch)  # stays on the device
             grad_norm = strategy.clip_grad_norm(config.optim.max_grad_norm)
             bad_steps.watch(grad_norm)  # NaN or Inf in any gradient: AdamW skips this update, on every rank

@@ -7,7 +7,7 @@ Example: a weight of 1.0, 2.0 and 4.0 in three models in bf16: the mean is 2.333
 Ramé et al., arXiv 2401.12187 (WARM): uniform average of models that were fine-tuned from the same weights. One block of
 a weight is in memory at a time. The check has another way to the average: transformers loads one model after the other,
 the engine adds up their weights in fp32 and computes rewards, and the written directory must give the same ones. It
-needs memory for three fp32 copies of the model.
+needs memory for two fp32 copies of the model.
 """
 
 import json
@@ -202,6 +202,7 @@ def _checked(
         other = TrainedModel.load(config, tokenizer, cpu).model.state_dict()
         for name, tensor in total.items():
             tensor.add_(other[name])
+        del other
     for tensor in total.values():
         tensor.div_(len(configs))
     trial = built_in(template_of(configs[0], tokenizer), tokenizer, position_limit(load_model_config(configs[0].model)))

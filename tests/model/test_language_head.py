@@ -12,10 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rmcore.config import UserError
+from rmcore.config import UserError, load_config
 from rmcore.config.schema import ModelConfig
 from rmcore.data.batches.answers import chosen_tokens_N
 from rmcore.data.batches.batch import build_batch
+from rmcore.data.batches.step_plan import Plan
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
 from rmcore.hf_export.from_checkpoint import export
@@ -150,6 +151,16 @@ def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no safetensors file of the model holds lm_head\.weight"):
         language_head(ModelConfig(name=str(tmp_path)), model, 0)
+
+
+def test_data_without_a_chosen_answer_are_refused() -> None:
+    config = load_config(None, [*NEEDED, "loss.sft=0.1"])
+    soft = data()
+    one = TokenizedComparisons.of(
+        [EncodedRow(soft.tokens[:4], [soft.tokens[:6], soft.tokens[:7]], [(0, 1), (1, 0)], [0.0] * 2, [0.5] * 2)]
+    )
+    with pytest.raises(UserError, match=r"loss\.sft: no answer of data\.train is chosen over another"):
+        Plan.of(config, one, one.tokens_N, token_budget=99, world_size=1)
 
 
 def test_lora_is_refused(tmp_path: Path) -> None:

@@ -135,13 +135,16 @@ class Plan:
     ) -> "Plan":
         """The steps of the run that `config` describes. `tokens_N`: from `computed_tokens`.
 
-        Raises UserError if the longest comparison exceeds the budget.
+        Raises UserError if the longest comparison exceeds the budget, or loss.sft has no token to train on.
         """
         if (longest := int(tokens_N.max())) > token_budget:
             raise UserError(
                 f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never "
                 f"cut: set batch.tokens to {longest} or more, or lower data.max_tokens"
             )
+        language_N = chosen_tokens_N(data) if config.loss.sft else None
+        if language_N is not None and not language_N.any():
+            raise UserError("loss.sft: no answer of data.train is chosen over another; set loss.sft=0")
         counts = config.loss.traits.counts
         return cls(
             tokens_N,
@@ -155,7 +158,7 @@ class Plan:
             epochs=config.run.epochs,
             shuffle=config.data.shuffle,
             max_steps=config.run.max_steps,
-            language_N=chosen_tokens_N(data) if config.loss.sft else None,
+            language_N=language_N,
         )
 
     def steps_from(self, position: int) -> Iterator[Step]:
