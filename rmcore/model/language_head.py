@@ -72,7 +72,7 @@ def _is_plain(causal: PreTrainedModel, head: Any) -> bool:
     Read from the source of the class: there is no bias, and its forward neither scales the states nor changes the
     logits.
     """
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         return False
     lines = [line.partition("#")[0].strip() for line in inspect.getsource(type(causal).forward).splitlines()]
     logits = [line for line in lines if re.match(r"logits\b[^=(,]*\s\W?=\s", line)]

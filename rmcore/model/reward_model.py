@@ -11,7 +11,7 @@ it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `P
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,8 @@ class RewardModel(nn.Module):
     def _language_sum(self, hidden_TD: Tensor, batch: RaggedBatch) -> Tensor | None:
         if not self.sft or batch.language_row_M is None or batch.language_token_M is None:
             return None
-        weight_VD = self.lm_head.weight if self.lm_head else self.backbone.get_input_embeddings().weight
-        return language_loss(hidden_TD[batch.language_row_M], weight_VD, batch.language_token_M)
+        head = self.lm_head or cast(nn.Embedding, self.backbone.get_input_embeddings())
+        return language_loss(hidden_TD[batch.language_row_M], head.weight, batch.language_token_M)
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
