@@ -97,7 +97,7 @@ def expected_loss(model: torch.nn.Module, rows: TokenizedComparisons) -> tuple[T
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", pytest.param("qwen3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_value_and_gradients_against_the_padded_language_model(
     family: str, path: str, tied: bool, tmp_path: Path

@@ -87,6 +87,7 @@ def test_killed_and_resumed_the_average_is_equal_to_the_last_bit(folder: Path, s
     assert again.codes == [0, 0] and same(again, whole), again.text
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_one_rank(folder: Path, alone: Outcome) -> None:
     place = folder / "killed"
     assert run(place, arguments(folder, *EMA), 1, [Fault("compute", "kill", nth=6)]).codes != [0]
@@ -96,6 +97,7 @@ def test_killed_and_resumed_on_one_rank(folder: Path, alone: Outcome) -> None:
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_an_average_begins_it_and_exports_none(folder: Path, alone: Outcome) -> None:
     place = folder / "new"
     assert run(place, arguments(folder, EMA[1]), 1, [Fault("compute", "kill", nth=6)]).codes != [0]

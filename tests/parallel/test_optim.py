@@ -115,6 +115,7 @@ def test_killed_and_resumed(folder: Path) -> None:
     assert again.codes == [0, 0] and same(again, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_checkpoint_without_the_key_resumes_with_it(folder: Path) -> None:
     killed = run(folder / "before", arguments(folder), 1, [Fault("compute", "kill", nth=6)])

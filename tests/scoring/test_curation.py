@@ -16,7 +16,7 @@ from tests.harness.exporting import export
 from tests.harness.small_run import arguments
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", [pytest.param("jsonl", marks=pytest.mark.slow), "parquet"])
 def test_score_and_then_train_on_what_the_model_agrees_with(tmp_path: Path, kind: str) -> None:
     pool, scored = tmp_path / "pool.jsonl", tmp_path / f"scored.{kind}"
     rows = [{**row, "prompt": row["prompt"][-30:]} for row in synthetic_rows(24, 3, "train")]
