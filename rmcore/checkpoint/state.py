@@ -22,6 +22,7 @@ from rmcore.parallel.strategy import Strategy
 from rmcore.parallel.world import World
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
+EMA = "ema"  # the moving average of the weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Piece:
     """This rank's part of one flattened tensor: elements `start` to `start + len(local)`.
 
     Attributes:
-        key: weight/NAME, exp_avg/NAME or exp_avg_sq/NAME.
+        key: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME or ema/NAME.
         local: [n], a view of the live tensor, on its device.
         replica, replicas: `replicas` ranks hold this piece; this rank is number `replica` of them.
     """
@@ -48,7 +49,8 @@ class Piece:
 
 
 def pieces(strategy: Strategy, world: World) -> Iterator[Piece]:
-    """This rank's part of the state: of every trained parameter the weight, and AdamW's averages if they are here.
+    """This rank's part of the state: of every trained parameter the weight, AdamW's averages if they are here, and the
+    moving average of the weight if there is one.
 
     Weights that are not trained (LoRA) come from the base model again. Raises RuntimeError for a weight that is not the
     fp32 one of the optimizer: a checkpoint never contains a copy in another precision.
@@ -64,6 +66,8 @@ def pieces(strategy: Strategy, world: World) -> Iterator[Piece]:
         if state := strategy.adamw.state.get(parameter):
             for average in AVERAGES:
                 yield _piece(f"{average}/{name}", state[average], (0, 1) if strategy.adamw_is_split else every_rank)
+        if strategy.ema:
+            yield _piece(f"{EMA}/{name}", strategy.ema.weights[name], every_rank)
 
 
 def updates_made(adamw: torch.optim.Optimizer) -> int:
@@ -94,7 +98,8 @@ def _piece(key: str, tensor: Tensor, holders: tuple[int, int]) -> Piece:
 class HostCopy:
     """A copy of this rank's share of the state in host memory, made by `take`; pinned if the state is on a GPU.
 
-    The memory (12 bytes per parameter, divided by the world size) is kept and used again for the next copy.
+    The memory (12 bytes per parameter, 16 with optim.ema, divided by the world size) is kept and used again for the
+    next copy.
     """
 
     def __init__(self) -> None:

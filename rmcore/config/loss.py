@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from rmcore.config.section import Section, conflict
 
 Name = Literal["bradley_terry", "hinge", "rao_kupper", "davidson", "plackett_luce", "regression"]
+BESIDES = ("sft", "length_decorrelation", "router_aux")  # keys of losses that are added to any objective
 PAIRWISE = ("centering", "label_smoothing", "margin")
 
 
@@ -57,6 +58,18 @@ class LossConfig(Section):
     margin: Literal["none", "data"] | Annotated[float, Field(ge=0)] = Field(
         "none", description="none, the margin of each row (data), or one number for all"
     )
+    sft: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the language-modelling loss of the chosen answers, per token, next to the objective; "
+        "the base model's language-model head is trained along",
+    )
+    length_decorrelation: float = Field(
+        0.0,
+        ge=0,
+        description="weight of |correlation| of the rewards and the lengths of all answers of a step (ODIN); costs one "
+        "forward more",
+    )
     tie_rate: float = Field(
         0.25, gt=0, lt=1, description="rao_kupper, davidson: probability of a tie between two equally good answers"
     )
@@ -73,7 +86,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "LossConfig":
         for key, field in type(self).model_fields.items():
-            if key not in ("name", "router_aux", *self.traits.keys) and getattr(self, key) != field.default:
+            if key not in ("name", *BESIDES) and key not in self.traits.keys and getattr(self, key) != field.default:
                 used = ", ".join(f"loss.{one}" for one in self.traits.keys) or "no other key of loss"
                 raise conflict(f"loss.{key}", f"has no effect on loss.name={self.name}, which uses {used}")
         return self

@@ -26,6 +26,7 @@ from pydantic.config import JsonDict
 from rmcore.config.layers import TAG, plain_kind
 from rmcore.config.lora import LoraConfig
 from rmcore.config.loss import LossConfig
+from rmcore.config.optim import OptimConfig
 from rmcore.config.parallel import ParallelConfig
 from rmcore.config.section import Section, conflict
 
@@ -81,15 +82,21 @@ class SourceConfig(Section):
     columns: dict[str, str] = Field(
         {}, description="rmcore's column names mapped to those in the data: {chosen: better, ...}"
     )
+    keep: Text | None = Field(
+        None,
+        description="use only the rows for which this expression over their columns is true, such as "
+        "'reward_margin > 0'; amount and data.limit count these rows",
+    )
     set: Text | None = Field(
         None,
         description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
     )
 
     @model_serializer(mode="wrap")
-    def _without_empty_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `set: null`: checkpoints of versions without this key must still fit the configuration."""
-        return {key: value for key, value in handler(self).items() if key != "set" or value is not None}
+    def _without_empty_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out null in later keys: checkpoints of versions without them must still fit the configuration."""
+        later = ("set", "keep")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
 
 def _as_list(value: Any) -> Any:
@@ -239,22 +246,6 @@ class BatchConfig(Section):
     )
 
 
-class OptimConfig(Section):
-    """AdamW and its schedule"""
-
-    lr: float = Field(3e-6, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="after the warm-up: linear or cosine decay to zero at the end of the run, or constant"
-    )
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = Field((0.9, 0.999), description="decay rates of AdamW's two averages")
-    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
-
-
 class RunConfig(Section):
     """length, evaluation and checkpoints of the run"""
 
@@ -272,7 +263,9 @@ class RunConfig(Section):
         description="minutes between checkpoints; null: none by time, and none at the end without save_every",
     )
     background_save: bool = Field(
-        True, description="write checkpoints during training, from a copy in host memory (12 bytes per parameter)"
+        True,
+        description="write checkpoints during training, from a copy in host memory (12 bytes per parameter, 16 with "
+        "optim.ema)",
     )
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_best: int = Field(
@@ -294,6 +287,9 @@ class RunConfig(Section):
     )
     allow_changes: list[Text] = Field(
         [], description="keys or sections that may differ from the checkpoint on resume: [data, run.seed]"
+    )
+    weights: Literal["trained", "ema"] = Field(
+        "trained", description="which weights to evaluate and to export: the trained ones, or their average (optim.ema)"
     )
     max_bad_steps: int = Field(3, ge=1, description="end the run after this many NaN or Inf steps in a row")
 
@@ -386,6 +382,10 @@ class Config(Section):
         for key in ("best_metric", "patience"):
             if getattr(self.run, key) is not None and not self.data.eval_sets:
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
+        if self.run.weights == "ema" and self.optim.ema is None:
+            raise conflict("run.weights", "of ema needs optim.ema, the decay of the average")
+        if self.loss.sft and self.model.lora.rank is not None:
+            raise conflict("loss.sft", "and model.lora exclude each other: this combination is untested")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         if self.loss.router_aux and self.parallel.compile:

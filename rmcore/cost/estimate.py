@@ -32,6 +32,7 @@ from rmcore.cost.memory import (
     gpu_budget,
     largest_budget,
     memory_of_step,
+    trained_sizes,
 )
 
 SAMPLED_STEPS = 8  # steps of the run from which the balance of ranks is measured
@@ -93,6 +94,8 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     ranks = setting.gpus // setting.hosts if parallel.traits.by_host else setting.gpus
     step_tokens = data.tokens * config.batch.pairs / setting.gpus  # mean of a rank
 
+    ema, sizes = config.optim.ema is not None, trained_sizes(config, model)
+
     # The micro batch: its budget, and how the pairs of a step are divided into ranks and micro batches.
     if machine.is_cpu:
         budget = cpu_budget(config, data.longest)
@@ -101,17 +104,18 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     else:
         budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)
         per_token = model.token_bytes(arithmetic_of(parallel), budget.recompute)
-        most_tokens = largest_budget(parallel, model.sizes, per_token, machine.memory, ranks, step_tokens)
+        most_tokens = largest_budget(parallel, sizes, per_token, machine.memory, ranks, step_tokens, ema=ema)
     micro_batches, idle, largest = _balance(config, data, setting, budget.tokens)
 
     memory = memory_of_step(
         parallel,
-        model.sizes,
+        sizes,
         per_token,
         tokens=largest,
         ranks=ranks,
         deferred=micro_batches > 1,
         gloo=machine.is_cpu,
+        ema=ema,
     )
 
     # Time: compute, exposed communication, update.
@@ -119,8 +123,8 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     compute = flops / setting.gpus / (machine.peak(parallel.precision) * setting.mfu) / (1 - idle)
     if machine.is_cpu and machine.memory_rate:
         compute += ACTIVATION_TRAFFIC * per_token.kept * step_tokens / machine.memory_rate / (1 - idle)
-    sent = collectives(strategy, parallel.precision, model.sizes, setting.gpus, setting.hosts, micro_batches)
-    own = model.sizes.total / (ranks if parallel.traits.shards_optimizer else 1)
+    sent = collectives(strategy, parallel.precision, sizes, setting.gpus, setting.hosts, micro_batches)
+    own = sizes.total / (ranks if parallel.traits.shards_optimizer else 1)
 
     return Estimate(
         strategy=strategy,

@@ -21,15 +21,17 @@ in place of fp16).
 README.md has this as a table, and compares it with measurements.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from rmcore.config.schema import Config, ParallelConfig
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, RECOMPUTES, DryRun, Sizes, TokenBytes
+from rmcore.model.language_head import is_tied
 
 BYTES_A_PARAMETER = 12  # of a checkpoint: the fp32 weight and AdamW's two averages
+EMA_BYTES = 4  # a parameter more, in memory and in a checkpoint, with optim.ema
 
 CPU_TOKENS = 4096  # large enough for full-rate matrix products, small enough that a micro batch stays under a gigabyte
 MOST_TOKENS = 32768  # a larger micro batch is not faster
@@ -44,6 +46,19 @@ class Budget:
 
     tokens: int
     recompute: str
+
+
+def checkpoint_bytes(config: Config, parameters: int) -> int:
+    """Bytes of one checkpoint of a run that trains `parameters`."""
+    return parameters * (BYTES_A_PARAMETER + (EMA_BYTES if config.optim.ema is not None else 0))
+
+
+def trained_sizes(config: Config, model: DryRun) -> Sizes:
+    """The sizes of what a run trains: with loss.sft also a language-model head that is not the embedding."""
+    sizes = model.sizes
+    if not config.loss.sft or is_tied(model.hf_config):
+        return sizes
+    return replace(sizes, total=sizes.total + sizes.embedding, root=sizes.root + sizes.embedding)
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,16 @@ def memory_of_step(
     ranks: int,
     deferred: bool,
     gloo: bool = False,
+    ema: bool = False,
 ) -> Memory:
     """Bytes by part, as the module's docstring derives them.
 
     tokens: of the largest micro batch. ranks: that share one state (hsdp: those of a host). deferred: the step has
-    several micro batches. gloo: the backend is gloo, which copies what it scatters.
+    several micro batches. gloo: the backend is gloo, which copies what it scatters. ema: a moving average of the
+    weights is kept next to them.
     """
     traits, width = parallel.traits, 2.0 if parallel.bf16 else 4.0
+    held = 4 + (EMA_BYTES if ema else 0)
     everything, layer, root = float(model.total), float(model.layer), float(model.root)
     activations = tokens * per_token.total
     if not traits.shards_weights:
@@ -99,7 +117,7 @@ def memory_of_step(
         copies = 2.0 * (everything - model.embedding) if parallel.bf16 else 0.0
         first, last = activations, 4.0 * model.embedding
         buffers = max(0.0, last - first)
-        return Memory(4 * everything, 4 * gradients, 8 * averages, copies, buffers, activations)
+        return Memory(held * everything, 4 * gradients, 8 * averages, copies, buffers, activations)
     each = traits.gathers_each_micro_batch
     gathered = min(everything, root + 2 * layer) if each else everything
     waiting = 4.0 * everything if deferred and not each else 0.0
@@ -107,7 +125,7 @@ def memory_of_step(
     first, last = activations + (2 * width + 8.0 + copied) * layer, (width + 4.0 + copied) * root
     buffers = waiting + max(first, last) - activations
     own = everything / ranks
-    return Memory(4 * own, 4 * own, 8 * own, width * gathered, buffers, activations)
+    return Memory(held * own, 4 * own, 8 * own, width * gathered, buffers, activations)
 
 
 def choose_budget(
@@ -147,10 +165,12 @@ def gpu_budget(
     configured = None if config.batch.tokens == "auto" else config.batch.tokens
     recompute = config.parallel.recompute
     wanted = max(longest, configured or ENOUGH_TOKENS)
-    fits: dict[str, int] = {}
+    sizes, fits = trained_sizes(config, model), dict[str, int]()
     for name in RECOMPUTES if recompute == "auto" else (recompute,):
         per_token = model.token_bytes(arithmetic_of(config.parallel), name)
-        fits[name] = largest_budget(config.parallel, model.sizes, per_token, device_memory, ranks, step_tokens)
+        fits[name] = largest_budget(
+            config.parallel, sizes, per_token, device_memory, ranks, step_tokens, ema=config.optim.ema is not None
+        )
         if fits[name] >= wanted:
             break
     best = max(fits, key=lambda name: (min(fits[name], wanted), fits[name]))
@@ -164,11 +184,13 @@ def largest_budget(
     device_memory: float,
     ranks: int,
     step_tokens: float | None,
+    *,
+    ema: bool = False,
 ) -> int:
     """Tokens of the largest micro batch that fits RESERVE of `device_memory` bytes; 0 or less when nothing fits."""
 
     def largest(deferred: bool) -> int:
-        state = memory_of_step(parallel, model, per_token, tokens=0, ranks=ranks, deferred=deferred).state
+        state = memory_of_step(parallel, model, per_token, tokens=0, ranks=ranks, deferred=deferred, ema=ema).state
         return int((RESERVE * device_memory - state) / per_token.total)
 
     # A step that is one micro batch needs no room for deferred gradients.

@@ -85,6 +85,19 @@ TRAINING = (
         console=("reward_margin", ".3f"),
     ),
     Metric("lr", "Learning rate of the last step.", prefix="train/rm/", console=("lr", ".2e")),
+    Metric(
+        "sft_loss",
+        "Mean language-modelling loss of the chosen answers per token, with `loss.sft`.",
+        prefix="train/rm/",
+        sometimes=True,
+    ),
+    Metric(
+        "length_correlation",
+        "Correlation of reward and length over the answers of the last step, with `loss.length_decorrelation`.",
+        prefix="train/rm/",
+        sometimes=True,
+    ),
+    Metric("head_lr", "The same of the score head, with `optim.head_lr`.", prefix="train/rm/", sometimes=True),
     Metric("skipped_steps", "Steps that were skipped because their gradient was NaN or Inf.", prefix="train/"),
     Metric(
         "grad_norm",

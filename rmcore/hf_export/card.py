@@ -7,7 +7,7 @@ Example: base model EleutherAI/pythia-1b-deduped, 43,835 of 44,849 rows kept, he
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -157,6 +157,21 @@ def converted_card(source: str, *, wants_text: bool, normalisation: Normalisatio
         f"Converted by rmcore {__version__}; the reward head is `score`.",
         "## Use\n\n"
         + _use("path/to/this/directory", "float32", wants_text, normalisation, made, "the original rewards"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def average_card(models: Sequence[str], *, made: bool) -> str:
+    """README.md of the average of several models."""
+    names = "\n".join(f"- {markdown_code(model)}" for model in models)
+    front = {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": ["reward-model", "rmcore"]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        "# An average of reward models",
+        f"Averaged by rmcore {__version__}: each weight is the mean of that weight in {len(models)} models (WARM, "
+        f"arXiv 2401.12187).\n\n{names}",
+        "## Use\n\n" + _use("path/to/this/directory", "float32", False, None, made, ""),
+        "## Metrics\n\nThe average was not evaluated. `rmcore evaluate` measures it.",
     ]
     return "\n\n".join(parts) + "\n"
 

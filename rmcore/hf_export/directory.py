@@ -108,11 +108,11 @@ def write_model(
 
     Raises as `export_model`; no files are left then.
     """
-    temporary = _empty_temporary(directory)
+    temporary = empty_temporary(directory)
     try:
         _write_weights(shapes, tensors, package, temporary)
         _write_texts(package, temporary)
-        _settle(temporary)
+        settle(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -134,7 +134,7 @@ def check_without_weights(
     The weights must have the names and shapes of the class, for the config in memory and for the one that is written
     and reloaded. The tokenizer and the chat template are written, reloaded and compared. Raises as `export_model`.
     """
-    temporary = _empty_temporary(directory)
+    temporary = empty_temporary(directory)
     try:
         config, skeleton = _fitting(shapes, package)
         config.architectures, config.dtype = [architecture(config, package.model_class)], package.dtype
@@ -241,7 +241,8 @@ def _add_only(front: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
     backend.post_processor = processors.Sequence([*offsets, added]) if offsets else added
 
 
-def _empty_temporary(directory: Path) -> Path:
+def empty_temporary(directory: Path) -> Path:
+    """A new directory next to `directory`, to write into. Raises UserError if that holds something else."""
     if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
         raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
     temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
@@ -347,7 +348,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _settle(directory: Path) -> None:
+def settle(directory: Path) -> None:
     """Give every file the mode that the umask allows (safetensors writes 0600) and bring it to the disk."""
     mode = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):

@@ -1,7 +1,8 @@
 """Computes the summed loss and the rewards of a packed batch: backbone, score head and objective in one forward.
 
 Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted)`: the fp32 sum of the weighted losses, the fp32
-reward of every answer, and this batch's part of the weight that the training loop divides the sum by.
+reward of every answer, and this batch's part of the weight that the training loop divides the sum by. With loss.sft
+also `language_sum`, the summed language-modelling loss (rmcore.model.language_head).
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
@@ -11,7 +12,7 @@ it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `P
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
 from rmcore.model.grid import Grid
+from rmcore.model.language_head import language_loss
 from rmcore.model.layout_context import packed_layout
 from rmcore.model.long_rope import LongRope, long_texts
 from rmcore.model.masks import prepare
@@ -39,6 +41,7 @@ class Output(NamedTuple):
     loss_sum: Tensor
     rewards_A: Tensor
     counted: Tensor
+    language_sum: Tensor | None = None
 
 
 BRADLEY_TERRY = Objective()
@@ -52,6 +55,8 @@ class RewardModel(nn.Module):
         score: Linear(D, 1, bias=False).
         pad_token_id: the token that the path `PADDED` fills with.
         path: see `use`.
+        sft: compute the language-modelling loss of batches that hold the tokens of chosen answers.
+        lm_head: its head; None if the token embedding is the head.
     """
 
     def __init__(
@@ -62,10 +67,13 @@ class RewardModel(nn.Module):
         pad_token_id: int,
         objective: Objective = BRADLEY_TERRY,
         path: str = PADDED,
+        sft: bool = False,
+        lm_head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.score = backbone, score
         self.pad_token_id, self.objective = pad_token_id, objective
+        self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
@@ -79,8 +87,8 @@ class RewardModel(nn.Module):
 
     @property
     def can_prune(self) -> bool:
-        """Whether the last layer has the parts that `rmcore.model.pruning` needs; the self-test checks exactness."""
-        return self._pruning is not None
+        """Whether the last layer may be pruned, and has the parts for it; the self-test checks exactness."""
+        return self._pruning is not None and not self.sft  # the language-modelling loss reads other rows, too
 
     def use(self, path: str, *, pruned: bool = False, masked: bool = False) -> None:
         """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
@@ -134,7 +142,13 @@ class RewardModel(nn.Module):
             text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
             unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
             loss_sum = loss_sum + objective.router_aux * (objective.counted_A(batch) * unevenness_A).sum()
-        return Output(loss_sum, rewards_A, objective.counted(batch))
+        return Output(loss_sum, rewards_A, objective.counted(batch), self._language_sum(hidden_TD, batch))
+
+    def _language_sum(self, hidden_TD: Tensor, batch: RaggedBatch) -> Tensor | None:
+        if not self.sft or batch.language_row_M is None or batch.language_token_M is None:
+            return None
+        head = self.lm_head or cast(nn.Embedding, self.backbone.get_input_embeddings())
+        return language_loss(hidden_TD[batch.language_row_M], head.weight, batch.language_token_M)
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""

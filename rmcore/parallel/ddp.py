@@ -29,6 +29,7 @@ from rmcore.config import Config
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import compile_layers
 from rmcore.model.reward_model import RewardModel
+from rmcore.parallel.ema import Ema
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.strategy import Shards, gradient_norms
 from rmcore.parallel.world import World
@@ -40,6 +41,7 @@ class DataParallel:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
+    ema: Ema | None = None
 
     def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
         assert shards is None, "every rank needs the whole model"
@@ -50,7 +52,7 @@ class DataParallel:
             compile_layers(model.backbone)
         self._half = config.parallel.bf16
         self.model = self._inner if world.size == 1 else self._replicate()
-        groups = parameter_groups(self._inner.parameters(), config.optim)
+        groups = parameter_groups(dict(self._inner.named_parameters()), config.optim)
         arguments = adamw_arguments(config.optim)
         self.adamw_is_split = config.parallel.traits.shards_optimizer and world.size > 1
         if self.adamw_is_split:

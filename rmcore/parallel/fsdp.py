@@ -47,6 +47,7 @@ from rmcore.model.attention import compile_layers
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
+from rmcore.parallel.ema import Ema
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
 from rmcore.parallel.strategy import Shards, Weights, gradient_norms
@@ -112,6 +113,7 @@ class FullySharded:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
+    ema: Ema | None = None
     adamw_is_split = False
 
     def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
@@ -132,7 +134,7 @@ class FullySharded:
         if shards:
             take_over(model, shards.weights)
         self.model = model
-        groups = parameter_groups(self.model.parameters(), config.optim)
+        groups = parameter_groups(dict(self.model.named_parameters()), config.optim)
         self.optimizer = self.adamw = torch.optim.AdamW(groups, **adamw_arguments(config.optim))
         self._parameters = list(self.model.parameters())
 

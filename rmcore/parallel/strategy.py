@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from rmcore.parallel.ema import Ema
+
 Weights = dict[str, nn.Parameter]  # this rank's rows of each weight, as DTensors
 
 
@@ -38,6 +40,7 @@ class Strategy(Protocol):
         adamw_is_split: True if `adamw` holds whole parameters of which no other rank has the state (ZeRO-1), and not
             every parameter, or this rank's part of every parameter.
         grad_norms_W: L2 norm of each gradient, as far as this rank holds it; set by `clip_grad_norm`.
+        ema: the moving average of the weights, with optim.ema.
     """
 
     model: nn.Module
@@ -45,6 +48,7 @@ class Strategy(Protocol):
     adamw: torch.optim.Optimizer
     adamw_is_split: bool
     grad_norms_W: Tensor
+    ema: Ema | None
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager:
         """Goes around the forward and backward of a micro batch. `enabled`: reduce gradients over ranks now (the last

@@ -25,12 +25,13 @@ SENTENCE = ("The quick brown", "fox jumps", "over the lazy dog", "and, being ask
 
 
 class Rendered(NamedTuple):
-    """A row as the template writes it: one text per answer, and whether the row's form has only one text."""
+    """A row as the template writes it: one text per answer, and whether the row's form has only one text, or two."""
 
     prompt: str
     texts: list[str]
     single: bool
     unread: frozenset[str] = frozenset()  # what of the row's content is not in the texts
+    pair: bool = False  # the row has chosen and rejected
 
 
 def trial_rows() -> list[tuple[dict[str, Any], str]]:

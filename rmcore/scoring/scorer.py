@@ -42,10 +42,11 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text."""
+    """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text, or two."""
 
     rewards: list[float | None]
     single: bool
+    pair: bool = False
 
 
 class Scorer:
@@ -114,7 +115,10 @@ class Scorer:
         for one in rendered:
             self.unread.update(one.unread)
         found = iter(self.score([text for texts in encoded for text in texts]))
-        return [Scored([next(found) for _ in texts], one.single) for one, texts in zip(rendered, encoded, strict=True)]
+        return [
+            Scored([next(found) for _ in texts], one.single, one.pair)
+            for one, texts in zip(rendered, encoded, strict=True)
+        ]
 
     def _encoded(self, rows: Sequence[tuple[Mapping[str, Any], str]]) -> tuple[list[Rendered], list[list[Text]]]:
         rendered = [self.render(row, where) for row, where in rows]
@@ -172,7 +176,8 @@ class Scorer:
         comparison, single = comparison_of(row, self.template, where)
         prompt, written = self.template.render(comparison)
         missing = {f"{what} (not in the rendered text)" for what, _ in self.template.missing(comparison, written)}
-        return Rendered(prompt, list(written), single, comparison.unread | missing)
+        pair = not single and "chosen" in row and "rejected" in row
+        return Rendered(prompt, list(written), single, comparison.unread | missing, pair)
 
     def as_rendered(self, text: str) -> str:
         """A whole text stays as it is, with the BOS of the template in front, and EOS behind it if that is `none`."""

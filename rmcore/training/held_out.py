@@ -27,20 +27,21 @@ def evaluate_run(run: Run, tracker: Tracker, step: Step, signals: Signals) -> Ev
     """
     strategy = run.strategy
     try:
-        found = {
-            name: evaluate(
-                strategy.model,
-                data,
-                run.world,
-                token_budget=run.token_budget,
-                share=run.share,
-                objective=own_objective(run.config.loss),
-                rewardbench=run.data.rewardbench.get(name),
-                autocast=strategy.autocast,
-                between=lambda: give_up_if_stopped(run.world, signals),
-            )
-            for name, data in run.data.evals.items()
-        }
+        with run.chosen_weights():
+            found = {
+                name: evaluate(
+                    strategy.model,
+                    data,
+                    run.world,
+                    token_budget=run.token_budget,
+                    share=run.share,
+                    objective=own_objective(run.config.loss),
+                    rewardbench=run.data.rewardbench.get(name),
+                    autocast=strategy.autocast,
+                    between=lambda: give_up_if_stopped(run.world, signals),
+                )
+                for name, data in run.data.evals.items()
+            }
     except EvaluationGivenUp:
         return None
     if not found:

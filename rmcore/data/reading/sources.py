@@ -34,6 +34,7 @@ from rmcore.data.reading.files import (
     looks_local,
     read_files,
 )
+from rmcore.data.reading.keep import Kept, keep_rows
 from rmcore.data.synthetic import SPLIT_ROWS, synthetic_rows
 from rmcore.host.hub_access import offline_if_unreachable
 
@@ -54,6 +55,8 @@ class Source:
     _rows: datasets.Dataset = field(repr=False)
     _index: numpy.ndarray = field(repr=False)  # int64, row numbers of _rows
     _maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)  # the memory of _rows, if they come from our cache
+    keep: str | None = None  # the expression that selected the rows
+    dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows) that it did not select
 
     def __len__(self) -> int:
         return len(self._index)
@@ -100,7 +103,7 @@ def load_sources(
     whole: bool = False,
     also: Collection[str] = (),
 ) -> list[Source]:
-    """One Source per config, with `amount`, the split and `limit` applied.
+    """One Source per config, with the split, `keep`, `amount` and `limit` applied.
 
     amount: a whole number takes that many rows, a fraction that share of the rows (above 1 it repeats rows). Which rows
     are taken depends only on `seed` and the content. limit: at most so many rows over all sources, in proportion, the
@@ -135,6 +138,7 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
         rows = parts[0].rows if len(parts) == 1 else datasets.concatenate_datasets([part.rows for part in parts])
     except ValueError as error:
         raise UserError(f"{key}.split: {config.split}: columns differ: {_first_line(error)}") from None
+    kept = Kept(index) if config.keep is None else keep_rows(rows, index, config.keep, config.path, key)
     contents = [part.content for part in parts]
     content = contents[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(contents).encode())
     source = Source(
@@ -144,10 +148,12 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
         fingerprint=content,
         columns=config.columns,
         _rows=rows if whole else _needed(rows, config.columns, also),
-        _index=index,
+        _index=kept.rows,
+        keep=config.keep,
+        dropped=kept.dropped,
         _maps=tuple(pages for part in parts for pages in part.maps),
     )
-    return _chosen(source, _taken(index, config, seed, content, key))
+    return _chosen(source, _taken(kept.rows, config, seed, content, key))
 
 
 @dataclass(frozen=True)
