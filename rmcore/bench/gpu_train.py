@@ -24,6 +24,7 @@ from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
 from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.model.backbone import recompute_activations
+from rmcore.model.compiled import speed_up
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.world import World
@@ -85,7 +86,7 @@ def rmcore_run(
     longest = int(data.tokens_N.max())
     chosen = choose_budget(config, model.backbone.config, longest, device, 1)
     budget = max(longest, min(tokens, chosen.tokens))
-    recompute_activations(model.backbone, chosen.recompute)
+    speed_up(model.backbone, recompute=chosen.recompute, compiled=compiled)
     model.use(SHARED, pruned=True)
     strategy = make_strategy(config, model, world)
     plan = Plan(

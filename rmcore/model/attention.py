@@ -23,7 +23,6 @@ from transformers import AttentionInterface
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
-from rmcore.model.backbone import decoder_layers
 from rmcore.model.layout_context import current_layout
 from rmcore.model.pruning import current_scored_rows
 from rmcore.ops.gather_prefix import gather_prefix_kv
@@ -82,10 +81,14 @@ def attention_forward(
 
 def _chunk(module: nn.Module) -> int | None:
     """The chunk that a layer's queries are confined to, in tokens (Llama 4); None in other layers."""
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None)
-    chunks = kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
-    return getattr(config, "attention_chunk_size", None) if chunks else None
+    config = getattr(module, "config", None)
+    size, kinds = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None)
+    if (
+        size is None or kinds is None
+    ):  # before the layer's number is read: a compilation of a layer would be for it only
+        return None
+    layer = getattr(module, "layer_idx", None)
+    return size if layer is not None and kinds[layer] == "chunked_attention" else None
 
 
 def _temperature(module: Any, layout: AttentionLayout, query: Tensor) -> Tensor | float:
@@ -128,17 +131,6 @@ def chunked(layout: AttentionLayout, size: int) -> AttentionLayout:
 
 
 AttentionInterface.register(NAME, attention_forward)
-
-
-def compile_layers(backbone: nn.Module) -> None:
-    """Compile each decoder layer except the last with torch.compile, for any number of tokens.
-
-    The layers are alike, so one compilation serves all of them; the last layer runs on other shapes
-    (rmcore.model.pruning). Attention is not compiled, because its calls depend on lengths that change with every batch.
-    """
-    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
-    for layer in decoder_layers(backbone)[:-1]:
-        layer.compile(dynamic=True)
 
 
 def composed_attention(

@@ -130,7 +130,7 @@ _SCORED: ContextVar[ScoredRows | None] = ContextVar("rmcore_pruned_layer", defau
 
 def current_scored_rows() -> ScoredRows | None:
     """What the attention of the pruned last layer computes, or None in every other layer."""
-    return _SCORED.get()
+    return None if torch.compiler.is_compiling() else _SCORED.get()  # the last layer is never compiled
 
 
 def spread(values_A: Tensor, rows_A: Tensor, rows: int) -> Tensor:

@@ -43,7 +43,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from rmcore.config import Config
-from rmcore.model.attention import compile_layers
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
@@ -120,8 +119,6 @@ class FullySharded:
         self.mesh = shards.mesh if shards else device_mesh(world, by_host=config.parallel.traits.by_host)
         if shards is None:
             model = model.to(world.device)
-        if config.parallel.compile:
-            compile_layers(model.backbone)
         self._sharded = shard(
             model,
             self.mesh,

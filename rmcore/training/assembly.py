@@ -33,7 +33,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 from rmcore.evaluation.criterion import Criterion, check_best_metric
 from rmcore.evaluation.trained import on_one_day
 from rmcore.host.terminal import visible
-from rmcore.model.backbone import recompute_activations
+from rmcore.model.compiled import speed_up
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
@@ -79,7 +79,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
 
     # The strategy wraps the model, and a checkpoint fills it.
     model = loaded.to_train()
-    recompute_activations(model.backbone, budget.recompute)
+    speed_up(model.backbone, recompute=budget.recompute, compiled=config.parallel.compile)
     converted = use_fp8(model.backbone) if config.parallel.fp8 else 0
     strategy = make_strategy(config, model, world, loaded.shards)
     restore(start, strategy, world)

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for the GPUs that users have, and none of them spills registers to memory; needs no GPU."""
+"""The Triton kernels compile for the GPUs that users have, and none spills registers to memory; needs no GPU."""
 
 import json
 import os
