@@ -83,10 +83,8 @@ def _chunk(module: nn.Module) -> int | None:
     """The chunk that a layer's queries are confined to, in tokens (Llama 4); None in other layers."""
     config = getattr(module, "config", None)
     size, kinds = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None)
-    if (
-        size is None or kinds is None
-    ):  # before the layer's number is read: a compilation of a layer would be for it only
-        return None
+    if size is None or kinds is None:
+        return None  # before the number of the layer is read: a compiled layer that reads it serves no other layer
     layer = getattr(module, "layer_idx", None)
     return size if layer is not None and kinds[layer] == "chunked_attention" else None
 

@@ -26,7 +26,7 @@ PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.a
 
 
 class CountProducts:
-    """A backend of torch.compile that counts the matrix products which its graphs run; they compute as in eager mode."""
+    """A backend of torch.compile that counts the matrix products that its graphs run. They compute as in eager mode."""
 
     def __init__(self):
         self.count = 0
@@ -44,9 +44,16 @@ class CountProducts:
         return make_boxed_func(run)
 
 
-@pytest.mark.parametrize("recompute, again", [("none", 0), ("selective", 0), ("full", 1)])
+@pytest.mark.parametrize(
+    "recompute, again",
+    [
+        pytest.param("none", 0, marks=pytest.mark.slow),
+        ("selective", 0),
+        pytest.param("full", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_layers_compute_the_same_in_one_graph(recompute, again):
-    """The same bits; no graph break; no second compilation for other lengths; selective recompute keeps the products."""
+    """The same bits, no graph break, one compilation for all lengths. Selective recompute keeps the products."""
     torch._dynamo.reset()
     counters.clear()
     plain, ours = (reward_model(tiny_model("llama"), SHARED) for _ in range(2))
@@ -68,13 +75,14 @@ def test_compiled_layers_compute_the_same_in_one_graph(recompute, again):
             assert torch.equal(out.rewards_A, expected.rewards_A)
             for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
                 assert torch.equal(mine.grad, theirs.grad)
-            # Llama's layer has 7 products. The last one, the down projection, is computed again for nobody.
+            # Llama's layer has 7 products. Nothing in the backward reads the last one, the down projection.
             assert (forward, products.count - forward) == (7 * layers, (14 + again * 6) * layers)
         assert counters["stats"]["unique_graphs"] == 1
     finally:
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_an_evaluation_between_the_steps_of_compiled_layers():
     """Without gradients nothing is recomputed, and the layers still compute the same."""
     torch._dynamo.reset()
