@@ -11,9 +11,7 @@ the same function: the op `ragged_attention` (CPU), `varlen_attn` with the share
 capping or sinks).
 """
 
-import inspect
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,14 +23,10 @@ from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
 from rmcore.model.layout_context import current_layout
 from rmcore.model.pruning import current_scored_rows
-from rmcore.ops.gather_prefix import gather_prefix_kv
+from rmcore.model.varlen import UnsupportedAttention, takes_varlen, varlen_attention
 from rmcore.ops.ragged_attention import ragged_attention
 
 NAME = "rmcore_ragged"
-
-
-class UnsupportedAttention(Exception):
-    """The architecture needs something from attention that the packed paths do not compute."""
 
 
 def attention_forward(
@@ -70,8 +64,8 @@ def attention_forward(
     query_THK, key_TGK, value_TGV = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if scored := current_scored_rows():
         out_THV = scored.attend(query_THK, key_TGK, value_TGV, layout, terms)
-    elif value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and terms.plain:
-        out_THV = _varlen(query_THK, key_TGK, value_TGV, layout, terms)
+    elif (plan := layout.gather) is not None and takes_varlen(value, terms):
+        out_THV = varlen_attention(query_THK, key_TGK, value_TGV, plan, terms)
     elif query.is_cuda:
         out_THV = composed_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
     else:
@@ -172,55 +166,3 @@ def composed_attention(
                 out = (terms.softmax(scores) @ v).to(value.dtype)
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
-
-
-@cache
-def _varlen_kernel() -> tuple[Callable[..., Any], bool]:
-    """PyTorch's variable-length attention, and whether it accepts G < H key heads (torch 2.12 and later do)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:  # a build without it
-        raise UnsupportedAttention("torch.nn.attention.varlen") from error
-    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _varlen(query_THK: Tensor, key_TGK: Tensor, value_TGV: Tensor, layout: AttentionLayout, terms: Terms) -> Tensor:
-    """One kernel call for all segments: queries in place, keys and values gathered as [prefix, own rows] per segment.
-
-    The kernel aligns causal masks of unequal lengths at the bottom right, which is what [prefix, own rows] needs.
-    Windows are right because the gathered keys are contiguous. The gather's backward sums the gradients that the
-    answers contribute to the prefix. The kernel has one head size; the smaller ones are padded with zeros (MLA has
-    K = 192 and V = 128), which changes no score and adds zeros to the output, cut off again.
-    """
-    varlen_attn, takes_groups = _varlen_kernel()
-    plan = layout.gather
-    if plan is None:
-        raise ValueError("the batch has no gather plan: use RaggedBatch.on to move a batch")
-    # Under autocast the rotary embedding makes queries and keys fp32, while values stay in half precision.
-    query_THK, key_TGK = query_THK.to(value_TGV.dtype), key_TGK.to(value_TGV.dtype)
-    size, size_v = query_THK.shape[2], value_TGV.shape[2]
-    if size != size_v:
-        query_THK, key_TGK = (F.pad(x, (0, max(0, size_v - size))) for x in (query_THK, key_TGK))
-        value_TGV = F.pad(value_TGV, (0, max(0, size - size_v)))
-    key, value = gather_prefix_kv(key_TGK, value_TGV, plan)
-    groups = query_THK.shape[1] // key.shape[1]
-    extra = {}
-    if groups > 1 and takes_groups:
-        extra["enable_gqa"] = True
-    elif groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    window_size = (terms.window - 1 if terms.window else -1, 0)
-    query_THK = query_THK.contiguous()
-    out_THV = varlen_attn(
-        query_THK,
-        key,
-        value,
-        plan.cu_q,
-        plan.cu_k,
-        plan.max_q,
-        plan.max_k,
-        scale=terms.scale,
-        window_size=window_size,
-        **extra,
-    )
-    return out_THV[..., :size_v] if size_v < size else out_THV

@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 import rmcore.model.attention as attention
+import rmcore.model.varlen as varlen
 from rmcore.bench.gpu import Bench, sync
 from rmcore.data.batches.batch import build_batch
 from rmcore.host.memory import keep_freed_memory
@@ -99,7 +100,7 @@ def test_an_evaluation_between_the_steps_of_compiled_layers():
         torch._dynamo.reset()
 
 
-def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
     """As torch.nn.attention.varlen.varlen_attn is documented: each sequence causal, aligned at the bottom right."""
     assert window_size[1] == 0
     assert query.shape[2] == key.shape[2] == value.shape[2]  # the kernel has one head size
@@ -107,7 +108,7 @@ def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, e
     for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
         assert q1 - q0 <= max_q and k1 - k0 <= max_k
         q, k, v = query[q0:q1].transpose(0, 1), key[k0:k1].transpose(0, 1), value[k0:k1].transpose(0, 1)
-        if enable_gqa:
+        if q.shape[0] != k.shape[0]:
             k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
         behind = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
         visible = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
@@ -115,24 +116,34 @@ def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, e
     return torch.cat([o.transpose(0, 1) for o in out])
 
 
-@pytest.mark.parametrize("takes_groups", [True, False], ids=["gqa", "repeated"])
+@pytest.mark.parametrize("rows", ["all", "scored"])
+@pytest.mark.parametrize("has_argument", [True, False], ids=["torch 2.12", "torch 2.11"])
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("groups, size_v", [(1, 8), (2, 8), (2, 6), (1, 12)])
-def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups, size_v, window, takes_groups):
-    monkeypatch.setattr(attention, "_varlen_kernel", lambda: (kernel, takes_groups))
-    layout = build_batch(odd_items(), range(8)).layout
-    rows = int(layout.segments_S4[-1, 1])
+def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups, size_v, window, has_argument, rows):
+    def called(*arguments, enable_gqa=False, **named):
+        assert enable_gqa == (has_argument and groups > 1)
+        return kernel(*arguments, **named)
+
+    monkeypatch.setattr(varlen, "_kernel", lambda: (called, has_argument))
+    batch = build_batch(odd_items(), range(8)).with_varlen()
+    layout = batch.layout
+    tokens = batch.computed_tokens
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(rows, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(tokens, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     key, value = (
-        torch.randn(rows, 4 // groups, size, generator=generator, dtype=torch.float64, requires_grad=True)
+        torch.randn(tokens, 4 // groups, size, generator=generator, dtype=torch.float64, requires_grad=True)
         for size in (8, size_v)
     )
-    upstream = torch.randn(rows, 4, size_v, generator=generator, dtype=torch.float64)
+    # Scored rows are the queries of the last layer. A row that ends two answers occurs twice, and counts twice.
+    queries = torch.arange(tokens) if rows == "all" else batch.last_token_index_A
+    plan = layout.gather if rows == "all" else layout.scored
+    assert plan.cu_k.tolist() == sorted(plan.cu_k.tolist()) and len(plan.copy_offset) == tokens + 1
+    upstream = torch.randn(len(queries), 4, size_v, generator=generator, dtype=torch.float64)
     results = []
     for out in (
-        attention._varlen(query, key, value, layout.for_varlen(), attention.Terms(0.3, window)),
-        composed_attention(query, key, value, layout.segments_S4, 0.3, window),
+        varlen.varlen_attention(query[queries], key, value, plan, attention.Terms(0.3, window)),
+        composed_attention(query, key, value, layout.segments_S4, 0.3, window)[queries],
     ):
         results.append([out, *torch.autograd.grad((out * upstream).sum(), (query, key, value))])
     for ours, theirs in zip(*results, strict=True):
@@ -150,6 +161,10 @@ def test_a_batch_for_cuda_brings_the_plan_of_the_gather():
             assert ours.device.type == "meta" and (ours.dtype, ours.shape) == (expected.dtype, expected.shape)
         else:
             assert ours == expected
+    assert there.layout.scored.key_index.device.type == "meta"
+    assert len(there.layout.scored.cu_q) == len(batch.last_rows_A) + 1
+    empty = build_batch(odd_items(), []).with_varlen().layout.scored  # a rank without work: row 0 is computed
+    assert empty.key_index.tolist() == [0] and empty.cu_q.tolist() == [0, 1]
     assert there.layout.segments_on(torch.device("meta")).device.type == "meta" and there.layout.segments_S4 is segments
     here = batch.on(torch.device("cpu"))
     assert here.layout.gather is None and here.layout.segments_on(torch.device("cpu")) is segments

@@ -4,9 +4,9 @@ Input: an environment with a CUDA build of PyTorch (5 GB), a C compiler, and no 
 Output: one JSON file with a record per model, strategy and way; exit code 1 if a bound does not hold.
 Example: 1.4b under ddp, compiled: 0 waits, 66 launches per layer and micro batch, no graph break, no recompilation.
 
-nullcuda.c stands in for the CUDA runtime, the driver, cuBLAS and NCCL. Memory is reserved and never touched, and kernels
-are counted by name and never run. So a run takes the host's time only, and all values are garbage: it says nothing about
-numbers, the time of a GPU, or what NCCL does. The real model, strategy, loader and optimizer run.
+nullcuda.c stands in for the CUDA runtime, the driver, cuBLAS and NCCL. Memory is reserved and never touched; kernels
+are counted by name and never run. So a run takes the time of the host only, and all values are garbage: it shows
+nothing about numbers, the time of a GPU, or what NCCL does. The real model, strategy, loader and optimizer run.
 
 Held for every run:
 - PyTorch raises for a call that waits for the device within the steps after the first two;

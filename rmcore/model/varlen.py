@@ -1,0 +1,74 @@
+"""Attention of many texts by one call of PyTorch's variable-length kernel, on CUDA in half precision.
+
+Input: queries [N, H, K], keys [T, G, K] and values [T, G, V] of a packed row, and a `GatherPlan`: which rows are the
+keys of each segment of queries.
+Output: [N, H, V].
+Example: the last layer of a row of 26,000 tokens with 128 scored answers: 128 queries, each a segment of its own, with
+some 200 keys each. Without the plan it would be 128 x 26,000 scores and a mask of that size.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rmcore.model.attention_terms import Terms
+from rmcore.ops.gather_prefix import GatherPlan, gather_prefix_kv
+
+
+class UnsupportedAttention(Exception):
+    """The architecture needs something from attention that the packed paths do not compute."""
+
+
+def takes_varlen(value: Tensor, terms: Terms) -> bool:
+    """Whether the kernel runs where `value` is, in its precision, and computes these terms."""
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and terms.plain
+
+
+@cache
+def _kernel() -> tuple[Callable[..., Any], bool]:
+    """PyTorch's function, and whether it has to be given `enable_gqa` for G < H key heads.
+
+    The kernel itself takes grouped heads in every version; the argument came with torch 2.12.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:  # a build without it
+        raise UnsupportedAttention("torch.nn.attention.varlen") from error
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def varlen_attention(query_NHK: Tensor, key_TGK: Tensor, value_TGV: Tensor, plan: GatherPlan, terms: Terms) -> Tensor:
+    """softmax(scale q k^T) v of every segment; queries in place, keys and values gathered as [prefix, own rows].
+
+    The kernel aligns causal masks of unequal lengths at the bottom right, which is what [prefix, own rows] needs.
+    Windows are right because the gathered keys are contiguous. The gather's backward sums the gradients that the
+    answers contribute to the prefix. The kernel has one head size; the smaller ones are padded with zeros (MLA has
+    K = 192 and V = 128), which changes no score and adds zeros to the output, cut off again.
+    """
+    varlen_attn, has_argument = _kernel()
+    # Under autocast the rotary embedding makes queries and keys fp32, while values stay in half precision.
+    query_NHK, key_TGK = query_NHK.to(value_TGV.dtype), key_TGK.to(value_TGV.dtype)
+    size, size_v = query_NHK.shape[2], value_TGV.shape[2]
+    if size != size_v:
+        query_NHK, key_TGK = (F.pad(x, (0, max(0, size_v - size))) for x in (query_NHK, key_TGK))
+        value_TGV = F.pad(value_TGV, (0, max(0, size - size_v)))
+    key, value = gather_prefix_kv(key_TGK, value_TGV, plan)
+    grouped = {"enable_gqa": True} if has_argument and query_NHK.shape[1] != key.shape[1] else {}
+    out_NHV = varlen_attn(
+        query_NHK.contiguous(),
+        key,
+        value,
+        plan.cu_q,
+        plan.cu_k,
+        plan.max_q,
+        plan.max_k,
+        scale=terms.scale,
+        window_size=(terms.window - 1 if terms.window else -1, 0),
+        **grouped,
+    )
+    return out_NHV[..., :size_v] if size_v < size else out_NHV
