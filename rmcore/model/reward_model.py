@@ -175,9 +175,11 @@ class RewardModel(nn.Module):
         grid = torch.full((len(texts), longest), -1, dtype=torch.int64)
         for place, rows in enumerate(texts):
             grid[place, : len(rows)] = torch.tensor(rows)
-        grid = grid.to(batch.input_ids_T.device)
+        # The cells that hold a token, found on the host: a mask as an index would make it wait for the device.
+        cell_T = torch.cat([torch.arange(len(rows)) + place * longest for place, rows in enumerate(texts)])
+        grid, cell_T = (x.to(batch.input_ids_T.device) for x in (grid, cell_T))
         real = grid >= 0
         input_ids = torch.where(real, batch.input_ids_T[grid.clamp(min=0)], self.pad_token_id)
         with long_texts(long_T, grid):
             hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
-        return hidden[real]
+        return hidden.flatten(0, 1).index_select(0, cell_T)

@@ -39,7 +39,7 @@ from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.precision import bf16_of_all, with_precision
-from rmcore.parallel.world import World, first_error
+from rmcore.parallel.world import World, first_error, use_deterministic_algorithms
 from rmcore.training.agreement import agree, check_same_plan, plan_facts
 from rmcore.training.loading import ShardedModel, load
 from rmcore.training.outcome import OUT_OF_MEMORY_FILE
@@ -50,6 +50,8 @@ from rmcore.training.run_data import prepared
 def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     """Raises UserError, on all ranks, for anything in config, data or model files that cannot be trained."""
     start = start or Start()
+    if config.parallel.deterministic:
+        use_deterministic_algorithms(world)
     first_error(world, "looking at run.best_metric", lambda: Criterion.of(config))  # before the data, which take long
     stored = start.manifest.config["parallel"].get("precision") if start.manifest else None
     config, precision_lines = with_precision(config, bf16_of_all(world), stored)

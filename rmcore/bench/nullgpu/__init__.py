@@ -92,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     p.add_argument("--steps", type=int, default=4, help="the last two are measured")
     p.add_argument("--recompute", default="auto", choices=["auto", "none", "selective", "full"])
     p.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    p.add_argument("--deterministic", action="store_true", help="fail where PyTorch has no deterministic algorithm")
     p.add_argument("--out", help="result file; default: rmcore/bench/results/nullgpu.json")
     options = p.parse_args(arguments)
     runs: list[dict[str, Any]] = []
@@ -104,7 +105,10 @@ def main(arguments: Sequence[str]) -> int:
             return 1
         for model, strategy, way in product(options.models, options.strategies, options.ways):
             asked = {"model": model, "strategy": strategy, "compiled": way == "compiled", "ranks": RANKS.get(model, 1)}
-            shared = {name: getattr(options, name) for name in ("rows", "pairs", "steps", "recompute", "precision")}
+            shared = {
+                name: getattr(options, name)
+                for name in ("rows", "pairs", "steps", "recompute", "precision", "deterministic")
+            }
             try:
                 found = run_child(own_child("rmcore.bench.nullgpu.child"), 1, asked | shared)
                 found["broken"] = complaints(found)

@@ -32,7 +32,7 @@ from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.compiled import speed_up
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.make import make_strategy
-from rmcore.parallel.world import World, running_world
+from rmcore.parallel.world import World, running_world, use_deterministic_algorithms
 
 MEASURED = 2  # the last steps
 MOST_TOKENS = 32768  # of a micro batch
@@ -107,6 +107,9 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
             "parallel": parallel | {"compile": settings["compiled"]},
         }
     )
+
+    if settings["deterministic"]:
+        use_deterministic_algorithms(world)
 
     # The plan of the run, as rmcore.training.assembly makes it.
     longest = int(data.tokens_N.max())
