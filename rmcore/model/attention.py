@@ -6,9 +6,9 @@ Example: the row [p0 p1 | a | b] (a prompt of 2 tokens, answers a and b) has the
 a sees p0 p1 a; b sees p0 p1 b, never a.
 
 It is exact: attention is causal, so the hidden states of p0 p1 do not depend on a or b. Three implementations compute
-the same function: the op `ragged_attention` (CPU), `varlen_attn` with the shared keys gathered once for each answer
-(CUDA in half precision), and one composition of PyTorch calls per segment (CUDA in other precisions, and with soft
-capping or sinks).
+the same function: the op `ragged_attention` (CPU), variable-length kernels with the shared keys gathered once for each
+answer (CUDA, rmcore.model.varlen), and one composition of PyTorch calls per segment (CUDA with soft capping or sinks,
+or in fp32 with a window).
 """
 
 from functools import lru_cache
@@ -64,7 +64,7 @@ def attention_forward(
     query_THK, key_TGK, value_TGV = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if scored := current_scored_rows():
         out_THV = scored.attend(query_THK, key_TGK, value_TGV, layout, terms)
-    elif (plan := layout.gather) is not None and takes_varlen(value, terms):
+    elif (plan := layout.gather) is not None and takes_varlen(key, value, terms):
         out_THV = varlen_attention(query_THK, key_TGK, value_TGV, plan, terms)
     elif query.is_cuda:
         out_THV = composed_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)

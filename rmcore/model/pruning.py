@@ -53,7 +53,7 @@ class ScoredRows:
     ) -> Tensor:
         """Attention from the scored rows, spread over the T rows: [T, H, V]; see `scored_attention`."""
         query_AHK = query_THK.index_select(0, self.rows_A)
-        if layout.scored is not None and takes_varlen(value_TGV, terms):
+        if layout.scored is not None and takes_varlen(key_TGK, value_TGV, terms):
             out_AHV = varlen_attention(query_AHK, key_TGK, value_TGV, layout.scored, terms)
         else:
             visible_AT, behind_AT = self.visible(key_TGK.shape[0], layout, terms.window)

@@ -150,6 +150,35 @@ def test_variable_length_attention_gets_the_right_arguments(monkeypatch, groups,
         assert_close(ours, theirs, 1e-12, "varlen")
 
 
+@pytest.mark.parametrize("groups, size_v", [(1, 8), (2, 8), (2, 12)])
+def test_fp32_goes_through_the_memory_efficient_kernel(monkeypatch, groups, size_v):
+    """One call for all segments, with grouped heads repeated and head sizes of their own; values and gradients."""
+
+    def called(query, key, value, bias, cu_q, cu_k, max_q, max_k, dropout, mask, log_sum, *, scale):
+        assert query.shape[2] == key.shape[2] == value.shape[2] and (bias, dropout, log_sum) == (None, 0.0, True)
+        assert mask == 2  # torch/csrc: CustomMaskType.CausalFromBottomRight
+        lengths = {"scale": scale, "window_size": (-1, 0)}
+        padded = [torch.nn.functional.pad(x[0], (0, 12 - x.shape[-1])) for x in (query, key, value)]
+        return kernel(*padded, cu_q, cu_k, max_q, max_k, **lengths)[None, ..., : value.shape[-1]], None
+
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", called)
+    batch = build_batch(odd_items(), range(8)).with_varlen()
+    inputs = [
+        torch.randn(batch.computed_tokens, 4 // g, k, requires_grad=True)
+        for g, k in ((1, 8), (groups, 8), (groups, size_v))
+    ]
+    assert varlen.takes_varlen(inputs[1], inputs[2], attention.Terms(0.3))
+    assert not varlen.takes_varlen(inputs[1], inputs[2], attention.Terms(0.3, window=5))
+    results = []
+    for out in (
+        varlen.varlen_attention(*inputs, batch.layout.gather, attention.Terms(0.3)),
+        composed_attention(*inputs, batch.layout.segments_S4, 0.3, 0),
+    ):
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, 1e-5, "memory-efficient")
+
+
 def test_a_batch_for_cuda_brings_the_plan_of_the_gather():
     """The plan's tensors and a copy of the segments travel with the batch; the segments for the host stay."""
     batch = build_batch(odd_items(), range(8))
