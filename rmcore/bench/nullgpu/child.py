@@ -2,7 +2,7 @@
 
 Input: settings as JSON, in a process into which the stand-in is preloaded.
 Output: one record: waits, launches, host milliseconds and bytes of the measured steps.
-Example: {"model": "1.4b", "strategy": "zero2", "waits": 0, "launches_per_layer": 131.2, "peak_gb": 61.4, ...}
+Example: {"model": "1.4b", "strategy": "zero2", "waits": 0, "launches_per_layer": 102.3, "peak_gb": 64.2, ...}
 """
 
 import ctypes
