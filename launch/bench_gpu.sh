@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the benchmarks of one GPU in one call, in less than 9 minutes, and writes one JSON file: exactness in bf16, peak
-# rate of matrix products, errors of the ops, attention, training rates of Pythia shapes compared with a padded loop and (if trl and
-# datasets are installed) with TRL's RewardTrainer, and memory. Needs torch, transformers, pydantic and PyYAML, but no
-# network.
+# rate of matrix products, errors of the ops, attention, training rates of Pythia shapes compared with a padded loop and
+# (if trl and datasets are installed) with TRL's RewardTrainer, and memory. Needs torch, transformers, pydantic and
+# PyYAML, but no network.
 #
 #   bash launch/bench_gpu.sh                       # rmcore/bench/results/gpu.json
 #   bash launch/bench_gpu.sh --out /tmp/gpu.json --sections ceiling exactness

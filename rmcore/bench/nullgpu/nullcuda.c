@@ -648,6 +648,10 @@ int cublasDgemm_v2(void* h, int ta, int tb, int m, int n, int k) {
   gemm("D", m, n, k, 1);
   return 0;
 }
+int cublasDgemmStridedBatched(void* h, int ta, int tb, int m, int n, int k) {
+  gemm("DSB", m, n, k, 1);
+  return 0;
+}
 int cublasSgemv_v2(void* h, int t, int m, int n) {
   gemm("Sgemv", m, n, 1, 1);
   return 0;
