@@ -178,6 +178,7 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
     return settings | {
         "recompute": chosen.recompute,
         "tokens": tokens / batches,
+        "most_tokens": most,
         "micro_batches": batches / MEASURED,
         "waits": sum(count for name, count in found.items() if name.startswith("SYNC")),
         "launches_per_layer": launches / batches / layers,
