@@ -46,9 +46,9 @@ from rmcore.config import Config
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
-from rmcore.parallel.optim import adamw_arguments, parameter_groups
+from rmcore.parallel.optim import LocalAdamW, adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
-from rmcore.parallel.strategy import Shards, Weights, gradient_norms
+from rmcore.parallel.strategy import Shards, Weights, clip_gradients, gradient_norms
 from rmcore.parallel.world import World, device_mesh
 
 
@@ -130,7 +130,7 @@ class FullySharded:
             take_over(model, shards.weights)
         self.model = model
         groups = parameter_groups(self.model.parameters(), config.optim)
-        self.optimizer = self.adamw = torch.optim.AdamW(groups, **adamw_arguments(config.optim))
+        self.optimizer = self.adamw = LocalAdamW(groups, **adamw_arguments(config.optim))
         self._parameters = list(self.model.parameters())
 
     @contextmanager
@@ -152,7 +152,7 @@ class FullySharded:
         dist.all_reduce(square, group=self.mesh.get_group("shard"))  # under hsdp every host has the same gradients
         norm = square.sqrt()
         if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
+            clip_gradients(self._parameters, max_norm, norm)
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

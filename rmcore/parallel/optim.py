@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rmcore.config.schema import OptimConfig
+from rmcore.parallel.strategy import local
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -48,3 +49,16 @@ def parameter_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) ->
 def adamw_arguments(config: OptimConfig) -> dict[str, Any]:
     """Arguments of AdamW (Loshchilov and Hutter, arXiv 1711.05101). The fused kernel reads each tensor once."""
     return {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}
+
+
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW for DTensors, whose kernel gets what this rank holds of them. The state is made of DTensors as before.
+
+    AdamW works element by element, so the result is the same; the host saves the dispatch of every DTensor.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local(tensor) for tensor in tensors]
+        return has_complex

@@ -34,7 +34,7 @@ def test_a_broken_bound_is_a_complaint():
         assert words in complaint
 
 
-@pytest.mark.parametrize(("model", "strategy"), [("1.4b", "ddp"), ("1.4b", "zero2"), ("7b", "zero2")])
+@pytest.mark.parametrize(("model", "strategy"), [("1.4b", "ddp"), ("7b", "zero2")])
 def test_the_plan_predicts_the_allocators_peak(model, strategy):
     """The peak of the CUDA build's allocator over real steps, by today's prediction; see nullgpu.PEAK."""
     run = next(run for run in RUNS if (run["model"], run["strategy"], run["compiled"]) == (model, strategy, False))
