@@ -45,8 +45,8 @@ class GatherPlan(NamedTuple):
 
 def gather_plan(segments_S4: Tensor) -> GatherPlan:
     """The plan of a packed row, on the CPU. `segments_S4` (int32, CPU) tile the row, as in ragged_attention.py."""
-    segments_S4 = segments_S4.numpy().astype(np.int64)
-    return _plan(segments_S4, segments_S4[:, 1] - segments_S4[:, 0], tokens=int(segments_S4[:, 1].max(initial=0)))
+    segments = segments_S4.numpy().astype(np.int64)
+    return _plan(segments, segments[:, 1] - segments[:, 0], tokens=int(segments[:, 1].max(initial=0)))
 
 
 def scored_plan(segments_S4: Tensor, rows_A: np.ndarray) -> GatherPlan:

@@ -302,7 +302,8 @@ def use_deterministic_algorithms(world: World) -> None:
     if world.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # rmcore reads no memory that it did not write
+        # rmcore reads no memory that it did not write. (The attribute is one of a module that torch makes at run time.)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def use_expandable_segments(environment: MutableMapping[str, str]) -> None:

@@ -182,7 +182,7 @@ def test_deterministic_algorithms_are_for_gpus(monkeypatch: pytest.MonkeyPatch) 
             assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == expected
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
