@@ -48,7 +48,7 @@ from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.optim import LocalAdamW, adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
-from rmcore.parallel.strategy import Shards, Weights, clip_gradients, gradient_norms
+from rmcore.parallel.strategy import Shards, Weights, gradient_norms
 from rmcore.parallel.world import World, device_mesh
 
 
@@ -152,7 +152,7 @@ class FullySharded:
         dist.all_reduce(square, group=self.mesh.get_group("shard"))  # under hsdp every host has the same gradients
         norm = square.sqrt()
         if max_norm > 0:
-            clip_gradients(self._parameters, max_norm, norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

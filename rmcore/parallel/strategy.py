@@ -75,13 +75,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """As nn.utils.clip_grads_with_norm_, on what this rank holds: a DTensor's dispatch costs the host far more."""
-    grads = [local(p.grad) for p in parameters if p.grad is not None]
-    coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(grads, coefficient.to(grads[0].device))
-
-
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of each gradient as far as this rank holds it, fp32 [W]; 0 where there is none."""
     grads = [None if p.grad is None else local(p.grad) for p in parameters]
