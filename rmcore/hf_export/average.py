@@ -31,10 +31,10 @@ from rmcore.hf_export.from_checkpoint import built_in
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, reloaded
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import exported_files
-from rmcore.model.classifier import classifier_class, is_made
 from rmcore.host.model_directory import indexed_files
 from rmcore.host.safetensors_file import CHUNK, DTYPES, chunks, layout
 from rmcore.model.backbone import load_model_config, position_limit
+from rmcore.model.classifier import classifier_class, is_made
 from rmcore.scoring.normalisation import KEY as NORMALISATION
 
 DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}

@@ -253,7 +253,7 @@ def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
     """
     if how == "none":
         return
-    selective = partial(create_selective_checkpoint_contexts, _keep_matmuls) if how == "selective" else None
+    selective = partial(create_selective_checkpoint_contexts, keep_products) if how == "selective" else None
     arguments = {"use_reentrant": False, "context_fn": partial(recompute_contexts, selective)}
     if hasattr(backbone, "activation_checkpointing_enable"):  # its name in newer transformers
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -265,5 +265,6 @@ def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
-def _keep_matmuls(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+def keep_products(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """The policy of selective recompute: keep the results of matrix products, compute everything else again."""
     return CheckpointPolicy.MUST_SAVE if op in _MATMULS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -185,7 +185,7 @@ class RewardModel(nn.Module):
         """[T, ...] from the values of a layer that flattens its tokens, such as a router, on any path."""
         if self.path != PADDED:
             return values[Grid.of(batch).cell_T] if self.masked else values
-        return values[(_rectangle(batch) >= 0).flatten()]
+        return values[_rectangle(batch)[1]]
 
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
         """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...]."""
@@ -202,19 +202,23 @@ class RewardModel(nn.Module):
 
         This path is the slowest and the most general: the architecture gets the attention mask that it expects.
         """
-        grid = _rectangle(batch)
+        grid, cell_T = _rectangle(batch)
         real = grid >= 0
         input_ids = torch.where(real, batch.input_ids_T[grid.clamp(min=0)], self.pad_token_id)
         with long_texts(long_T, grid):
             hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
-        return hidden[real]
+        return hidden.flatten(0, 1).index_select(0, cell_T)
 
 
-def _rectangle(batch: RaggedBatch) -> Tensor:
-    """int64 [texts, longest]: the packed rows of each text, -1 behind its end."""
+def _rectangle(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """int64 [texts, longest]: the packed rows of each text, -1 behind its end; and the flat cells [T] with a token.
+
+    The cells are found on the host: a mask as an index would make it wait for the device.
+    """
     texts = batch.layout.texts
     longest = max(len(rows) for rows in texts)
     grid = torch.full((len(texts), longest), -1, dtype=torch.int64)
     for place, rows in enumerate(texts):
         grid[place, : len(rows)] = torch.tensor(rows)
-    return grid.to(batch.input_ids_T.device)
+    cell_T = torch.cat([torch.arange(len(rows)) + place * longest for place, rows in enumerate(texts)])
+    return grid.to(batch.input_ids_T.device), cell_T.to(batch.input_ids_T.device)

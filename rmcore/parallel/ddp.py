@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rmcore.config import Config
 from rmcore.host.memory import keep_freed_memory
-from rmcore.model.attention import compile_layers
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.ema import Ema
 from rmcore.parallel.optim import adamw_arguments, parameter_groups
@@ -48,8 +47,6 @@ class DataParallel:
         self._inner, self._world = model.to(world.device), world
         if world.device.type == "cpu":
             keep_freed_memory()
-        if config.parallel.compile:
-            compile_layers(model.backbone)
         self._half = config.parallel.bf16
         self.model = self._inner if world.size == 1 else self._replicate()
         groups = parameter_groups(dict(self._inner.named_parameters()), config.optim)

@@ -43,12 +43,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from rmcore.config import Config
-from rmcore.model.attention import compile_layers
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.ema import Ema
-from rmcore.parallel.optim import adamw_arguments, parameter_groups
+from rmcore.parallel.optim import LocalAdamW, adamw_arguments, parameter_groups
 from rmcore.parallel.placement import held
 from rmcore.parallel.strategy import Shards, Weights, gradient_norms
 from rmcore.parallel.world import World, device_mesh
@@ -122,8 +121,6 @@ class FullySharded:
         self.mesh = shards.mesh if shards else device_mesh(world, by_host=config.parallel.traits.by_host)
         if shards is None:
             model = model.to(world.device)
-        if config.parallel.compile:
-            compile_layers(model.backbone)
         self._sharded = shard(
             model,
             self.mesh,
@@ -135,7 +132,7 @@ class FullySharded:
             take_over(model, shards.weights)
         self.model = model
         groups = parameter_groups(dict(self.model.named_parameters()), config.optim)
-        self.optimizer = self.adamw = torch.optim.AdamW(groups, **adamw_arguments(config.optim))
+        self.optimizer = self.adamw = LocalAdamW(groups, **adamw_arguments(config.optim))
         self._parameters = list(self.model.parameters())
 
     @contextmanager

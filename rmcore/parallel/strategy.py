@@ -74,9 +74,14 @@ class Strategy(Protocol):
         """
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of each gradient as far as this rank holds it, fp32 [W]; 0 where there is none."""
-    local = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-    norms = iter(torch._foreach_norm([grad for grad in local if grad is not None]))  # as nn.utils.get_total_norm does
+    grads = [None if p.grad is None else local(p.grad) for p in parameters]
+    norms = iter(torch._foreach_norm([grad for grad in grads if grad is not None]))  # as nn.utils.get_total_norm does
     zero = torch.zeros((), device=parameters[0].device)
-    return torch.stack([zero if grad is None else next(norms) for grad in local])
+    return torch.stack([zero if grad is None else next(norms) for grad in grads])

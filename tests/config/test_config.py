@@ -77,6 +77,7 @@ parallel.recompute | auto | none | selective | full | auto
 parallel.compile | true | false | false
 parallel.offload | true | false | false
 parallel.fp8 | true | false | false
+parallel.deterministic | true | false | false
 parallel.timeout_seconds | whole number >= 1 | 600
 run.dir | text | runs/default
 run.epochs | whole number >= 1 | 1

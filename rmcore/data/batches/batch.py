@@ -18,7 +18,7 @@ from torch import Tensor
 from rmcore.data.batches.answers import chosen_answers, first_answer_token
 from rmcore.data.labels import LABEL_FIELDS, OFFSETS
 from rmcore.data.tokens.comparisons import TokenizedComparison, TokenizedComparisons
-from rmcore.ops.gather_prefix import GatherPlan, gather_plan
+from rmcore.ops.gather_prefix import GatherPlan, gather_plan, scored_plan
 
 
 class Comparisons(Protocol):
@@ -39,6 +39,7 @@ class AttentionLayout:
     segments_S4: Tensor
     gather: GatherPlan | None = None  # for CUDA: which rows are the keys of each segment
     device_segments_S4: Tensor | None = None  # for CUDA: the segments where kernels can read them
+    scored: GatherPlan | None = None  # for CUDA: which rows are the keys of each scored row
 
     @cached_property
     def texts(self) -> list[list[int]]:
@@ -56,7 +57,9 @@ class AttentionLayout:
         """The same layout with the tensors for CUDA changed; the segments for the host stay."""
         if self.gather is None or self.device_segments_S4 is None:
             return self
-        return replace(self, gather=self.gather.mapped(change), device_segments_S4=change(self.device_segments_S4))
+        scored = self.scored.mapped(change) if self.scored else None
+        device_segments_S4 = change(self.device_segments_S4)
+        return replace(self, gather=self.gather.mapped(change), device_segments_S4=device_segments_S4, scored=scored)
 
     def segments_on(self, device: torch.device) -> Tensor:
         """The segments in the memory of `device`. Raises ValueError if the batch was not made for that device."""
@@ -133,7 +136,10 @@ class RaggedBatch(Judged):
         return replace(self, layout=self.layout.mapped(change), **tensors)
 
     def with_varlen(self) -> "RaggedBatch":
-        return replace(self, layout=self.layout.for_varlen())
+        """The batch with the index tensors that CUDA attention reads. Without answers row 0 counts as scored."""
+        rows_A = self.last_rows_A if len(self.last_rows_A) else np.zeros(1, dtype=np.int64)
+        layout = self.layout.for_varlen()
+        return replace(self, layout=replace(layout, scored=scored_plan(layout.segments_S4, rows_A)))
 
     def pin_memory(self) -> "RaggedBatch":
         return self.mapped(Tensor.pin_memory)
