@@ -20,8 +20,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors, the same names as in _PLACES
+    from rmcore import testing as testing
     from rmcore.config import Config as Config
     from rmcore.config import UserError as UserError
+    from rmcore.config.loss import Traits as Traits
     from rmcore.scoring.reward_model import Ranked as Ranked
     from rmcore.scoring.reward_model import RewardModel as RewardModel
     from rmcore.scoring.reward_model import load as load
@@ -37,9 +39,11 @@ _PLACES = {
     "Ranked": "rmcore.scoring.reward_model",
     "RewardModel": "rmcore.scoring.reward_model",
     "RunError": "rmcore.training.in_process",
+    "Traits": "rmcore.config.loss",
     "UserError": "rmcore.config",
     "fit": "rmcore.train",
     "load": "rmcore.scoring.reward_model",
+    "testing": "rmcore",
 }
 __all__ = [*_PLACES]
 
@@ -48,7 +52,10 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of this mo
     def __getattr__(name: str) -> Any:
         if name not in _PLACES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(_PLACES[name]), name)
+        place = _PLACES[name]
+        is_module = place == __name__
+        value = import_module(f"{place}.{name}") if is_module else getattr(import_module(place), name)
+        globals()[name] = value
         return value
 
 

@@ -29,7 +29,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.
 LAYERS = (
     *("host", "config", "ops"),
     *("data", "model", "parallel", "cost"),
-    *("evaluation", "tracking", "report", "scoring"),
+    *("evaluation", "tracking", "report", "scoring", "testing"),
     *("checkpoint", "serving", "hf_export", "training"),
     *("commands", "bench"),
 )

@@ -27,7 +27,7 @@ from rmcore.config.layers import TAG, plain_kind
 from rmcore.config.lora import LoraConfig
 from rmcore.config.loss import LossConfig
 from rmcore.config.parallel import ParallelConfig
-from rmcore.config.section import Section, conflict
+from rmcore.config.section import ImportPath, Section, conflict
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # may begin with ~; shells expand it only in front
@@ -81,6 +81,9 @@ class SourceConfig(Section):
     columns: dict[str, str] = Field(
         {}, description="rmcore's column names mapped to those in the data: {chosen: better, ...}"
     )
+    format: ImportPath | None = Field(
+        None, description="a function of yours that turns a row into one with rmcore's columns; null: they are detected"
+    )
     set: Text | None = Field(
         None,
         description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
@@ -88,8 +91,9 @@ class SourceConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_empty_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `set: null`: checkpoints of versions without this key must still fit the configuration."""
-        return {key: value for key, value in handler(self).items() if key != "set" or value is not None}
+        """Leave out `set: null` and `format: null`: checkpoints of versions without these keys must still fit."""
+        kept = handler(self).items()
+        return {key: value for key, value in kept if key not in ("set", "format") or value is not None}
 
 
 def _as_list(value: Any) -> Any:
@@ -265,6 +269,9 @@ class RunConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps; null: only epochs count")
     seed: int = Field(1, ge=0, lt=2**31, description="determines data order, score head and sampling")
     evals: int = Field(1, ge=0, description="number of evaluations, spread evenly, the last one at the end; 0: none")
+    metrics: list[ImportPath] = Field(
+        [], description="functions of yours that compute further metrics of each evaluation: [my.module:function]"
+    )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: no checkpoints by steps")
     save_minutes: float | None = Field(
         30.0,

@@ -131,9 +131,11 @@ class Part:
         """The format of each source, from its first rows, with what the objective reads."""
         found = []
         for source in self.sources:
-            place = {"origin": source.origin, "key": source.key}
-            format = detect_format(source.head(), source.columns, need_margin=self.reads.margins, **place)
-            found.append(fitted(format, self.config.loss, **place))
+            origin, key = source.origin, source.key
+            format = detect_format(
+                source.head(), source.columns, origin=origin, key=key, need_margin=self.reads.margins
+            )
+            found.append(fitted(format, self.config.loss, origin=origin, key=key))
         return found
 
     @property

@@ -15,8 +15,9 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ RewardFunction = Callable[..., list[float | None]]
 CONTEXT = ("system", "tools", "documents", "chat_template_kwargs")
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True)
+class Ranked:
     """An answer of `RewardModel.rank`: its place in the given list, and its reward (None: it has none)."""
 
     index: int

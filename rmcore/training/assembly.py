@@ -31,6 +31,7 @@ from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 from rmcore.evaluation.criterion import Criterion, check_best_metric
+from rmcore.evaluation.own_metrics import check_functions
 from rmcore.evaluation.trained import on_one_day
 from rmcore.host.terminal import visible
 from rmcore.model.backbone import recompute_activations
@@ -51,6 +52,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     """Raises UserError, on all ranks, for anything in config, data or model files that cannot be trained."""
     start = start or Start()
     first_error(world, "looking at run.best_metric", lambda: Criterion.of(config))  # before the data, which take long
+    first_error(world, "importing functions", lambda: check_functions(config))
     stored = start.manifest.config["parallel"].get("precision") if start.manifest else None
     config, precision_lines = with_precision(config, bf16_of_all(world), stored)
     if config.parallel.fp8:
