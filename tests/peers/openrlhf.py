@@ -57,7 +57,9 @@ def main(workdir: str, peer: str) -> int:
 
     found, _ = asked(1, "--max-tokens", "8")
     right = right and found["rewards"] == [None]
-    rows.append(row(CLIENT, found["version"], "a text beyond --max-tokens: 422, the client continues without a reward", None))
+    rows.append(
+        row(CLIENT, found["version"], "a text beyond --max-tokens: 422, the client continues without a reward", None)
+    )
     write_rows(workdir, "openrlhf", rows)
     return 0 if right else 1
 

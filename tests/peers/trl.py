@@ -4,8 +4,8 @@ Input: a folder to write to, and the Python of an environment with TRL (tests/pe
 Output: WORKDIR/trl.jsonl; exit code 1 if a reward differs by more than 1e-5 from that of `rmcore score`.
 
 trl_client.py trains a tiny policy for three steps in its environment, with
-`reward_funcs=[rmcore.load(...).as_reward_function()]`: once on prompts as text, once on prompts as turns. It records the
-completions. Here the function behind `rmcore score` computes their rewards again. They are compared one by one, and
+`reward_funcs=[rmcore.load(...).as_reward_function()]`: once on prompts as text, once on prompts as turns. It records
+the completions. Here the function behind `rmcore score` computes their rewards again. They are compared one by one, and
 their means with those that TRL logs.
 """
 

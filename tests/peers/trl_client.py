@@ -1,7 +1,7 @@
 """Trains a tiny policy by GRPO, in TRL's environment: python -m tests.peers.trl_client FOLDER STEPS COMPLETIONS.
 
-Input: FOLDER/model, a reward model with its tokenizer. Output: FOLDER/found.json with, for prompts as text and as turns,
-the completions, their rewards, the means that TRL logs, and how far the policy's weights have moved.
+Input: FOLDER/model, a reward model with its tokenizer.
+Output: FOLDER/found.json with, for prompts as text and as turns, the completions, their rewards, the means that TRL logs, and how far the policy's weights have moved.
 """
 
 import json
@@ -51,7 +51,9 @@ def train(folder: Path, kind: str, steps: int, completions: int) -> dict[str, An
         processing_class=tokenizer,
     )
     trainer.train()
-    found["logged"] = [line["rewards/rmcore/mean"] for line in trainer.state.log_history if "rewards/rmcore/mean" in line]
+    found["logged"] = [
+        line["rewards/rmcore/mean"] for line in trainer.state.log_history if "rewards/rmcore/mean" in line
+    ]
     after = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     found["moved"] = max(float((after[name].cpu() - before[name]).abs().max()) for name in before)
     return found
