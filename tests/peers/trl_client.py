@@ -1,7 +1,8 @@
 """Trains a tiny policy by GRPO, in TRL's environment: python -m tests.peers.trl_client FOLDER STEPS COMPLETIONS.
 
 Input: FOLDER/model, a reward model with its tokenizer.
-Output: FOLDER/found.json with, for prompts as text and as turns, the completions, their rewards, the means that TRL logs, and how far the policy's weights have moved.
+Output: FOLDER/found.json with, for prompts as text and as turns, the completions, their rewards, the means that TRL
+logs, and how far the policy's weights have moved.
 """
 
 import json
