@@ -131,11 +131,9 @@ class Part:
         """The format of each source, from its first rows, with what the objective reads."""
         found = []
         for source in self.sources:
-            origin, key = source.origin, source.key
-            format = detect_format(
-                source.head(), source.columns, origin=origin, key=key, need_margin=self.reads.margins
-            )
-            found.append(fitted(format, self.config.loss, origin=origin, key=key))
+            place = {"origin": source.origin, "key": source.key}
+            format = detect_format(source.head(), source.columns, need_margin=self.reads.margins, **place)
+            found.append(fitted(format, self.config.loss, **place))
         return found
 
     @property

@@ -20,7 +20,6 @@ from rmcore.config.schema import UNNAMED
 from rmcore.data.rewardbench import SECTIONS
 from rmcore.evaluation.rewardbench import ROWS_2, section_name
 
-OWN = "own"  # the metrics of the user's functions (own_metrics.py), by their names
 Place = Literal["evaluate", "page", "card"]  # the table that `rmcore evaluate` prints, report.html, the model card
 ALL_TABLES: tuple[Place, ...] = ("evaluate", "page", "card")
 
@@ -305,6 +304,9 @@ EVALUATION = (
         for section in dict.fromkeys([*SECTIONS, *ROWS_2])
     ),
 )
+
+
+OWN = "own"  # the metrics of the user's functions (own_metrics.py), by their names
 
 
 def prefix(name: str) -> str:

@@ -84,7 +84,9 @@ def comparison_of(
 def _pair(row: Mapping[str, Any], template: Template, where: str, typed: bool) -> Comparison:
     prompt = next((name for name in PROMPT if name in row), None)
     columns = {} if prompt is None else {"prompt": prompt}
-    format = detect_format([row], columns, origin=where, typed=typed)
+    # A typed text counts as such; in a file's cell, text may be the JSON text of turns.
+    kinds = {name: "text" if typed and isinstance(value, str) else value for name, value in row.items()}
+    format = detect_format([kinds], columns, origin=where)
     return comparison_from_row(
         row, format, wants_text=template.wants_text, source="", where=where, reads=template.reads
     )

@@ -153,13 +153,11 @@ def detect_format(
     origin: str,
     key: str = "data.train",
     need_margin: bool = False,
-    typed: bool = False,
 ) -> RowFormat:
     """First rows of a source (some 20) -> RowFormat.
 
     `columns`: our name -> theirs. `origin` and `key` are for error messages. `need_margin` (loss.margin = data): read
-    margins. `typed`: the rows are Python objects and not cells of a file, so a text is never the JSON text of turns.
-    Raises UserError for columns that do not make a format.
+    margins. Raises UserError for columns that do not make a format.
     """
     found = list(dict.fromkeys(name for row in rows for name in row))
     for ours, theirs in columns.items():
@@ -174,7 +172,7 @@ def detect_format(
     if layout is None:
         raise UserError(_no_layout(found, columns, origin, key))
     names = names_of(found, columns, layout)
-    packed = frozenset() if typed else _packed(rows, names, origin)
+    packed = _packed(rows, names, origin)
     if packed:
         rows = [RowFormat(names, None, "text", False, False, None, json=packed).unpacked(row, origin) for row in rows]
     if layout == "many":
