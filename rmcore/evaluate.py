@@ -99,6 +99,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.tokenizer import load_tokenizer
     from rmcore.evaluation.arrays import answer_arrays, pair_arrays
+    from rmcore.evaluation.own_metrics import add_own_metrics
     from rmcore.evaluation.rewardbench_data import fold_ties, with_rewardbench
     from rmcore.evaluation.samples import sample_rows
     from rmcore.evaluation.trained import TrainedModel, on_one_day
@@ -121,6 +122,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     trained = first_error(world, "loading the model", lambda: TrainedModel.load(config, tokenizer, world.device))
     line = first_error(world, "the self-test", lambda: trained.choose_path(data))
     evaluation = trained.evaluate(data, world, version)
+    add_own_metrics(evaluation, data, config.run.metrics)
     rewards_A = evaluation.rewards_A
     by_section = data if version is None else fold_ties(data)
     return Report(

@@ -22,8 +22,10 @@ from rmcore.config import config_from_argv
 if __name__ == "__main__":  # `--help`, and mistakes in the config, are answered before the heavy imports below
     CONFIG = config_from_argv(sys.argv[1:], "python -m rmcore.train", "Train a reward model on preference pairs.")
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config.schema import Config
@@ -40,6 +42,7 @@ from rmcore.training.bad_steps import BadSteps
 from rmcore.training.best import Trained, take_best
 from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluations
+from rmcore.training.in_process import FinishedRun, config_of, in_process, raise_reason
 from rmcore.training.metrics import Metrics
 from rmcore.training.outcome import STOPPED, Ending, leave_process, recorded
 from rmcore.training.patience import Patience
@@ -150,9 +153,13 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
     )
 
 
-def attempt(config: Config, world: World, signals: Signals) -> None:
+def attempt(config: Config, world: World, signals: Signals, *, prints: bool = True) -> None:
     """One attempt at a run that owns its directory. Raises Ending, once the reason is recorded, if it fails."""
-    with Heartbeat(world) as heartbeat, own_directory(config, world), recorded(config.run.dir, heartbeat, signals):
+    with (
+        Heartbeat(world, prints=prints) as heartbeat,
+        own_directory(config, world),
+        recorded(config.run.dir, heartbeat, signals),
+    ):
         run(config, world, heartbeat, signals)
 
 
@@ -170,6 +177,27 @@ def main(config: Config) -> int:
         return STOPPED
     except Ending as end:
         return end.code
+
+
+def fit(config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> FinishedRun:
+    """Train in this process, from a program or a notebook, as `python -m rmcore.train CONFIG [key=value ...]` would.
+
+    Args:
+        config: the path of a YAML file, a nested dict of the same keys, or a `Config`.
+        overrides: ["optim.lr=1e-5", ...], as on the command line.
+    Raises:
+        UserError: the config, the data, the model or the run directory cannot be used.
+        RunError: the run failed, with its reason.
+        KeyboardInterrupt: after Ctrl-C, once the run has saved; the same call resumes it. A second one does not save.
+    A run that is completed already is returned as it is.
+    """
+    chosen, signals = config_of(config, overrides), Signals(guest=True)
+    try:
+        with in_process(), signals.watched(), running_world(chosen.parallel.timeout_seconds, chosen.run.seed) as world:
+            attempt(chosen, world, signals, prints=False)
+    except (Ending, Stopped) as end:
+        raise_reason(end, chosen.run.dir, signals.received)
+    return FinishedRun(chosen.run.dir)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FREE: tuple[str, ...] = (
     ),
     *("log", "hub"),
     *("run.dir", "run.resume", "run.allow_changes", "run.keep", "run.keep_best", "run.save_every", "run.save_minutes"),
-    *("run.evals", "run.background_save", "run.max_bad_steps"),
+    *("run.evals", "run.metrics", "run.background_save", "run.max_bad_steps"),
 )
 # A completed run continues, or exports another checkpoint, if only these differ.
 LENGTH = ("run.epochs", "run.max_steps", "run.patience", "run.best_metric")

@@ -28,7 +28,7 @@ from rmcore.config.lora import LoraConfig
 from rmcore.config.loss import LossConfig
 from rmcore.config.optim import OptimConfig
 from rmcore.config.parallel import ParallelConfig
-from rmcore.config.section import Section, conflict
+from rmcore.config.section import ImportPath, Section, conflict
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # may begin with ~; shells expand it only in front
@@ -87,6 +87,9 @@ class SourceConfig(Section):
         description="use only the rows for which this expression over their columns is true, such as "
         "'reward_margin > 0'; amount and data.limit count these rows",
     )
+    format: ImportPath | None = Field(
+        None, description="a function of yours that turns a row into one with rmcore's columns; null: they are detected"
+    )
     set: Text | None = Field(
         None,
         description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
@@ -95,7 +98,7 @@ class SourceConfig(Section):
     @model_serializer(mode="wrap")
     def _without_empty_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out null in later keys: checkpoints of versions without them must still fit the configuration."""
-        later = ("set", "keep")
+        later = ("set", "keep", "format")
         return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
 
@@ -256,6 +259,9 @@ class RunConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps; null: only epochs count")
     seed: int = Field(1, ge=0, lt=2**31, description="determines data order, score head and sampling")
     evals: int = Field(1, ge=0, description="number of evaluations, spread evenly, the last one at the end; 0: none")
+    metrics: list[ImportPath] = Field(
+        [], description="functions of yours that compute further metrics of each evaluation: [my.module:function]"
+    )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: no checkpoints by steps")
     save_minutes: float | None = Field(
         30.0,

@@ -322,6 +322,9 @@ EVALUATION = (
 )
 
 
+OWN = "own"  # the metrics of the user's functions (own_metrics.py), by their names
+
+
 def prefix(name: str) -> str:
     """What the log writes before the metrics of an evaluation set: eval/rm/ for the one without a name, eval/NAME/."""
     return f"eval/{name}/"
@@ -330,7 +333,8 @@ def prefix(name: str) -> str:
 def logged(metrics: Mapping[str, Any], name: str = UNNAMED) -> dict[str, float]:
     """The metrics of an evaluation set under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
     found = [metric.name for metric in EVALUATION if metric.logged and metric.name in metrics]
-    return {prefix(name) + metric: metrics[metric] for metric in found}
+    own = {prefix(name) + metric: value for metric, value in metrics.get(OWN, {}).items()}
+    return {prefix(name) + metric: metrics[metric] for metric in found} | own
 
 
 def sets_of(metrics: Iterable[str]) -> list[str]:
@@ -355,11 +359,14 @@ def console_line(metrics: Mapping[str, float], name: str = UNNAMED) -> str:
     """
     keys = [(metric.log_name, metric) for metric in TRAINING]
     keys += [(prefix(name) + metric.name, metric) for metric in EVALUATION]
-    return " ".join(
+    known = {key for key, _ in keys}
+    shown = [
         f"{metric.console[0]} {format(metrics[key], metric.console[1])}"
         for key, metric in keys
         if metric.console and key in metrics
-    )
+    ]
+    own = [key for key in metrics if key.startswith(prefix(name)) and key not in known]
+    return " ".join([*shown, *(f"{key.removeprefix(prefix(name))} {metrics[key]:.4g}" for key in own)])
 
 
 def table(metrics: Mapping[str, Any], place: Place) -> tuple[list[str], list[list[str]]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rmcore.config.loss import TRAITS, LossConfig
 from rmcore.data.batches.batch import Judged, RaggedBatch
+from rmcore.host.imports import imported
 from rmcore.ops.contract import add_at
 
 
@@ -159,6 +160,16 @@ OBJECTIVES: dict[str, Callable[[Tensor, Judged, Objective], Tensor]] = {
     "plackett_luce": plackett_luce,
     "regression": regression,
 }
+
+
+class _WithOwn(dict[str, Callable[[Tensor, Judged, Objective], Tensor]]):
+    """A name with a colon is a function of the user, see rmcore/README.md."""
+
+    def __missing__(self, name: str) -> Callable[[Tensor, Judged, Objective], Tensor]:
+        return imported(name, "loss.name")
+
+
+OBJECTIVES = _WithOwn(OBJECTIVES)
 
 
 def _pairwise(rewards_A: Tensor, data: Judged, objective: Objective, loss: Callable[[Tensor], Tensor]) -> Tensor:

@@ -31,6 +31,7 @@ from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 from rmcore.evaluation.criterion import Criterion, check_best_metric
+from rmcore.evaluation.own_metrics import check_functions
 from rmcore.evaluation.trained import on_one_day
 from rmcore.host.terminal import visible
 from rmcore.model.compiled import speed_up
@@ -53,6 +54,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     if config.parallel.deterministic:
         use_deterministic_algorithms(world)
     first_error(world, "looking at run.best_metric", lambda: Criterion.of(config))  # before the data, which take long
+    first_error(world, "importing functions", lambda: check_functions(config))
     stored = start.manifest.config["parallel"].get("precision") if start.manifest else None
     config, precision_lines = with_precision(config, bf16_of_all(world), stored)
     if config.parallel.fp8:

@@ -58,10 +58,13 @@ class Place:
 
 
 class Heartbeat:
-    """The places of this rank and of the others; use it in a `with` around the run. One rank publishes nothing."""
+    """The places of this rank and of the others; use it in a `with` around the run. One rank publishes nothing.
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    prints: print the reason of a failure; a program that gets it as an exception prints it itself.
+    """
+
+    def __init__(self, world: World, *, prints: bool = True) -> None:
+        self._world, self.prints = world, prints
         self.step, self.phase, self._since = 0, "start", time.monotonic()
         self.tokens = 0  # of the micro batch under way
         self._own_seconds, self._steps = 0.0, 0
@@ -175,7 +178,8 @@ class Heartbeat:
 
     def _print(self, message: str) -> None:
         self._printed = True
-        print_text(f"rmcore.train: {message}", sys.stderr)
+        if self.prints:
+            print_text(f"rmcore.train: {message}", sys.stderr)
         if self.run_dir is not None:
             record_status(self.run_dir, "failed", step=self.step, reason=message)
 

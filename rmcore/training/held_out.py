@@ -7,6 +7,7 @@ Example: 100 steps and run.evals=4 -> evaluations after steps 25, 50, 75 and 100
 
 from rmcore.data.batches.step_plan import Step
 from rmcore.evaluation.evaluate import Evaluations, evaluate, own_objective
+from rmcore.evaluation.own_metrics import add_own_metrics
 from rmcore.evaluation.samples import sample_rows
 from rmcore.tracking.tracker import Tracker
 from rmcore.training.patience import Patience
@@ -46,6 +47,8 @@ def evaluate_run(run: Run, tracker: Tracker, step: Step, signals: Signals) -> Ev
         return None
     if not found:
         return None
+    for name, data in run.data.evals.items():
+        add_own_metrics(found[name], data, run.config.run.metrics)
     evaluations = Evaluations(found)
     tracker.log(moment_after(step), evaluations.logged())
     for name, data in run.data.evals.items():

@@ -32,6 +32,7 @@ data.train.revision | text | null | null
 data.train.amount | whole number >= 1 | number > 0, <= 100 | null | null
 data.train.columns | mapping of text to text | {}
 data.train.keep | text | null | null
+data.train.format | module:function | null | null
 data.train.set | text | null | null
 data.eval | source or list of sources | null
 data.template | text | tokenizer
@@ -63,7 +64,7 @@ optim.eps | number > 0 | 1e-05
 optim.weight_decay | number >= 0 | 0
 optim.ema | number > 0, < 1 | null | null
 optim.max_grad_norm | number >= 0 | 1
-loss.name | bradley_terry | hinge | rao_kupper | davidson | plackett_luce | regression | bradley_terry
+loss.name | bradley_terry | hinge | rao_kupper | davidson | plackett_luce | regression | module:function | bradley_terry
 loss.centering | number >= 0 | 0
 loss.label_smoothing | number >= 0, < 0.5 | 0
 loss.margin | none | data | number >= 0 | none
@@ -84,6 +85,7 @@ run.epochs | whole number >= 1 | 1
 run.max_steps | whole number >= 1 | null | null
 run.seed | whole number >= 0, < 2147483648 | 1
 run.evals | whole number >= 0 | 1
+run.metrics | list of module:function | []
 run.save_every | whole number >= 1 | null | null
 run.save_minutes | number > 0 | null | 30
 run.background_save | true | false | true
