@@ -63,7 +63,7 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
     step, lr = plan.step(max(0, run.position.step - 1)), 0.0
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
-    loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share)
+    loader = Loader(run.data.train, steps, world.group, world.device, share=run.share, multiple=world.context)
 
     def log_interval() -> None:
         bad_steps.report(step.index + 1, logged=True)

@@ -63,6 +63,12 @@ class ParallelConfig(Section):
     recompute: Literal["auto", "none", "selective", "full"] = Field(
         "auto", description="activation checkpointing: less memory, more time"
     )
+    context: int = Field(
+        1,
+        ge=1,
+        description="ranks that compute each packed row together, for comparisons that are too long for one: each rank "
+        "holds the activations of its part of the row; the number of ranks must be a multiple",
+    )
     compile: bool = Field(False, description="torch.compile the model")
     offload: bool = Field(
         False,

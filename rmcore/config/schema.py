@@ -386,6 +386,8 @@ class Config(Section):
         for key in ("best_metric", "patience"):
             if getattr(self.run, key) is not None and not self.data.eval_sets:
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
+        if self.parallel.context > 1 and self.model.attention == "padded":
+            raise conflict("parallel.context", "needs a packed row: model.attention cannot be padded")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         return self

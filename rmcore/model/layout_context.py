@@ -1,7 +1,7 @@
 """The layout of the packed row that a forward computes, for functions that run deep inside a Hugging Face model.
 
 Input: `with packed_layout(layout):` around the model's forward. Output: `current_layout()` within it; or, if the model
-computes a grid in place of a packed row, `current_grid()`.
+computes a grid in place of a packed row, `current_grid()`; and `current_part()`, if the row is split over ranks.
 Example: StableLM's layers do not hand unknown keywords to their attention; `attention_forward` reads the layout here.
 
 The value belongs to the thread (or task) that set it: two threads with a model each do not see the layout of the other.
@@ -14,24 +14,35 @@ from contextvars import ContextVar
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.grid import Grid
+from rmcore.model.row_split import RowPart
 
 _LAYOUT: ContextVar[AttentionLayout | Grid | None] = ContextVar("rmcore_layout", default=None)
+_PART: ContextVar[RowPart | None] = ContextVar("rmcore_row_part", default=None)
 
 
 @contextmanager
-def packed_layout(layout: AttentionLayout | Grid | None) -> Iterator[None]:
-    """Within, `current_layout()` or `current_grid()` returns `layout`; None: the batch is neither."""
-    token = _LAYOUT.set(layout)
+def packed_layout(layout: AttentionLayout | Grid | None, part: RowPart | None = None) -> Iterator[None]:
+    """Within, `current_layout()` or `current_grid()` returns `layout`; None: the batch is neither.
+
+    `part`: the rows of the layout that this rank computes; None: all of them.
+    """
+    token, token_of_part = _LAYOUT.set(layout), _PART.set(part)
     try:
         yield
     finally:
         _LAYOUT.reset(token)
+        _PART.reset(token_of_part)
 
 
 def current_layout() -> AttentionLayout | None:
     """The layout of the packed row that this thread computes, or None outside a packed forward."""
     layout = _LAYOUT.get()
     return layout if isinstance(layout, AttentionLayout) else None
+
+
+def current_part() -> RowPart | None:
+    """The rows of `current_layout()` that this rank computes, or None if it computes all of them."""
+    return _PART.get()
 
 
 def current_grid() -> Grid | None:
@@ -48,10 +59,12 @@ def recompute_contexts(
     contexts: another `context_fn`, whose two contexts apply too.
     """
     forward, again = contexts() if contexts else (nullcontext(), nullcontext())
-    return forward, _with_layout(_LAYOUT.get(), again)
+    return forward, _with_layout(_LAYOUT.get(), _PART.get(), again)
 
 
 @contextmanager
-def _with_layout(layout: AttentionLayout | Grid | None, inner: AbstractContextManager) -> Iterator[None]:
-    with packed_layout(layout), inner:
+def _with_layout(
+    layout: AttentionLayout | Grid | None, part: RowPart | None, inner: AbstractContextManager
+) -> Iterator[None]:
+    with packed_layout(layout, part), inner:
         yield

@@ -24,15 +24,24 @@ AHEAD = 4  # micro batches built before they are needed
 class Loader:
     """Iterates over (step, its micro batches on this rank).
 
-    `share=False` packs without sharing the prompt, for architectures that cannot share. An error of the building thread
+    `share=False` packs without sharing the prompt, for architectures that cannot share. `multiple`: see `build_batch`.
+    `rank`: which of the plan's ranks this is; a context group is one of them. An error of the building thread
     is raised when the batch is read. `close()` ends the thread; a loader that is read to its end, or used in a `with`,
     closes itself.
     """
 
     def __init__(
-        self, data: Comparisons, steps: Iterable[Step], rank: int, device: torch.device, *, share: bool = True
+        self,
+        data: Comparisons,
+        steps: Iterable[Step],
+        rank: int,
+        device: torch.device,
+        *,
+        share: bool = True,
+        multiple: int = 1,
     ) -> None:
         self._data, self._steps, self._rank, self._device, self._share = data, steps, rank, device, share
+        self._multiple = multiple
         self._queue: queue.Queue = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rmcore-loader", daemon=True)
@@ -76,7 +85,7 @@ class Loader:
             for step in self._steps:
                 self._put(step)
                 for numbers in step.ranks[self._rank]:
-                    batch = build_batch(self._data, numbers, self._share)
+                    batch = build_batch(self._data, numbers, self._share, self._multiple)
                     if self._device.type == "cuda":
                         batch = batch.with_varlen().pin_memory()
                     self._put(batch)
