@@ -60,8 +60,10 @@ class ParallelConfig(Section):
         description="of the model's arithmetic; weights and loss are fp32. auto: bf16 if the devices of all ranks have "
         "instructions for it, else fp32; a resumed run keeps its precision",
     )
-    recompute: Literal["auto", "none", "selective", "full"] = Field(
-        "auto", description="activation checkpointing: less memory, more time"
+    recompute: Literal["auto", "none", "selective", "full", "offload"] = Field(
+        "auto",
+        description="activation checkpointing: less memory, more time; offload: full, and what is kept of each layer "
+        "waits in host memory",
     )
     context: int = Field(
         1,
@@ -96,6 +98,8 @@ class ParallelConfig(Section):
             raise conflict(
                 "parallel.offload", f"needs parallel.strategy {', '.join(others)} or {last}, not {self.strategy}"
             )
+        if self.recompute == "offload" and self.compile:
+            raise conflict("parallel.recompute", "offload and parallel.compile exclude each other: this combination is untested")
         if self.fp8 and self.precision == "fp32":
             raise conflict("parallel.fp8", "needs parallel.precision=bf16: what is not in FP8 runs in bf16")
         return self

@@ -100,11 +100,14 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     hosts = options.nodes or (1 if machine.is_cpu else -(-options.gpus // GPUS_PER_HOST))
     if options.gpus % hosts:
         raise UserError(f"--gpus {options.gpus} do not divide into {hosts} hosts of {GPUS_PER_HOST}: give --nodes")
+    context = config.parallel.context
+    if options.gpus % context:
+        raise UserError(f"--gpus {options.gpus} cannot form the groups of parallel.context={context}: give a multiple")
     setting = Setting(machine, options.gpus, hosts, mfu)
     best, strategies = cheapest(config, model, data, setting)
     strategy = config.parallel.strategy
     configured = next((one for one in strategies if one.strategy == strategy), None)
-    counts = (options.gpus,) if machine.is_cpu else GPU_COUNTS
+    counts = (options.gpus,) if machine.is_cpu else [count for count in GPU_COUNTS if count % context == 0]
     settings = [Setting(machine, count, max(1, count // GPUS_PER_HOST), mfu) for count in counts]
     return RunEstimate(
         config=config,

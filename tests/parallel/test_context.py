@@ -67,3 +67,87 @@ def test_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
     """4 query heads and 2 key heads: keys are repeated on 4 ranks; on 3 and 6, heads of zeros fill up."""
     for result in run_ranks(errors, ranks, tmp_path, ["gpt_neox", "llama", "mistral_window"], ranks):
         assert max(result.value.values()) < BOUND[torch.float64], result.value
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def walk(folder: Path, size: int, *more: str, steps: int = 10, hosts: int = 1) -> list[dict[str, Any]]:
+    """The logged steps of a run on real rows, the evaluation included, without the figures of clocks."""
+    overrides = [*RUN, f"run.dir={folder / 'run'}", f"run.max_steps={steps}", *more]
+    run_ranks(train_rank, size, folder / "ranks", overrides, hosts=hosts, timeout=400)
+    log = folder / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Ranks add fp32 numbers in another order: 1e-5, as derived in test_world_sizes.py. Filling adds a few tokens."""
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key, value in b.items():
+            bound = 2e-2 if key == "sharing_ratio" else 1e-5
+            np.testing.assert_allclose(a[key], value, rtol=bound, atol=bound, err_msg=key)
+
+
+@needs_shared
+@pytest.mark.distributed
+def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
+    alone = walk(tmp_path / "one", 1, steps=3)
+    assert_same(walk(tmp_path / "two", 2, "parallel.context=2", "parallel.strategy=zero3", steps=3), alone)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return walk(tmp_path_factory.mktemp("one-rank"), 1)
+
+
+CASES = [
+    (2, 2, ["ddp"]),
+    (2, 2, ["zero2", "parallel.recompute=selective"]),
+    (4, 4, ["zero1", "parallel.recompute=full"]),
+    (4, 4, ["zero3", "parallel.recompute=full"]),
+    (4, 2, ["zero2"]),
+    (4, 2, ["hsdp"]),
+    (4, 2, ["ddp", "model.attention=packed"]),
+]
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("size, context, how", CASES, ids=lambda value: str(value))
+def test_every_strategy_takes_the_steps_of_one_rank(
+    tmp_path: Path, one_rank: list[dict[str, Any]], size: int, context: int, how: list[str]
+) -> None:
+    strategy, *more = how
+    ours = walk(
+        tmp_path, size, f"parallel.context={context}", f"parallel.strategy={strategy}", *more,
+        hosts=2 if strategy == "hsdp" else 1,
+    )  # fmt: skip
+    if "model.attention=packed" in more:  # computes the prompts again
+        for line in (*ours, *one_rank):
+            line.pop("sharing_ratio", None)
+    assert_same(ours, one_rank)
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_resumes_on_other_groups(tmp_path: Path) -> None:
+    """Four steps on one rank, three on two ranks that share each row, three on four ranks in two groups."""
+    constant = ["optim.schedule=constant", "run.save_every=1", "run.evals=0"]
+    alone = walk(tmp_path / "alone", 1, *constant)
+    directory = f"run.dir={tmp_path / 'c' / 'run'}"
+    walk(tmp_path / "a", 1, *constant, directory, steps=4)
+    walk(tmp_path / "b", 2, *constant, directory, "parallel.context=2", steps=7)
+    ours = walk(tmp_path / "c", 4, *constant, "parallel.context=2", "parallel.strategy=zero2")
+    assert_same(ours, alone)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_form_no_groups_are_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel.context=4: 6 processes cannot form groups of 4"):
+        with_context(World(0, 6, 0, 6, CPU), 4)
