@@ -82,14 +82,18 @@ def main(arguments: list[str]) -> int:
 
 
 def write_comparisons(directory: Path, tokens: int, rows: int) -> None:
-    """Writes pairs.jsonl: comparisons of so many computed tokens (bytes), in two answers of 256 and their prompt."""
+    """Writes pairs.jsonl: comparisons of so many computed tokens (bytes), in two answers of 256 and their prompt.
+
+    One more row is short: on it the self-test compares gradients, in seconds.
+    """
     draw = random.Random(1)
     letters = "abcdefgh "
     with (directory / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(rows):
+        for row in range(rows + 1):
+            lengths = (tokens - 512, 255, 255) if row else (64, 64, 64)
             prompt, chosen, rejected = (
                 first + "".join(draw.choices(letters, k=length - 1))
-                for first, length in (("p", tokens - 512), ("c", 255), ("r", 255))
+                for first, length in zip("pcr", lengths, strict=True)
             )
             file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
 
@@ -139,7 +143,7 @@ def overrides_of(settings: dict[str, Any]) -> list[str]:
     return [
         f"model.name={settings['model']}",
         *data,
-        f"data.limit={settings['steps'] * settings['pairs']}",
+        f"data.limit={settings['steps'] * settings['pairs'] + bool(comparison)}",
         f"data.cache={directory}/cache",
         f"batch.pairs={settings['pairs']}",
         f"batch.tokens={settings['tokens']}",

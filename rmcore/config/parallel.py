@@ -99,7 +99,7 @@ class ParallelConfig(Section):
                 "parallel.offload", f"needs parallel.strategy {', '.join(others)} or {last}, not {self.strategy}"
             )
         if self.recompute == "offload" and self.compile:
-            raise conflict("parallel.recompute", "offload and parallel.compile exclude each other: this combination is untested")
+            raise conflict("parallel.compile", "and parallel.recompute=offload exclude each other: this is untested")
         if self.fp8 and self.precision == "fp32":
             raise conflict("parallel.fp8", "needs parallel.precision=bf16: what is not in FP8 runs in bf16")
         return self

@@ -166,8 +166,8 @@ def _exposed(sent: list[Collective], machine: Machine, compute: float, recompute
 def _balance(config: Config, data: DataSize, setting: Setting, budget: int) -> tuple[int, float, int]:
     """(micro batches of a step on each rank, idle share, tokens of the largest micro batch).
 
-    Where the rows are known, they come from SAMPLED_STEPS steps of the run's own plan; else from the means. The ranks of
-    a context group count as one.
+    Where the rows are known, they come from SAMPLED_STEPS steps of the run's own plan; else from the means. The ranks
+    of a context group count as one.
     """
     groups = setting.gpus // config.parallel.context
     if data.rows is None:

@@ -87,8 +87,8 @@ def memory_of_step(
 ) -> Memory:
     """Bytes by part, as the module's docstring derives them.
 
-    tokens: of the largest micro batch, over all ranks of a context group. ranks: that share one state (hsdp: those of a host). deferred: the step has
-    several micro batches. gloo: the backend is gloo, which copies what it scatters.
+    tokens: of the largest micro batch, over all ranks of a context group. ranks: that share one state (hsdp: those of a
+    host). deferred: the step has several micro batches. gloo: the backend is gloo, which copies what it scatters.
     """
     traits, width = parallel.traits, 2.0 if parallel.bf16 else 4.0
     everything, layer, root = float(model.total), float(model.layer), float(model.root)
@@ -134,7 +134,8 @@ def choose_budget(
 
 def cpu_budget(config: Config, longest: int) -> Budget:
     """`choose_budget` for a CPU, whatever its memory."""
-    tokens = max(longest, config.parallel.context * CPU_TOKENS) if config.batch.tokens == "auto" else config.batch.tokens
+    configured, own = config.batch.tokens, config.parallel.context * CPU_TOKENS
+    tokens = max(longest, own) if configured == "auto" else configured
     return Budget(tokens, config.parallel.recompute.replace("auto", "none"))
 
 

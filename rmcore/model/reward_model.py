@@ -155,11 +155,11 @@ class RewardModel(nn.Module):
         part = RowPart.of(batch, ranks)
         with packed_layout(batch.layout, part), self._only(part.scored_a):
             hidden_tD = self._hidden(batch.input_ids_T[part.rows], batch.position_ids_T[part.rows])
-        own_a = torch.arange(len(part.scored_a), device=hidden_tD.device) if self._returns_scored_rows else part.scored_a
+        own_a = part.scored_a
+        if self._returns_scored_rows:  # hidden_tD has only these rows, in this order
+            own_a = torch.arange(own_a.numel(), device=own_a.device)
         no_pair, no_number = own_a[:0], batch.margin_P[:0]
-        rewards_a = pairwise_loss(
-            hidden_tD, self.score.weight[0], own_a, no_pair, no_pair, no_number, no_number
-        )[1]
+        rewards_a = pairwise_loss(hidden_tD, self.score.weight[0], own_a, no_pair, no_pair, no_number, no_number)[1]
         rewards_A = part.rewards(rewards_a)
         return Output(self.objective.loss_sum(rewards_A, batch), rewards_A, self.objective.counted(batch))
 

@@ -128,7 +128,7 @@ class SplitHeads:
 
 
 class _Exchange(torch.autograd.Function):
-    """[N, ...] -> [N, ...]: entry r goes to rank r, entry s comes from rank s. Its own transpose, so its own backward."""
+    """[N, ...] -> [N, ...]: entry r goes to rank r, entry s comes from rank s. Its backward is the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, values_N: Tensor, ranks: ContextGroup) -> Tensor:

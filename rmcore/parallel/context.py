@@ -3,12 +3,12 @@
 Input: `parallel.context` and this process's `World`.
 Output: the world with its groups, and the `ContextGroup` of this rank for the model.
 Example: parallel.context=4 on 8 ranks: the ranks 0 to 3 and 4 to 7 are two groups. The plan gives each group other
-comparisons, as it gives them to two ranks without groups. A comparison of 128,000 tokens takes 32,000 rows on each rank.
+comparisons, as it gives them to two ranks without groups. A comparison of 128,000 tokens takes 32,000 rows on a rank.
 
-Communication: within a group, attention exchanges heads for rows (rmcore/model/row_split.py), and the rewards of the few
-scored tokens are gathered. The strategies reduce gradients over all ranks, as ever: each rank has the part of its
-rows, the parts of all ranks sum to the gradient of the step, and so the loss is still multiplied by the world size.
-Neighboring ranks lie on one host, where links are fast.
+Communication: within a group, attention exchanges heads for rows (rmcore/model/row_split.py), and the rewards of the
+few scored tokens are gathered. The strategies reduce gradients over all ranks, as without groups: each rank has the
+part of its rows, the parts of all ranks sum to the gradient of the step, and the loss is still multiplied by the world
+size. Neighboring ranks lie on one host, where links are fast.
 """
 
 from dataclasses import replace

@@ -85,5 +85,5 @@ def test_each_input_leaves_and_returns_one_layer_ahead(device: list[str]) -> Non
 
 def test_offload_is_not_combined_with_compile() -> None:
     assert load_config(None, [*NEEDED, "parallel.recompute=offload"]).parallel.recompute == "offload"
-    with pytest.raises(UserError, match=r"parallel.recompute offload and parallel.compile exclude each other"):
+    with pytest.raises(UserError, match=r"parallel.compile and parallel.recompute=offload exclude each other"):
         load_config(None, [*NEEDED, "parallel.recompute=offload", "parallel.compile=true"])
