@@ -120,7 +120,7 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     if machine.is_cpu and machine.memory_rate:
         compute += ACTIVATION_TRAFFIC * per_token.kept * step_tokens / machine.memory_rate / (1 - idle)
     sent = collectives(strategy, parallel.precision, model.sizes, setting.gpus, setting.hosts, micro_batches)
-    context, passes = parallel.context, 3 if budget.recompute in ("full", "offload") else 2
+    context, passes = parallel.context, 2 if budget.recompute == "none" else 3
     local = setting.gpus // setting.hosts
     sent += exchange(model.sizes, parallel.precision, step_tokens, context, local, passes)
     own = model.sizes.total / (ranks if parallel.traits.shards_optimizer else 1)

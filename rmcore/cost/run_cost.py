@@ -76,6 +76,9 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     the pairs.
     Raises UserError for a model whose shape cannot be found and for data flags out of range.
     """
+    context = config.parallel.context
+    if options.gpus % context:
+        raise UserError(f"--gpus {options.gpus} cannot form the groups of parallel.context={context}: give a multiple")
     config, precision_lines = with_precision(
         config, bf16_of(torch.device("cpu")) if options.gpu == "cpu" else Bf16("GPU")
     )
@@ -100,9 +103,6 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     hosts = options.nodes or (1 if machine.is_cpu else -(-options.gpus // GPUS_PER_HOST))
     if options.gpus % hosts:
         raise UserError(f"--gpus {options.gpus} do not divide into {hosts} hosts of {GPUS_PER_HOST}: give --nodes")
-    context = config.parallel.context
-    if options.gpus % context:
-        raise UserError(f"--gpus {options.gpus} cannot form the groups of parallel.context={context}: give a multiple")
     setting = Setting(machine, options.gpus, hosts, mfu)
     best, strategies = cheapest(config, model, data, setting)
     strategy = config.parallel.strategy

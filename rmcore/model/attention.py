@@ -73,6 +73,8 @@ def attention_forward(
     split = None
     if part := current_part():  # this rank has some rows of all heads; the kernels below get all rows of some heads
         split = SplitHeads(part.ranks, query_THK.shape[1], key_TGK.shape[1])
+        if value.is_cuda and terms.plain:  # rotary embeddings make fp32 of half precision, and the kernels undo it
+            query_THK, key_TGK = query_THK.to(value.dtype), key_TGK.to(value.dtype)
         key_TGK, value_TGV = split.keys(key_TGK), split.keys(value_TGV)
         terms = terms._replace(sinks_H=split.per_head(s_aux))
     scored = current_scored_rows()
