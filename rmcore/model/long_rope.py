@@ -102,7 +102,8 @@ def check_split(backbone: nn.Module, longest: int) -> None:
     """
     for module in backbone.modules():
         for kind in _rotations(module):
-            limit = kind.get("original_max_position_embeddings") or module.config.max_position_embeddings
+            config: Any = module.config
+            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
             if kind.get("rope_type") in ("longrope", "dynamic") and longest > limit:
                 raise UserError(
                     f"parallel.context: the rotary embedding of this model ({kind['rope_type']}) depends on the length "
