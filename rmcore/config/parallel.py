@@ -98,8 +98,9 @@ class ParallelConfig(Section):
             raise conflict(
                 "parallel.offload", f"needs parallel.strategy {', '.join(others)} or {last}, not {self.strategy}"
             )
-        if self.recompute == "offload" and self.compile:
-            raise conflict("parallel.compile", "and parallel.recompute=offload exclude each other: this is untested")
+        for key, chosen in (("recompute=offload", self.recompute == "offload"), ("context", self.context > 1)):
+            if self.compile and chosen:
+                raise conflict("parallel.compile", f"and parallel.{key} exclude each other: this is untested")
         if self.fp8 and self.precision == "fp32":
             raise conflict("parallel.fp8", "needs parallel.precision=bf16: what is not in FP8 runs in bf16")
         return self

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
+import torch
+
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.grid import Grid
 from rmcore.model.row_split import RowPart
@@ -42,7 +44,7 @@ def current_layout() -> AttentionLayout | None:
 
 def current_part() -> RowPart | None:
     """The rows of `current_layout()` that this rank computes, or None if it computes all of them."""
-    return _PART.get()
+    return None if torch.compiler.is_compiling() else _PART.get()  # a split row is never compiled
 
 
 def current_grid() -> Grid | None:

@@ -83,7 +83,8 @@ def test_each_input_leaves_and_returns_one_layer_ahead(device: list[str]) -> Non
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_offload_is_not_combined_with_compile() -> None:
-    assert load_config(None, [*NEEDED, "parallel.recompute=offload"]).parallel.recompute == "offload"
-    with pytest.raises(UserError, match=r"parallel.compile and parallel.recompute=offload exclude each other"):
-        load_config(None, [*NEEDED, "parallel.recompute=offload", "parallel.compile=true"])
+@pytest.mark.parametrize("key", ["parallel.recompute=offload", "parallel.context=2"])
+def test_what_is_not_combined_with_compile(key: str) -> None:
+    load_config(None, [*NEEDED, key])
+    with pytest.raises(UserError, match=rf"parallel.compile and {key.removesuffix('=2')} exclude each other"):
+        load_config(None, [*NEEDED, key, "parallel.compile=true"])
