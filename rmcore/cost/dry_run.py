@@ -90,7 +90,7 @@ class DryRun:
         """
         if recompute == "offload" and not cuda:
             return self.token_bytes(arithmetic, "full", cuda=False)
-        key = arithmetic, recompute, cuda and (arithmetic != FP32 or recompute == "offload")
+        key = arithmetic, recompute, cuda and arithmetic != FP32
         if key not in self._known:
             self._known[key] = self._count(*key)
         return self._known[key]
