@@ -10,6 +10,14 @@ one list.
 The fused op (rmcore.ops.pairwise) computes Bradley-Terry in `RewardModel.forward`. For the others the op only gathers
 the rewards, and the functions below compute the loss in fp32 (fp64 for fp64 rewards). rmcore/model/README.md shows how
 to add one.
+
+OBJECTIVES is a plain dict from loss.name to a function of one signature:
+
+    objective(rewards: Tensor, data: Judged, settings: Objective) -> Tensor
+
+`rewards` is fp32 (fp64 for fp64 models): [A], the output of the score head that loss.output states, or [A, K] where it
+lists K outputs. The function returns a sum over what `Traits.counts` of the objective counts, as a scalar tensor that
+is differentiable with respect to `rewards`, and never divides by a count.
 """
 
 import math
