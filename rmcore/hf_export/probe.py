@@ -17,14 +17,14 @@ from rmcore.model.selftest import trial_comparisons
 def probe_of(
     model: nn.Module, data: TokenizedComparisons, device: torch.device, share: bool, precision: torch.dtype
 ) -> Probe:
-    """The texts of the longest comparison of `data` and of a few others, with the rewards of `model`."""
+    """The texts of the longest comparison of `data` and of a few others, with the outputs of `model`."""
     numbers, texts = _texts(data)
     batch = build_batch(data, numbers, share).on(device)
     was_training = model.training
     model.eval()
-    rewards_A = model(batch).rewards_A
+    outputs_AK = model(batch).outputs_AK
     model.train(was_training)
-    return Probe(texts, rewards_A.tolist(), precision)
+    return Probe(texts, outputs_AK.flatten().tolist(), precision)
 
 
 def probe_texts(data: TokenizedComparisons) -> list[list[int]]:

@@ -33,6 +33,7 @@ from rmcore.model.backbone import check_score, load_model, reward_config, train_
 from rmcore.model.classifier import brings_code, new_classifier, text_model, towers
 from rmcore.model.lora import add_lora, merged, visible_changes
 from rmcore.model.meta_model import grow, model_on_meta
+from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
 
 WHOLE = 2 * 10**9  # bytes of weights; a slow disk writes and reads them within half a minute
@@ -116,7 +117,10 @@ def _rehearsed(
     with tempfile.TemporaryDirectory(prefix="rmcore-") as folder:
         place = Path(folder) / "model"
         if not sizes.small:
-            engine = RewardModel(text_model(skeleton), cast(nn.Linear, skeleton.score), pad_token_id=pad)
+            outputs = Outputs.stored(skeleton.config)
+            engine = RewardModel(
+                text_model(skeleton), cast(nn.Linear, skeleton.score), pad_token_id=pad, outputs=outputs
+            )
             with refused():
                 check_without_weights(_shapes(merged(engine.state_dict(), adapted)), package, place, probe_texts(data))
             return sizes, passed(None, began)

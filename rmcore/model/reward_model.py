@@ -1,7 +1,8 @@
 """Computes the summed loss and the rewards of a packed batch: backbone, score head and objective in one forward.
 
-Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted)`: the fp32 sum of the weighted losses, the fp32
-reward of every answer, and this batch's part of the weight that the training loop divides the sum by.
+Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted, outputs_AK)`: the fp32 sum of the weighted losses,
+the fp32 reward of every answer, this batch's part of the weight that the training loop divides the sum by, and the fp32
+outputs of the score head that the rewards are made of.
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
@@ -22,7 +23,8 @@ from rmcore.model.grid import Grid
 from rmcore.model.layout_context import packed_layout
 from rmcore.model.long_rope import LongRope, long_texts
 from rmcore.model.masks import prepare
-from rmcore.model.objectives import Objective
+from rmcore.model.objectives import Joint, Objective
+from rmcore.model.outputs import Outputs, head_outputs
 from rmcore.model.pruning import Pruning, only_rows
 from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.ops.pairwise import pairwise_loss
@@ -32,23 +34,38 @@ PATHS = (SHARED, PACKED, PADDED)
 
 
 class Output(NamedTuple):
-    """What a forward returns; see the docstring of this file."""
+    """What a forward returns; see the docstring of this file. `outputs_AK`: every output of the score head.
+
+    With several objectives, `loss_sum` and `counted` have one entry for each.
+    """
 
     loss_sum: Tensor
     rewards_A: Tensor
     counted: Tensor
+    outputs_AK: Tensor
+
+    def share(self, world_size: int, step_counts: Sequence[float]) -> Tensor:
+        """This micro batch's part of the step's loss: each objective's sum, divided by what the whole step counts.
+
+        The strategies average gradients over the ranks, so the sum is multiplied by their number. An objective that the
+        step counts nothing for adds 0.
+        """
+        sums = self.loss_sum.unbind() if self.loss_sum.ndim else (self.loss_sum,)
+        parts = [one * (world_size / n if n else 0.0) for one, n in zip(sums, step_counts, strict=True)]
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
 
-BRADLEY_TERRY = Objective()
+BRADLEY_TERRY, ONE_OUTPUT = Objective(), Outputs()
 
 
 class RewardModel(nn.Module):
-    """A decoder without its language-model head, a Linear(D, 1) score head, and the loss.
+    """A decoder without its language-model head, a Linear(D, K) score head, and the loss.
 
     Args:
         backbone: a Hugging Face base model; its parameters keep their names, so a checkpoint maps one to one.
-        score: Linear(D, 1, bias=False).
+        score: Linear(D, K, bias=False).
         pad_token_id: the token that the path `PADDED` fills with.
+        outputs: the K outputs of the score head, and the reward that is made of them.
         path: see `use`.
     """
 
@@ -58,11 +75,12 @@ class RewardModel(nn.Module):
         score: nn.Linear,
         *,
         pad_token_id: int,
-        objective: Objective = BRADLEY_TERRY,
+        objective: Objective | Joint = BRADLEY_TERRY,
+        outputs: Outputs = ONE_OUTPUT,
         path: str = PADDED,
     ) -> None:
         super().__init__()
-        self.backbone, self.score = backbone, score
+        self.backbone, self.score, self.outputs = backbone, score, outputs
         self.pad_token_id, self.objective = pad_token_id, objective
         substitute_scans(backbone)
         self.long_rope = LongRope(backbone)
@@ -107,8 +125,13 @@ class RewardModel(nn.Module):
         scored_A = batch.last_token_index_A
         if self._returns_scored_rows:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
-        objective = self.objective
-        fused = slice(None if objective.fused else 0)  # without pairs, the op only gathers the rewards
+        if not self.outputs.single:
+            outputs_AK = head_outputs(hidden_TD, self.score.weight, scored_A)
+            rewards_A = self.outputs.reward(outputs_AK)
+            loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
+            return Output(loss_sum, rewards_A, self.objective.counted(batch), outputs_AK)
+        objective = self.objective if self.objective.fused else BRADLEY_TERRY
+        fused = slice(None if self.objective.fused else 0)  # without pairs, the op only gathers the rewards
         loss_sum, rewards_A = pairwise_loss(
             hidden_TD,
             self.score.weight[0],
@@ -120,9 +143,10 @@ class RewardModel(nn.Module):
             label_smoothing=objective.label_smoothing,
             centering=objective.centering,
         )
-        if not objective.fused:
-            loss_sum = objective.loss_sum(rewards_A, batch)
-        return Output(loss_sum, rewards_A, objective.counted(batch))
+        outputs_AK = rewards_A.unsqueeze(1)
+        if not self.objective.fused:
+            loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
+        return Output(loss_sum, rewards_A, self.objective.counted(batch), outputs_AK)
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
@@ -163,7 +187,9 @@ class RewardModel(nn.Module):
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
         mask = torch.ones_like(text_T)[None]
         hidden = self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
+        if self.outputs.single:
+            return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
+        return self.outputs.reward((self.score.weight.double().cpu() @ hidden[0, -1].double().cpu()).unsqueeze(0))[0]
 
     def padded_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same [T, D] through the model's own attention, with each text as a row of a right-padded rectangle.

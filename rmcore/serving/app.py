@@ -297,7 +297,13 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/rewards")
     async def rewards(asked: Rows) -> dict[str, Any]:
         found, _ = await service.rewards([Asked(row, f"row {number}") for number, row in enumerate(asked.rows)])
-        return {"rows": [with_rewards({}, list(row.rewards), row.single) for row in found]}
+        scorer = service.scorer
+        return {
+            "rows": [
+                with_rewards({}, list(row.rewards), row.single, scorer.probabilities(row.rewards, row.single))
+                for row in found
+            ]
+        }
 
     @app.get("/health")
     async def health() -> JSONResponse:

@@ -28,7 +28,8 @@ from rmcore.model.backbone import check_finite, load_model
 from rmcore.model.classifier import text_model, text_prefix, towers
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
-from rmcore.model.objectives import Objective
+from rmcore.model.objectives import objective_of
+from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.fsdp import sharded_for_test
 from rmcore.parallel.strategy import Shards, Weights
@@ -62,6 +63,7 @@ class ShardedModel:
     """Every rank has some rows of each weight, in `shards`. `tested` is sharded for the self-test, in fp32."""
 
     tested: RewardModel
+    config: Config
     model_class: type[PreTrainedModel]
     hf_config: PretrainedConfig
     parts: LazyModel
@@ -77,7 +79,7 @@ class ShardedModel:
     def to_train(self) -> RewardModel:
         """A second model on meta, on the path that the self-test chose. The tested model is given up."""
         skeleton = self.parts.build()
-        model = _reward_model(skeleton, self.tested.objective, self.tested.pad_token_id)
+        model = _reward_model(skeleton, self.config, self.tested.pad_token_id)
         model.use(self.tested.path, pruned=self.tested.pruned, masked=self.tested.masked)
         self.hf_config = skeleton.config
         del self.tested
@@ -113,7 +115,7 @@ def _opened(config: Config, tokenizer: PreTrainedTokenizerFast) -> LazyModel | s
 def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedModel:
     mesh = device_mesh(world, by_host=config.parallel.traits.by_host)
     skeleton = parts.build()
-    model = _reward_model(skeleton, Objective.of(config.loss), parts.pad_token_id)
+    model = first_error(world, "loading the model", lambda: _reward_model(skeleton, config, parts.pad_token_id))
     offload = config.parallel.offload
 
     def read() -> Weights:
@@ -125,7 +127,7 @@ def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedMode
 
     weights = first_error(world, "reading the weights", read)
     untrained = first_error(world, "reading the weights", lambda: parts.towers() if world.is_main else {})
-    return ShardedModel(model, type(skeleton), skeleton.config, parts, Shards(mesh, weights), untrained)
+    return ShardedModel(model, config, type(skeleton), skeleton.config, parts, Shards(mesh, weights), untrained)
 
 
 def _load_whole(
@@ -146,14 +148,17 @@ def _load_whole(
         adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, config.model.lora, seed))
         base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
         start.check_base(base)
-    model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id).to(world.device)
+    model = first_error(world, "loading the model", lambda: _reward_model(hf_model, config, pad_token_id))
+    model = model.to(world.device)
     untrained = towers(hf_model) if world.is_main else {}
     return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, notes, untrained)
 
 
-def _reward_model(hf_model: PreTrainedModel, objective: Objective, pad_token_id: int) -> RewardModel:
-    score = cast(nn.Linear, hf_model.score)
-    return RewardModel(text_model(hf_model), score, pad_token_id=pad_token_id, objective=objective)
+def _reward_model(hf_model: PreTrainedModel, config: Config, pad_token_id: int) -> RewardModel:
+    """Raises UserError for a loss on an output that the model does not have."""
+    score, outputs = cast(nn.Linear, hf_model.score), Outputs.stored(hf_model.config)
+    objective = objective_of(config, outputs)
+    return RewardModel(text_model(hf_model), score, pad_token_id=pad_token_id, objective=objective, outputs=outputs)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -10,7 +10,7 @@ world size and the budget. Every rank gets the same number of micro batches (som
 aligned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush, heapreplace
@@ -18,7 +18,7 @@ from heapq import heappop, heappush, heapreplace
 import numpy as np
 
 from rmcore.config import Config, UserError
-from rmcore.data.batches.counting import counted_N, size_N
+from rmcore.data.batches.counting import counted_of, sizes_of
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 
 
@@ -27,7 +27,8 @@ class Step:
     """One optimizer update: `ranks[rank][micro_batch]` is an int64 array of comparison numbers.
 
     `index` counts from 0 over the run. `episode` is the number of pairs seen when this step is done. `global_weight` is
-    the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it.
+    the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it. With several objectives
+    it is what the first one counts, and `more_weights` what the others count; each divides its own sum.
     """
 
     index: int
@@ -35,6 +36,12 @@ class Step:
     episode: int
     global_weight: float
     ranks: tuple[tuple[np.ndarray, ...], ...]
+    more_weights: tuple[float, ...] = ()
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """What the whole step counts for each objective."""
+        return (self.global_weight, *self.more_weights)
 
 
 HELD_AT_MOST = 2**26  # comparisons; a longer order is not held as an array, which would take half a minute to shuffle
@@ -87,7 +94,7 @@ class Plan:
         tokens_N: computed tokens of each comparison (its prefix once and every tail).
         cost_N: relative work of each comparison; ranks are balanced on it.
         pairs_N: pairs in each comparison.
-        weight_N: sum of the pair weights of each comparison.
+        weight_N: sum of the pair weights of each comparison; more_weights: the same for further objectives.
         pairs_per_step: global batch. A comparison is never cut; it belongs to the step of its first pair.
         token_budget: most tokens in a micro batch.
     Raises:
@@ -108,12 +115,14 @@ class Plan:
         epochs: int = 1,
         shuffle: bool = True,
         max_steps: int | None = None,
+        more_weights: Sequence[np.ndarray] = (),
     ) -> None:
         if len(tokens_N) == 0:
             raise ValueError("a plan needs at least one comparison")
         if (longest := int(tokens_N.max())) > token_budget:
             raise ValueError(f"the longest comparison has {longest} tokens, a micro batch at most {token_budget}")
         self.tokens_N, self.cost_N, self.pairs_N, self.weight_N = tokens_N, cost_N, pairs_N, weight_N
+        self.more_weights = tuple(more_weights)
         self.pairs_per_step, self.token_budget, self.world_size = pairs_per_step, token_budget, world_size
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.pairs_per_epoch = int(pairs_N.sum())
@@ -136,12 +145,13 @@ class Plan:
                 f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never "
                 f"cut: set batch.tokens to {longest} or more, or lower data.max_tokens"
             )
-        counts = config.loss.traits.counts
+        weight_N, *more_weights = counted_of(config, data)
         return cls(
             tokens_N,
             work(tokens_N),
-            size_N(data, counts),
-            counted_N(data, counts),
+            sizes_of(config, data),
+            weight_N,
+            more_weights=more_weights,
             pairs_per_step=config.batch.pairs,
             token_budget=token_budget,
             world_size=world_size,
@@ -169,6 +179,7 @@ class Plan:
             epoch=seen / self.pairs_per_epoch,
             episode=seen,
             global_weight=float(self.weight_N[chosen].sum(dtype=np.float64)),
+            more_weights=tuple(float(weight_N[chosen].sum(dtype=np.float64)) for weight_N in self.more_weights),
             ranks=cut(chosen, self.tokens_N[chosen], self.cost_N[chosen], self.token_budget, self.world_size),
         )
 

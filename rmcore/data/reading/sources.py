@@ -21,6 +21,7 @@ import pyarrow
 import xxhash
 
 from rmcore.config import SourceConfig, UserError
+from rmcore.config.loss import LossConfig
 from rmcore.data.formats.row_format import needed_columns
 from rmcore.data.formats.turns import prose
 from rmcore.data.reading.files import (
@@ -54,6 +55,7 @@ class Source:
     _rows: datasets.Dataset = field(repr=False)
     _index: numpy.ndarray = field(repr=False)  # int64, row numbers of _rows
     _maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)  # the memory of _rows, if they come from our cache
+    loss: LossConfig | None = None  # the objective of this source, if it has one of its own
 
     def __len__(self) -> int:
         return len(self._index)
@@ -143,6 +145,7 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
         key=key,
         fingerprint=content,
         columns=config.columns,
+        loss=config.loss,
         _rows=rows if whole else _needed(rows, config.columns, also),
         _index=index,
         _maps=tuple(pages for part in parts for pages in part.maps),
