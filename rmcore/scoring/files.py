@@ -30,7 +30,7 @@ CHUNK_ROWS = 1024  # most rows that are packed together, and whose rewards are o
 CHUNK_CHARACTERS = 2_000_000  # a chunk of long rows ends earlier, after about this many characters
 TABLE_ROWS = 1000  # rows per batch between Parquet and Python
 READERS = {".jsonl": json_line_rows, ".ndjson": json_line_rows, ".json": json_rows, ".csv": csv_rows}
-REWARD, REWARDS, BEST, PROBABILITIES = "reward", "rewards", "best", "probabilities"
+REWARD, REWARDS, BEST, PROBABILITIES = "reward", "rewards", "best", "calibrated"
 _COLUMNS = {
     REWARD: pyarrow.float64(),
     REWARDS: pyarrow.list_(pyarrow.float64()),
@@ -118,7 +118,7 @@ def with_rewards(
 ) -> dict[str, Any]:
     """The row with `reward`, or with `rewards` and `best` (the first of the highest; null if all are null).
 
-    `probabilities`: of the texts, if the model is calibrated.
+    `probabilities`: of the texts, if the model is calibrated; they are written as `calibrated`.
     """
     if single:
         return {**row, REWARD: rewards[0]}

@@ -77,7 +77,7 @@ def _write_part(part: Path, scorer: Scorer, chunk: list[PlacedRow]) -> None:
     lines = [
         json.dumps(
             {"rewards": row.rewards, "single": row.single}
-            | ({} if row.probabilities is None else {"probabilities": row.probabilities})
+            | ({} if row.probabilities is None else {files.PROBABILITIES: row.probabilities})
         )
         for row in scored
     ]

@@ -339,7 +339,12 @@ def write_rows(path: Path, count: int, layout: str) -> None:
     """The synthetic task as rows of `layout`: pairs, pairs and ties, scores of two answers, or ranks of three."""
     lines = []
     for number, row in enumerate(synthetic_rows(count, 5, "train")):
-        if layout == "scores":
+        if layout == "options":
+            answers = [row["rejected"], row["chosen"], " Nobody knows."]
+            lines.append({"prompt": row["prompt"], "answers": answers, "probabilities": [0.15, 0.8, 0.05]})
+        elif layout == "margins":
+            lines.append({**{name: row[name] for name in ("prompt", "chosen", "rejected")}, "margin": 1 + number % 3})
+        elif layout == "scores":
             lines.append({"prompt": row["prompt"], "answers": [row["rejected"], row["chosen"]], "scores": [-1.0, 1.0]})
         elif layout == "ranks":
             answers = [row["rejected"], row["chosen"], " Nobody knows."]
@@ -372,6 +377,19 @@ LAYOUT = {
     "davidson": "ties",
     "plackett_luce": "ranks",
     "regression": "scores",
+    "scaled_bradley_terry": "margins",
+    "focal": "pairs",
+    "listwise": "options",
+    "quantile_regression": "scores",
+}
+MORE = {
+    "quantile_regression": [
+        "model.outputs=[low, middle, high]",
+        "model.reward=middle",
+        "loss.output=[low, middle, high]",
+    ],
+    "listwise": ["loss.brier=0.5"],
+    "focal": ["loss.log_barrier=0.02"],
 }
 
 
@@ -385,6 +403,7 @@ def run(tmp_path: Path, name: str, rows: int, *overrides: str, size: int = 1) ->
         f"data.train.path={data}",
         f"data.cache={tmp_path / 'cache'}",
         f"run.dir={directory}",
+        *MORE.get(name, []),
     ]
     run_ranks(train_rank, size, tmp_path / f"ranks-{directory.name}", [*settings, *overrides])
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -396,7 +415,7 @@ FAST = ("bradley_terry", "hinge")
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in TRAITS])
 def test_it_learns_the_synthetic_task(tmp_path: Path, name: str) -> None:
-    epochs = {"bradley_terry": 3, "hinge": 3, "regression": 8}.get(name, 6)
+    epochs = {"bradley_terry": 3, "hinge": 3, "regression": 8, "quantile_regression": 8}.get(name, 6)
     logged, last = run(tmp_path, name, 1000, f"run.epochs={epochs}")
     print(f"{name}: held-out accuracy {last['eval/rm/accuracy']:.3f} of {last['eval/rm/count']} pairs")
     # All objectives get the same pairs, without ties or third answers. Chance is 0.5 with a standard error of 0.031, so
@@ -404,7 +423,8 @@ def test_it_learns_the_synthetic_task(tmp_path: Path, name: str) -> None:
     assert last["eval/rm/count"] == 256 and last["eval/rm/accuracy"] > 0.62, last
     assert all(math.isfinite(line["train/rm/loss"]) for line in logged if "train/rm/loss" in line)
     # It is missing where it equals eval/rm/loss, and where the evaluation data have no scores.
-    assert ("eval/rm/objective_loss" in last) == (name not in ("bradley_terry", "regression"))
+    without = ("bradley_terry", "regression", "listwise", "quantile_regression")
+    assert ("eval/rm/objective_loss" in last) == (name not in without)
 
 
 @pytest.mark.distributed
