@@ -140,14 +140,18 @@ class Part:
     def formats(self) -> list[RowFormat]:
         """The format of each source, from its first rows, with what its objective reads."""
         found = []
-        attributes = self.config.attributes
         for source in self.sources:
             place = {"origin": source.origin, "key": source.key}
             number = self.config.loss_number(source.loss)
             loss = self.config.losses[number] if number >= 0 else LossConfig()
-            format = detect_format(
-                source.head(), source.columns, need_margin=loss.reads_margins, attributes=attributes, **place
-            )
+            why = "loss.margin=data" if loss.margin == "data" else f"loss.name={loss.name}"
+            reading = {"attributes": self.config.attributes, "why": why, **place}
+            try:
+                format = detect_format(source.head(), source.columns, need_margin=loss.reads_margins, **reading)
+            except UserError:
+                if not loss.traits.margins or not source.key.startswith("data.eval"):
+                    raise
+                format = detect_format(source.head(), source.columns, **reading)  # evaluated without its own loss
             found.append(replace(fitted(format, loss, **place), objective=number))
         return found
 

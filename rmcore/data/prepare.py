@@ -91,6 +91,12 @@ def prepare_data(
     warnings = [*template.warnings, *ending_warning(template, tokenizer)]
     fraction = config.data.eval_fraction
     train = replace(part, holdout="train").tokenized(root) if fraction else part.tokenized(root)
+    known = np.isfinite(train.attribute).any(0) if train.width else ()
+    if missing := [name for name, some in zip(config.attributes, known, strict=True) if not some]:
+        raise UserError(
+            f"data.train: no answer has the attribute {missing[0]}, which loss.output lists; set "
+            f"data.train.columns={{{missing[0]}: ...}} (our name: theirs)"
+        )
     evals, versions = {}, {}
     for name, numbers in config.data.eval_sets.items() if config.run.evals > 0 else ():
         if not numbers:

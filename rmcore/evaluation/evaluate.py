@@ -192,7 +192,8 @@ def objective_loss(
     outputs = None if outputs_AK is None else torch.from_numpy(outputs_AK)
     for number, one in enumerate(objective.objectives if isinstance(objective, Joint) else [objective]):
         judged = Judged.of(data, number)
-        count = float(one.counted(judged))
+        read = not one.reads_margins or bool(judged.margin_P.any())
+        count = float(one.counted(judged)) if read else 0.0
         means += [float(one.loss_sum(rewards, judged, outputs)) / count] if count else []
     return {"objective_loss": sum(means)} if means else {}
 

@@ -74,6 +74,11 @@ class Objective(NamedTuple):
         """Whether rmcore.ops.pairwise computes this objective, for a head of one output."""
         return self.name == "bradley_terry" and self.weight == 1.0 and not self.log_barrier
 
+    @property
+    def reads_margins(self) -> bool:
+        """Whether the loss is 0 without margins in the data."""
+        return TRAITS[self.name].margins
+
     def loss_sum(self, rewards_A: Tensor, data: Judged, outputs_AK: Tensor | None = None) -> Tensor:
         """The summed loss, a scalar, differentiable with respect to the rewards or outputs; NaN where one that it reads
         is NaN or Inf.

@@ -166,16 +166,17 @@ def detect_format(
     key: str = "data.train",
     need_margin: bool = False,
     attributes: Sequence[str] = (),
+    why: str = "loss.margin=data",
 ) -> RowFormat:
     """First rows of a source (some 20) -> RowFormat.
 
     `columns`: our name -> theirs. `origin` and `key` are for error messages. `need_margin` (loss.margin = data): read
-    margins. `attributes`: the attributes of answers that the run reads, where the rows have them; `columns` may map
-    them, too. Raises UserError for columns that do not make a format.
+    margins; `why`: the setting that needs them. `attributes`: the attributes of answers that the run reads, where the
+    rows have them; `columns` may map them, too. Raises UserError for columns that do not make a format.
     """
     if attributes:
         known = {ours: theirs for ours, theirs in columns.items() if ours in FIELDS or ours not in attributes}
-        format = detect_format(rows, known, origin=origin, key=key, need_margin=need_margin)
+        format = detect_format(rows, known, origin=origin, key=key, need_margin=need_margin, why=why)
         return replace(format, attributes=tuple(_attribute(rows, format, columns.get(a, a)) for a in attributes))
     found = list(dict.fromkeys(name for row in rows for name in row))
     for ours, theirs in columns.items():
@@ -212,7 +213,7 @@ def detect_format(
         # Next to turns, `messages` is something else (ultrafeedback_binarized: the whole chosen conversation).
         messages=answers == "text" and kinds.get("messages") == "turns",
         transcript=answers == "text" and any(is_transcript(row.get(head)) for row in rows),
-        margin=_margin_kind(names, layout, origin, key) if need_margin else None,
+        margin=_margin_kind(names, layout, origin, key, why) if need_margin else None,
         layout=layout,
         judged_by=_judge(rows, names, layout, columns, origin, key),
         json=packed,
@@ -357,8 +358,11 @@ def attribute_columns(attributes: Sequence[str], columns: Mapping[str, str]) -> 
 
 def _attribute(rows: Sequence[Mapping[str, Any]], format: RowFormat, theirs: str) -> str:
     """Where the rows have an attribute: `theirs` (with the dots of nested records), or "" if they do not have it."""
+    tops = {theirs.split(".")[0] + side for side in ("", *SIDES.get(format.layout, ()))}
     for row in rows:
-        if any(value is not None for value in attribute_values(row, format, theirs)):
+        items = records(row.get(format.names["answers"])) if format.layout == "many" else []
+        holders = [row, *(item for item in items or [] if isinstance(item, Mapping))]
+        if any(tops & holder.keys() for holder in holders):
             return theirs
     return ""
 
@@ -474,13 +478,15 @@ def _judge(
     return by
 
 
-def _margin_kind(names: Mapping[str, str], layout: Layout, origin: str, key: str) -> Literal["margin", "scores"]:
+def _margin_kind(
+    names: Mapping[str, str], layout: Layout, origin: str, key: str, why: str
+) -> Literal["margin", "scores"]:
     scores = SCORES.get(layout, ())
     if "margin" in names or "preference" in names or (scores and {*scores} <= names.keys()):
         return "margin" if "margin" in names else "scores"
     raise UserError(
-        f"{origin}: loss.margin=data needs a margin column, or {' and '.join(sorted(scores))}; "
-        f"set {key}.columns={{margin: ...}}, or loss.margin=none"
+        f"{origin}: {why} needs a margin column, or {' and '.join(sorted(scores))}; set {key}.columns={{margin: ...}}"
+        + (", or loss.margin=none" if why == "loss.margin=data" else "")
     )
 
 
