@@ -70,7 +70,7 @@ class ModelConfig(Section):
             raise conflict("model.outputs", "must have at least one name, and each only once")
         known = outputs if outputs is not None else None if self.head == "stored" else ["reward"]
         named = [self.reward] if isinstance(self.reward, str) else list(self.reward or ())
-        if unknown := [name for name in named if known is not None and name not in known]:
+        if known is not None and (unknown := [name for name in named if name not in known]):
             raise conflict("model.reward", f"has {unknown[0]}, which is not one of model.outputs: {', '.join(known)}")
         if isinstance(self.reward, dict) and not any(self.reward.values()):
             raise conflict("model.reward", "must have a weight that is not 0")
@@ -417,7 +417,7 @@ class Config(Section):
                 raise conflict(f"data.eval.{number}.loss", "must be the loss of a source of data.train, or be left out")
         known = self.model.outputs or (None if self.model.head == "stored" else ["reward"])
         for place, loss in places:
-            if unknown := [name for name in loss.outputs if known is not None and name not in known]:
+            if known is not None and (unknown := [name for name in loss.outputs if name not in known]):
                 raise conflict(
                     f"{place}.output", f"has {unknown[0]}, which is not one of model.outputs: {', '.join(known)}"
                 )

@@ -72,9 +72,8 @@ class LabelField(NamedTuple):
         if len(values):
             return values
         count = answers if self.of == "answers" else len(getattr(holder, self.of))
-        if self.wide:
-            return np.full((count, width), self.missing, dtype=self.dtype)
-        return [self.missing] * count if count else values
+        one: Any = [self.missing] * width if self.wide else self.missing
+        return [one] * count if count else values
 
 
 # The arrays of one `of` lie in the token cache in this order, which its fingerprint depends on: new ones go to the end.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -76,7 +77,7 @@ class Part:
         """Hash of all that decides the content: the same key means the same bytes."""
         data, limits, losses = self.config.data, self.limits, self.config.losses
         of_template = ["keep_first"] if limits.keep_first else []
-        decides = {
+        decides: dict[str, Any] = {
             "version": [FORMAT_VERSION, __version__],
             "name": self.name,
             "sources": [[source.fingerprint, source.label, dict(source.columns)] for source in self.sources],
@@ -145,7 +146,7 @@ class Part:
             number = self.config.loss_number(source.loss)
             loss = self.config.losses[number] if number >= 0 else LossConfig()
             why = "loss.margin=data" if loss.margin == "data" else f"loss.name={loss.name}"
-            reading = {"attributes": self.config.attributes, "why": why, **place}
+            reading: dict[str, Any] = {"attributes": self.config.attributes, "why": why, **place}
             try:
                 format = detect_format(source.head(), source.columns, need_margin=loss.reads_margins, **reading)
             except UserError:

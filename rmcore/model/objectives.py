@@ -22,7 +22,7 @@ is differentiable with respect to `rewards`, and never divides by a count.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -114,11 +114,16 @@ class Objective(NamedTuple):
 OF_CONFIG = ("name", "label_smoothing", "centering", "tie_rate", "weight", "log_barrier", "gamma", "brier", "rps")
 
 
-class Joint(NamedTuple):
+@dataclass(frozen=True)
+class Joint:
     """Several objectives, each for the comparisons of its own sources. Sums and counts are vectors, one entry each."""
 
     objectives: tuple[Objective, ...]
-    fused = False
+
+    @property
+    def fused(self) -> bool:
+        """The op computes a single objective only."""
+        return False
 
     def loss_sum(self, rewards_A: Tensor, batch: RaggedBatch, outputs_AK: Tensor | None = None) -> Tensor:
         """[J]: the summed loss of each objective."""

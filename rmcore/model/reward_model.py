@@ -130,7 +130,7 @@ class RewardModel(nn.Module):
             rewards_A = self.outputs.reward(outputs_AK)
             loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
             return Output(loss_sum, rewards_A, self.objective.counted(batch), outputs_AK)
-        objective = self.objective if self.objective.fused else BRADLEY_TERRY
+        objective = self.objective if isinstance(self.objective, Objective) else BRADLEY_TERRY
         fused = slice(None if self.objective.fused else 0)  # without pairs, the op only gathers the rewards
         loss_sum, rewards_A = pairwise_loss(
             hidden_TD,
