@@ -117,6 +117,7 @@ def help_text(config: type[BaseModel], prog: str, about: str) -> str:
             section = head
             holder = section_class(config.model_fields[head].annotation)
             lines += ["", f"{head}: {(holder.__doc__ or '').strip() if holder else ''}"]
-        lines.append(f"  {f'{key.name} = {key.default}':<42} {key.kind}")
+        line = f"  {f'{key.name} = {key.default}':<42} {key.kind}"
+        lines += [line] if len(line) <= 120 else textwrap.wrap(line, 120, subsequent_indent=" " * 45)
         lines += textwrap.wrap(key.meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"
