@@ -176,7 +176,8 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     # Every trained weight comes from the checkpoint. The base model's files are read only if they hold others.
     lora, seed = config.model.lora, config.run.seed
     some = lora.rank is not None or holds_others(hf_config, config.model)
-    shape = config.model if some else config.model.model_copy(update={"init": "random", "head": "fresh"})
+    settled = Outputs.settled(config.model, hf_config)
+    shape = settled if some else settled.model_copy(update={"init": "random", "head": "fresh"})
     pad = int(tokenizer.pad_token_id)
     hf_model: Any = load_model(shape, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
     adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []

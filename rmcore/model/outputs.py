@@ -56,6 +56,15 @@ class Outputs(NamedTuple):
         names = tuple(labels[place] for place in sorted(labels))
         return cls(names, weights_of(reward, names, f"{KEY}.reward in config.json"))
 
+    @classmethod
+    def settled(cls, config: ModelConfig, hf_config: PretrainedConfig) -> ModelConfig:
+        """The config with the outputs of a stored head written out, so that a fresh head would have the same ones."""
+        outputs = cls.of(config, hf_config)
+        if outputs == cls():
+            return config
+        reward = dict(zip(outputs.names, outputs.weights, strict=True))
+        return config.model_copy(update={"outputs": list(outputs.names), "reward": reward})
+
     def store(self, hf_config: PretrainedConfig) -> None:
         """Write names and weights into a config; of a single output `reward`, what other programs expect."""
         hf_config.id2label = dict(enumerate(self.names))

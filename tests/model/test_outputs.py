@@ -210,6 +210,9 @@ def test_an_exported_config_gives_its_outputs_back() -> None:
     assert Outputs.of(ModelConfig(name="m", head="stored", reward="b"), again) == Outputs(("a", "b"), (0.0, 1.0))
     with pytest.raises(UserError, match=r"loss\.output has c, but the model's outputs are a, b"):
         Objective.of(LossConfig(output="c"), Outputs.stored(again))
+    fresh = Outputs.settled(ModelConfig(name="m", head="stored"), again).model_copy(update={"head": "fresh"})
+    assert Outputs.of(fresh, LlamaConfig()) == Outputs.stored(again)  # as an export from a checkpoint builds the model
+    assert Outputs.settled(ModelConfig(name="m"), again) == ModelConfig(name="m")
     Outputs().store(again)
     assert not hasattr(again, "rmcore") and again.id2label == {0: "reward"}
 
