@@ -143,10 +143,10 @@ class RewardModel(nn.Module):
             label_smoothing=objective.label_smoothing,
             centering=objective.centering,
         )
-        outputs_AK = rewards_A.unsqueeze(1)
         if not self.objective.fused:
-            loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
-        return Output(loss_sum, rewards_A, self.objective.counted(batch), outputs_AK)
+            loss_sum = self.objective.loss_sum(rewards_A, batch, rewards_A.unsqueeze(1))
+        # Detached, because FSDP2 warns of a view that has a gradient.
+        return Output(loss_sum, rewards_A, self.objective.counted(batch), rewards_A.detach().unsqueeze(1))
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
