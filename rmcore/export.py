@@ -9,7 +9,8 @@ One process does the work; it needs memory for the weights only, not for the opt
 the base model are read from where the run read them (override: model.name=...). Its weights are read only after LoRA.
 If the data of the run can still be read, they give the texts for the check and the counts for the model card.
 `--normalise` measures mean and deviation of the rewards of all held-out answers and stores them
-(rmcore/scoring/normalisation.py).
+(rmcore/scoring/normalisation.py), `--calibrate` the temperature with which `rmcore score` and `rmcore serve` return
+probabilities (rmcore/scoring/calibration.py).
 """
 
 import argparse
@@ -30,6 +31,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--normalise", action="store_true", help="store mean and deviation of the rewards of all held-out answers"
     )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="fit and store a temperature on the held-out data, for probabilities"
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default: 5GB)")
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="new places: model.name=..., data.train.path=..."
@@ -39,7 +43,10 @@ def main(argv: list[str]) -> int:
     def work() -> None:
         from rmcore.hf_export.from_checkpoint import export
 
-        for line in export(given.run, given.out, given.overrides, given.normalise, given.max_shard_size):
+        lines = export(
+            given.run, given.out, given.overrides, given.normalise, given.max_shard_size, calibrated=given.calibrate
+        )
+        for line in lines:
             print_text(line)
 
     return run_command("rmcore export", work)

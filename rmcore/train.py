@@ -11,8 +11,8 @@ continues from the newest checkpoint whose hashes match.
 
 What happens to a batch: the plan decides which comparisons this rank computes in this micro batch. The loader packs
 them into one row without padding, each prompt once. The model turns the row into the summed loss of its pairs. The loop
-divides it by the weight of the whole step (all ranks, all micro batches). So the reduced gradients are those of the
-mean over the global batch, however it was divided.
+divides it by the weight of the whole step (all ranks, all micro batches), each objective by its own. So the reduced
+gradients are those of the mean over the global batch, however it was divided.
 """
 
 import sys
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rmcore.checkpoint.resume import choose_start
+from rmcore.config.loss import distinct_names
 from rmcore.config.schema import Config
 from rmcore.data.batches.loader import Loader
 from rmcore.host.command import run_command
@@ -61,7 +62,8 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     config, world, strategy, plan = run.config, run.world, run.strategy, run.plan
     heartbeat, signals = heartbeat or Heartbeat(world), signals or Signals()
     optimizer, bad_steps = strategy.optimizer, BadSteps(run, tracker)
-    metrics = Metrics(world, run.flops_per_token, earlier=run.start.interval, language=config.loss.sft > 0)
+    names = distinct_names(config.losses)
+    metrics = Metrics(world, run.flops_per_token, run.start.interval, losses=names, language=config.loss.sft > 0)
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
@@ -89,8 +91,8 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
                     with strategy.autocast():
                         out = strategy.model(batch)  # tokens -> last-token scores -> summed loss
                     heartbeat.at("backward")
-                    loss = out.loss_sum * (world.size / step.global_weight)
-                    (loss + regularisers.loss(out, batch)).backward()
+                    loss = out.share(world.size, step.counts) + regularisers.loss(out, batch)
+                    loss.backward()
                 metrics.add(out, batch)  # stays on the device
             grad_norm = strategy.clip_grad_norm(config.optim.max_grad_norm)
             bad_steps.watch(grad_norm)  # NaN or Inf in any gradient: AdamW skips this update, on every rank

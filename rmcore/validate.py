@@ -144,7 +144,7 @@ def _plan(config: Config, train: Any) -> tuple[Any, str, list[str]]:
     warnings = []
     if plan.steps < 10:
         warnings.append(f"only {plan.steps} steps: lower batch.pairs={config.batch.pairs}, or raise run.epochs")
-    of = f"{config.batch.pairs} {config.loss.traits.unit}"
+    of = f"{config.batch.pairs} {config.unit}"
     shown = f"{plan.steps:,} steps of {of}; the longest comparison has {longest:,} tokens"
     return plan, shown, warnings
 

@@ -25,7 +25,7 @@ from pydantic.config import JsonDict
 
 from rmcore.config.layers import TAG, plain_kind
 from rmcore.config.lora import LoraConfig
-from rmcore.config.loss import LossConfig
+from rmcore.config.loss import BESIDES, TRAITS, LossConfig
 from rmcore.config.optim import OptimConfig
 from rmcore.config.parallel import ParallelConfig
 from rmcore.config.section import ImportPath, Section, conflict
@@ -54,7 +54,28 @@ class ModelConfig(Section):
     head: Literal["fresh", "stored"] = Field(
         "fresh", description="draw a new score head, or keep the one stored in a sequence-classification checkpoint"
     )
+    outputs: list[Text] | None = Field(
+        None, description="names of the score head's outputs: [helpfulness, verbosity]; null: reward, or those stored"
+    )
+    reward: Text | dict[str, float] | None = Field(
+        None,
+        description="the reward that everything else reads: an output, or weights of outputs {helpfulness: 0.65, ...}; "
+        "null: the first output, or the stored one",
+    )
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        outputs = self.outputs
+        if outputs is not None and (not outputs or len(set(outputs)) < len(outputs)):
+            raise conflict("model.outputs", "must have at least one name, and each only once")
+        known = outputs if outputs is not None else None if self.head == "stored" else ["reward"]
+        named = [self.reward] if isinstance(self.reward, str) else list(self.reward or ())
+        if known is not None and (unknown := [name for name in named if name not in known]):
+            raise conflict("model.reward", f"has {unknown[0]}, which is not one of model.outputs: {', '.join(known)}")
+        if isinstance(self.reward, dict) and not any(self.reward.values()):
+            raise conflict("model.reward", "must have a weight that is not 0")
+        return self
 
 
 def _no_required_keys(schema: JsonDict) -> None:
@@ -95,11 +116,16 @@ class SourceConfig(Section):
         description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
     )
 
+    loss: LossConfig | None = Field(
+        None, description="the objective of this source, with the keys of the section loss; null: that section"
+    )
+
     @model_serializer(mode="wrap")
     def _without_empty_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out null in later keys: checkpoints of versions without them must still fit the configuration."""
-        later = ("set", "keep", "format")
-        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
+        """Leave out null in later keys, and defaults of `loss`: checkpoints of versions without them must still fit."""
+        later = ("set", "keep", "format", "loss")
+        values = {key: value for key, value in handler(self).items() if key not in later or value is not None}
+        return values | ({"loss": self.loss.changed()} if self.loss is not None else {})
 
 
 def _as_list(value: Any) -> Any:
@@ -380,11 +406,23 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if self.data.group_by_prompt and self.loss.name in ("plackett_luce", "regression"):
-            raise conflict(
-                "data.group_by_prompt",
-                f"merges rows of pairs, from which loss.name={self.loss.name} cannot make rankings or scores",
-            )
+        for loss in self.losses:
+            if self.data.group_by_prompt and ":" not in loss.name and TRAITS[loss.name].counts != "pairs":
+                raise conflict(
+                    "data.group_by_prompt",
+                    f"merges rows of pairs, from which loss.name={loss.name} cannot make rankings or scores",
+                )
+        places = [("loss", self.loss)] if self.loss in self.losses else []
+        places += [(f"data.train.{n}.loss", source.loss) for n, source in enumerate(self.data.train) if source.loss]
+        for number, source in enumerate(self.data.eval):
+            if source.loss is not None and source.loss not in self.losses:
+                raise conflict(f"data.eval.{number}.loss", "must be the loss of a source of data.train, or be left out")
+        known = self.model.outputs or (None if self.model.head == "stored" else ["reward"])
+        for place, loss in places:
+            if known is not None and (unknown := [name for name in loss.outputs if name not in known]):
+                raise conflict(
+                    f"{place}.output", f"has {unknown[0]}, which is not one of model.outputs: {', '.join(known)}"
+                )
         for key in ("best_metric", "patience"):
             if getattr(self.run, key) is not None and not self.data.eval_sets:
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
@@ -399,9 +437,39 @@ class Config(Section):
                 raise conflict("parallel.context", f"and loss.{key} exclude each other: this combination is untested")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
+        if self.parallel.context > 1 and (self.losses != (self.loss,) or len(self.model.outputs or ()) > 1):
+            raise conflict("parallel.context", "and several outputs or losses exclude each other: untested")
+        for key in BESIDES:
+            if self.losses != (self.loss,) and any(getattr(loss, key) for loss in (self.loss, *self.losses)):
+                raise conflict(f"loss.{key}", "and a loss per source exclude each other: this combination is untested")
+        if self.loss.router_aux and (self.loss.attributes or self.loss.name == "listwise"):
+            raise conflict("loss.router_aux", f"and this form of loss.name={self.loss.name} exclude each other")
         if self.loss.router_aux and self.parallel.compile:
             raise conflict("loss.router_aux", "and parallel.compile exclude each other: this combination is untested")
         return self
+
+    @property
+    def losses(self) -> tuple[LossConfig, ...]:
+        """The different objectives of data.train, in its order; sources with equal settings share one."""
+        losses: list[LossConfig] = []
+        for loss in (source.loss or self.loss for source in self.data.train):
+            losses += [loss] if loss not in losses else []
+        return tuple(losses)
+
+    def loss_number(self, own: LossConfig | None) -> int:
+        """The number in `losses` of the objective of a source with the key `loss`: own; of several, -1 for none."""
+        losses, loss = self.losses, own or self.loss
+        return 0 if len(losses) == 1 else losses.index(loss) if loss in losses else -1
+
+    @property
+    def unit(self) -> str:
+        """The unit of `batch.pairs`, in words."""
+        return " and ".join(dict.fromkeys(loss.traits.unit for loss in self.losses))
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """The attributes of answers that are read from the data, for all objectives."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.attributes))
 
     def dump_yaml(self) -> str:
         """The whole configuration as YAML, which `load_config` reads back into an equal `Config`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmcore.config import Config, UserError
-from rmcore.data.batches.counting import size_N
+from rmcore.data.batches.counting import sizes_of
 from rmcore.data.batches.step_plan import Plan
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 
@@ -80,18 +80,18 @@ def size_of_data(
         note = f"the data cannot be read; give {' and '.join(flags)}. {reason}"
         return _assumed(config, pairs, tokens, sharing, [note])
     share = config.model.attention in ("auto", "shared")
-    return measured_size(train, evals, share=share, counts=config.loss.traits.counts)
+    return measured_size(train, evals, share=share, config=config)
 
 
 def measured_size(
-    train: TokenizedComparisons, evals: Iterable[TokenizedComparisons], *, share: bool, counts: str
+    train: TokenizedComparisons, evals: Iterable[TokenizedComparisons], *, share: bool, config: Config
 ) -> DataSize:
     """The means of the prepared data.
 
     share: each prompt is computed once (for attention=auto the self-test decides at the start of the run; it is assumed
-    to succeed here). counts: what the objective counts as a pair, see rmcore.config.loss.
+    to succeed here). config: its objectives decide what counts as a pair.
     """
-    tokens_N, units_N = computed_tokens(train, share), size_N(train, counts)
+    tokens_N, units_N = computed_tokens(train, share), sizes_of(config, train)
     pairs = max(1, int(units_N.sum()))
     longest = max(int(computed_tokens(part, share).max()) for part in (train, *evals))
 

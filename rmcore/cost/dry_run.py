@@ -33,6 +33,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.classifier import new_classifier, text_model
 from rmcore.model.meta_model import set_padding
+from rmcore.model.outputs import Outputs
 from rmcore.model.pruning import OUTPUT, QUERY, attention_of
 from rmcore.model.reward_model import SHARED, RewardModel
 
@@ -139,7 +140,7 @@ class DryRun:
             _to_fake(hf_model)
             turn_dropout_off(hf_model)
             score = cast(nn.Linear, hf_model.score)
-            model = RewardModel(text_model(hf_model), score, pad_token_id=0)
+            model = RewardModel(text_model(hf_model), score, pad_token_id=0, outputs=Outputs.stored(hf_model.config))
             model.use(SHARED, pruned=pruned)
             recompute_activations(model.backbone, recompute)
             model.train()
@@ -155,7 +156,8 @@ class DryRun:
     def _meta_model(self, hf_config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The sequence classifier on the meta device: shapes without memory."""
         hf_config = copy.deepcopy(hf_config)
-        hf_config.num_labels = 1
+        if len(Outputs.stored(hf_config).names) == 1:
+            hf_config.num_labels = 1
         set_padding(hf_config, 0)
         with torch.device("meta"):
             return new_classifier(hf_config, dtype, trust_remote_code=self._trust)

@@ -11,7 +11,8 @@ Example: three answers with the scores 5, 3, 3. The second and third tie, so the
     batch         winner_P      loser_P        weight_P               tie_a_Q      tie_b_Q      score_A
                   (in the batch, answers are counted from the first answer of the batch)
 
-A label has one value for each pair, for each tie or for each answer. To add a kind of label, see rmcore/data/README.md.
+A label has one value for each pair, for each tie or for each answer; `attributes` has W values for each answer, one for
+each attribute that a run reads, NaN where it is not known. To add a kind of label, see rmcore/data/README.md.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Judgement:
     ties: tuple[tuple[int, int], ...] = ()  # pairs of which neither is preferred, where the objective reads them
     tie_weight: tuple[float, ...] = ()  # of each tie
     scores: tuple[float, ...] = ()  # of each answer, or none
+    attributes: tuple[tuple[float, ...], ...] = ()  # of each answer a value for each attribute (NaN: unknown), or none
 
 
 class LabelField(NamedTuple):
@@ -44,6 +46,7 @@ class LabelField(NamedTuple):
     arrays: tuple[str, ...]  # the arrays of the token cache; two of them: the label is a pair of answers
     dtype: type[np.generic]  # of these arrays
     missing: float = np.nan  # the value of every pair, tie or answer of a row that does not have the label
+    wide: bool = False  # each answer has several values; the array is in the cache only if the run reads them
 
     @property
     def is_pair(self) -> bool:
@@ -60,13 +63,17 @@ class LabelField(NamedTuple):
         """The fields of a batch, one for each array."""
         return tuple(f"{array}_{LETTERS[self.of]}" for array in self.arrays)
 
-    def values(self, holder: Any, field: str, answers: int) -> Sequence[Any]:
-        """The values in `holder.field`; if it is empty, `missing` for each pair, tie or answer of `holder`."""
+    def values(self, holder: Any, field: str, answers: int, width: int = 0) -> Sequence[Any]:
+        """The values in `holder.field`; if it is empty, `missing` for each pair, tie or answer of `holder`.
+
+        `width`: the number of values of each answer, for a wide label.
+        """
         values: Sequence[Any] = getattr(holder, field)
         if len(values):
             return values
         count = answers if self.of == "answers" else len(getattr(holder, self.of))
-        return [self.missing] * count if count else values
+        one: Any = [self.missing] * width if self.wide else self.missing
+        return [one] * count if count else values
 
 
 # The arrays of one `of` lie in the token cache in this order, which its fingerprint depends on: new ones go to the end.
@@ -77,9 +84,16 @@ LABEL_FIELDS = (
     LabelField("ties", "ties", ("tie_a", "tie_b"), np.int32),
     LabelField("tie_weight", "ties", ("tie_weight",), np.float32),
     LabelField("scores", "answers", ("score",), np.float32),
+    LabelField("attributes", "answers", ("attribute",), np.float32, wide=True),
 )
 
 
 def label_arrays(of: str) -> dict[str, type[np.generic]]:
-    """Name and dtype of the cache's arrays for the labels of pairs, ties or answers."""
-    return {array: field.dtype for field in LABEL_FIELDS if field.of == of for array in field.arrays}
+    """Name and dtype of the cache's arrays for the labels of pairs, ties or answers, without those of wide labels."""
+    narrow = [field for field in LABEL_FIELDS if field.of == of and not field.wide]
+    return {array: field.dtype for field in narrow for array in field.arrays}
+
+
+def is_labelled(holder: Any) -> bool:
+    """Whether the answers of a row or comparison have labels of their own: scores, or a known attribute."""
+    return len(holder.scores) > 0 or bool(np.isfinite(np.asarray(holder.attributes, dtype=float)).any())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rmcore import __version__
 from rmcore.config import Config, UserError
+from rmcore.config.loss import LossConfig
 from rmcore.data.drop_reasons import CONTRADICTED, REPEATED
 from rmcore.data.formats.comparison import Comparison, RowFormat, comparison_from_row, detect_format
 from rmcore.data.formats.requirements import fitted
@@ -31,7 +33,7 @@ from rmcore.data.inspection.summary import drop_table
 from rmcore.data.reading.sources import Source
 from rmcore.data.tokens.build import Chunk, ChunkEncoder, EncodedChunk, Work
 from rmcore.data.tokens.cache import FORMAT_VERSION, CacheWriter, open_or_build
-from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.comparisons import TokenizedComparisons, optional_arrays
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.limits import LengthLimits
 from rmcore.data.tokens.templates import Template
@@ -56,7 +58,8 @@ class Part:
 
     def tokenized(self, root: Path) -> TokenizedComparisons:
         """Reads this part from the cache under `root`, or builds it."""
-        return open_or_build(root / "tokens", self.cache_key(), self.build, self.name)
+        optional = optional_arrays(len(self.config.attributes), len(self.config.losses) > 1)
+        return open_or_build(root / "tokens", self.cache_key(), self.build, self.name, optional)
 
     @property
     def name(self) -> str:
@@ -72,9 +75,9 @@ class Part:
 
     def cache_key(self) -> str:
         """Hash of all that decides the content: the same key means the same bytes."""
-        data, limits = self.config.data, self.limits
+        data, limits, losses = self.config.data, self.limits, self.config.losses
         of_template = ["keep_first"] if limits.keep_first else []
-        decides = {
+        decides: dict[str, Any] = {
             "version": [FORMAT_VERSION, __version__],
             "name": self.name,
             "sources": [
@@ -84,10 +87,14 @@ class Part:
             "template": self.template.fingerprint,
             "tokenizer": self.tokenizer_fingerprint,
             "limits": [limits.max_tokens, limits.max_prompt_tokens, limits.truncate_left, *of_template],
-            "reads": [self.config.loss.margin, *self.reads],
+            "reads": [losses[0].margin, *reads_of(losses[0])[:3]],
             "rows": [data.group_by_prompt, data.drop_repeated, data.drop_contradicted],
             "holdout": [self.holdout, data.eval_fraction, self.config.run.seed] if self.holdout else None,
         }
+        if len(losses) > 1 or self.config.attributes or losses[0].traits.targets:
+            decides["losses"] = [[loss.margin, *reads_of(loss)] for loss in losses]
+            decides["attributes"] = self.config.attributes
+            decides["objectives"] = [self.config.loss_number(source.loss) for source in self.sources]
         return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 
     def build(self, writer: CacheWriter) -> None:
@@ -115,6 +122,10 @@ class Part:
                 add_first()
         report = work.report(self.name, self.stored(), adds_bos=encoder.adds_bos)
         report["formats"] = {s.origin: str(f) for s, f in zip(self.sources, formats, strict=True)}
+        if self.config.attributes:
+            report["attributes"] = list(self.config.attributes)
+        if len(self.config.losses) > 1:
+            report["losses"] = len(self.config.losses)
         if not len(writer):
             raise UserError(f"{self.name}: no row is left to use\n{drop_table(report, self.config)}")
         writer.finish(list(work.names), report)
@@ -131,19 +142,22 @@ class Part:
             yield chunk
 
     def formats(self) -> list[RowFormat]:
-        """The format of each source, from its first rows, with what the objective reads."""
+        """The format of each source, from its first rows, with what its objective reads."""
         found = []
         for source in self.sources:
             place = {"origin": source.origin, "key": source.key}
-            format = detect_format(source.head(), source.columns, need_margin=self.reads.margins, **place)
-            found.append(fitted(format, self.config.loss, **place))
+            number = self.config.loss_number(source.loss)
+            loss = self.config.losses[number] if number >= 0 else LossConfig()
+            why = "loss.margin=data" if loss.margin == "data" else f"loss.name={loss.name}"
+            reading: dict[str, Any] = {"attributes": self.config.attributes, "why": why, **place}
+            try:
+                format = detect_format(source.head(), source.columns, need_margin=loss.reads_margins, **reading)
+            except UserError:
+                if not loss.traits.margins or not source.key.startswith("data.eval"):
+                    raise
+                format = detect_format(source.head(), source.columns, **reading)  # evaluated without its own loss
+            found.append(replace(fitted(format, loss, **place), objective=number))
         return found
-
-    @property
-    def reads(self) -> Reads:
-        """What the objective reads of the rows besides the order of the answers."""
-        loss = self.config.loss
-        return Reads(loss.margin == "data", loss.traits.ties, loss.traits.scores)
 
     def comparisons(self, formats: list[RowFormat], selection: Selection, work: Work) -> Iterator[Comparison]:
         """The comparisons of the selected rows; rows of one group are merged."""
@@ -152,7 +166,7 @@ class Part:
         read = (work.counted(comparison, count_duplicates) for comparison in read)
         if selection.group is None:
             return read
-        return gathered(zip(read, selection.group.tolist(), strict=True), self.reads)
+        return gathered(zip(read, selection.group.tolist(), strict=True), *map(reads_of, self.config.losses))
 
     def rows(self, formats: list[RowFormat], order: np.ndarray | None) -> Iterator[tuple[Comparison, int]]:
         """Yields (comparison, number of its source) of all rows, or of those with the numbers in `order`."""
@@ -204,3 +218,8 @@ class Part:
             numbers.append(source.stored + first)
             first += int(source.stored.max(initial=0)) + 1
         return np.concatenate(numbers)
+
+
+def reads_of(loss: LossConfig) -> Reads:
+    """What an objective reads of the rows besides the order of the answers."""
+    return Reads(loss.reads_margins, loss.traits.ties, loss.traits.scores, loss.traits.targets)

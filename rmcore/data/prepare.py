@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rmcore.config import Config, UserError
 from rmcore.config.schema import UNNAMED, SourceConfig
+from rmcore.data.formats.row_format import attribute_columns
 from rmcore.data.inspection.summary import describe_part
 from rmcore.data.pipeline import Part, Progress
 from rmcore.data.reading.sources import Source, load_sources
@@ -73,7 +74,9 @@ def prepare_data(
     template = template_of(config, tokenizer)
     root = cache_directory(config)
     reading: dict[str, Any] = {"seed": config.run.seed, "limit": config.data.limit, "cache_dir": root}
-    reading["also"] = template.reads.variables or ()
+    mapped = [source.columns for source in (*config.data.train, *config.data.eval)]
+    of_attributes = [name for columns in mapped for name in attribute_columns(config.attributes, columns)]
+    reading["also"] = {*(template.reads.variables or ()), *of_attributes}
     sources = load_sources(config.data.train, key="data.train", **reading)
     part = Part(
         key="data.train",
@@ -88,6 +91,12 @@ def prepare_data(
     warnings = [*template.warnings, *ending_warning(template, tokenizer)]
     fraction = config.data.eval_fraction
     train = replace(part, holdout="train").tokenized(root) if fraction else part.tokenized(root)
+    known = np.isfinite(train.attribute).any(0) if train.width else ()
+    if missing := [name for name, some in zip(config.attributes, known, strict=True) if not some]:
+        raise UserError(
+            f"data.train: no answer has the attribute {missing[0]}, which loss.output lists; set "
+            f"data.train.columns={{{missing[0]}: ...}} (our name: theirs)"
+        )
     evals, versions = {}, {}
     for name, numbers in config.data.eval_sets.items() if config.run.evals > 0 else ():
         if not numbers:

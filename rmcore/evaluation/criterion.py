@@ -71,7 +71,7 @@ def check_best_metric(config: Config, data: PreparedData) -> None:
     wanted = config.run.best_metric
     if wanted is None:
         return
-    objective = own_objective(config.loss)
+    objective = own_objective(config)
     found: dict[str, float] = {}
     for name, part in data.evals.items():  # which metrics there are does not depend on the rewards
         zeros_A = np.zeros(int(part.answer_offset[-1]))

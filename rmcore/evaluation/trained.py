@@ -25,6 +25,7 @@ from rmcore.evaluation.evaluate import Evaluation, evaluate
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.backbone import load_model
 from rmcore.model.classifier import text_model
+from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.parallel.world import World, broadcast_json
@@ -99,7 +100,9 @@ class TrainedModel:
     def __init__(self, config: Config, hf_model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
         self.config, self.hf_model, self.tokenizer, self.device = config, hf_model, tokenizer, device
         text, score = text_model(hf_model), cast(nn.Linear, hf_model.score)
-        self.model = RewardModel(text, score, pad_token_id=int(tokenizer.pad_token_id)).to(device).eval()
+        outputs = Outputs.stored(hf_model.config)
+        model = RewardModel(text, score, pad_token_id=int(tokenizer.pad_token_id), outputs=outputs)
+        self.model = model.to(device).eval()
         self.share = False
 
     @classmethod
@@ -153,5 +156,6 @@ class TrainedModel:
             token_budget=self.token_budget,
             share=self.share,
             autocast=self.autocast,
+            outputs=self.model.outputs,
             rewardbench=rewardbench,
         )

@@ -17,6 +17,8 @@ from rmcore.config import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.evaluation.metrics import prefix, sentences, table
 from rmcore.host.markdown import markdown_code, markdown_text
+from rmcore.model.objectives import ONE
+from rmcore.model.outputs import Outputs
 from rmcore.scoring.normalisation import Normalisation
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -81,6 +83,11 @@ vllm serve {name} --runner pooling --dtype {dtype} --pooler-config '{stored}'
 ```
 """
 
+CALIBRATED = """
+`config.json` holds the temperature {temperature:.6g}, fitted on held-out data. The probabilities of several answers to
+a prompt are softmax(rewards / {temperature:.6g}). `rmcore score` and `rmcore serve` (/rewards) return them.
+"""
+
 LIMITS = """\
 - The level of a reward has no meaning by itself: training fixes only differences between answers to the same prompt.
 - The model was trained on texts of at most {tokens} tokens. Longer texts, other languages and other templates are
@@ -113,6 +120,8 @@ def model_card(
     data: TokenizedComparisons | None = None,
     metrics: Mapping[str, Any] | None = None,
     normalisation: Normalisation | None = None,
+    outputs: Outputs = ONE,
+    temperature: float | None = None,
     made: bool = False,
 ) -> str:
     """README.md of the exported directory.
@@ -123,6 +132,8 @@ def model_card(
         data: the prepared training data; None if it is no longer available.
         metrics: of the last evaluation, as `Evaluations.metrics`; None or empty without evaluation.
         normalisation: the mean and deviation that config.json holds.
+        outputs: of the score head.
+        temperature: of the probabilities, as config.json holds it.
         made: transformers has no class for the model (rmcore.model.classifier.is_made).
     """
     base = config.model.name
@@ -132,11 +143,16 @@ def model_card(
         front["base_model"] = base
     name: Any = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
     dtype = "bfloat16" if config.parallel.precision == "bf16" else "float32"
+    use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers")
+    if not outputs.single:
+        use = _of_several(use, outputs)
+    if temperature is not None:
+        use += "\n" + CALIBRATED.format(temperature=temperature).rstrip()
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# A reward model on {markdown_text(base)}",
-        f"Trained by rmcore {__version__} with the objective `{config.loss.name}`.",
-        "## Use\n\n" + _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers"),
+        f"Trained by rmcore {__version__} with the objective {', '.join(f'`{loss.name}`' for loss in config.losses)}.",
+        "## Use\n\n" + use,
         "## Data\n\n" + _data(config, data),
         "## Metrics\n\n" + _metrics(metrics or {}),
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
@@ -187,6 +203,21 @@ def _use(name: str, dtype: str, wants_text: bool, normalisation: Normalisation |
         stored = normalisation.stored()
         use += NORMALISED.format(name=name, dtype=dtype, what=what, stored=json.dumps(stored), **stored)
     return use.rstrip()
+
+
+def _of_several(use: str, outputs: Outputs) -> str:
+    """The section on use for a model whose reward is made of several outputs."""
+    terms = " + ".join(f"{w:g} x {name}" for name, w in zip(outputs.names, outputs.weights, strict=True) if w)
+    named = f"The outputs of the model are {', '.join(outputs.names)}, in this order. The reward of a text is {terms}"
+    weights = f"torch.tensor({list(outputs.weights)})"
+    changes = (
+        ("The reward of a text is the model's only logit", markdown_text(named)),
+        ("model(input_ids=ids).logits[0, 0].item()", f"(model(input_ids=ids).logits[0] @ {weights}).item()"),
+        ("output.outputs.data.item()", f"(output.outputs.data @ {weights}).item()"),
+    )
+    for one, several in changes:
+        use = use.replace(one, several)
+    return use
 
 
 def _data(config: Config, data: TokenizedComparisons | None) -> str:

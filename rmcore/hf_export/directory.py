@@ -43,6 +43,8 @@ from rmcore.host.files import fsync_directory
 from rmcore.model.classifier import architecture, brings_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.meta_model import model_on_meta, set_padding
+from rmcore.model.outputs import KEY as OUTPUTS
+from rmcore.model.outputs import Outputs
 from rmcore.scoring.normalisation import KEY as NORMALISATION
 from rmcore.scoring.normalisation import Normalisation
 
@@ -54,9 +56,10 @@ class Package:
     `model_class`: the `*ForSequenceClassification` class of the model. `hf_config`: the config of the trained model,
     with its final vocabulary size. `dtype`: the dtype of the written weights (fp32 or bf16). `card`: README.md.
     `config_yaml`: the resolved configuration. `normalisation`: stored in config.json, without an effect on the weights
-    and their rewards. `max_shard_size`: the largest size of one safetensors file, such as "5GB". `towers`: weights that
-    were not trained (rmcore.model.classifier), by their names in transformers. `trust_remote_code`: whether classes of
-    the base model's repository may run; their code is then copied into the directory.
+    and their rewards, as `temperature` is (rmcore.scoring.calibration). `max_shard_size`: the largest size of one
+    safetensors file, such as "5GB". `towers`: weights that were not trained (rmcore.model.classifier), by their names
+    in transformers. `trust_remote_code`: whether classes of the base model's repository may run; their code is
+    then copied into the directory.
     """
 
     model_class: type[PreTrainedModel]
@@ -67,6 +70,7 @@ class Package:
     card: str
     config_yaml: str
     normalisation: Normalisation | None = None
+    temperature: float | None = None
     max_shard_size: str = SHARD_SIZE
     towers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     trust_remote_code: bool = False
@@ -166,11 +170,17 @@ def set_aside(temporary: Path, directory: Path) -> Path:
 
 
 def classifier_config(
-    hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, normalisation: Normalisation | None = None
+    hf_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    normalisation: Normalisation | None = None,
+    temperature: float | None = None,
 ) -> PretrainedConfig:
-    """The config that other programs need: one label, no sigmoid, a padding token that is not EOS."""
+    """The config that other programs need: a label per output, no sigmoid, a padding token that is not EOS."""
     config = copy.deepcopy(hf_config)
-    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    own = {} if temperature is None else {"temperature": temperature}  # the base model may have one of its own
+    outputs = Outputs.stored(config)
+    setattr(config, OUTPUTS, own)
+    outputs.store(config)
     config.problem_type = "regression"  # without it the pipeline and vLLM apply a sigmoid to the reward
     # vLLM's score task and sentence-transformers' CrossEncoder read this, and use a sigmoid without it.
     config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
@@ -256,7 +266,7 @@ def _fitting(shapes: Mapping[str, tuple[int, ...]], package: Package) -> tuple[P
 
     Raises ExportError if the weights have other names or shapes.
     """
-    config = classifier_config(package.hf_config, package.tokenizer, package.normalisation)
+    config = classifier_config(package.hf_config, package.tokenizer, package.normalisation, package.temperature)
     with torch.device("meta"):
         skeleton: Any = package.model_class(config)
     prefix = text_prefix(skeleton)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
@@ -42,17 +43,28 @@ from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
 from rmcore.model.meta_model import model_on_meta
+from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.precision import bf16_of, with_precision
 from rmcore.parallel.world import running_world
-from rmcore.scoring.normalisation import Normalisation, measure
+from rmcore.scoring.calibration import calibrate
+from rmcore.scoring.normalisation import measure
 from rmcore.tracking.status import read_status
 
 
 def export(
-    run: str, out: str, overrides: Sequence[str] = (), normalise: bool = False, max_shard_size: str = SHARD_SIZE
+    run: str,
+    out: str,
+    overrides: Sequence[str] = (),
+    normalise: bool = False,
+    max_shard_size: str = SHARD_SIZE,
+    *,
+    calibrated: bool = False,
 ) -> list[str]:
-    """Write and check the directory `out`; returns lines about it. Raises UserError, ExportError."""
+    """Write and check the directory `out`; returns lines about it. Raises UserError, ExportError.
+
+    `normalise`, `calibrated`: measure a mean and deviation, and fit a temperature, on the held-out data.
+    """
     check_shard_size(max_shard_size)
     checkpoint, manifest, lines = find_checkpoint(Path(run))
     config, precision_lines = config_of(manifest, overrides)
@@ -60,7 +72,13 @@ def export(
     loaded = load(config, checkpoint, manifest)
     if loaded.data is None:
         lines.append(f"note: checked on built-in texts: {loaded.no_data}")
-    normalisation = measured(loaded) if normalise else None
+    normalisation, calibration = None, None
+    if normalise or calibrated:
+        held_out, rewards_A = held_out_rewards(loaded, "--normalise" if normalise else "--calibrate")
+        normalisation = measure(rewards_A) if normalise else None
+        targets = any(loss.traits.targets for loss in config.losses)
+        calibration = calibrate(held_out, rewards_A, targets=targets) if calibrated else None
+    temperature = calibration.temperature if calibration else None
     evaluated = manifest.config["run"].get("weights", "trained")  # the weights whose metrics the checkpoint holds
     trained = loaded.trained
     package = Package(
@@ -75,10 +93,13 @@ def export(
             data=loaded.data.train if loaded.data else None,
             metrics=from_log(manifest.figures or {}) if evaluated == config.run.weights else None,
             normalisation=normalisation,
+            outputs=Outputs.stored(trained.hf_model.config),
+            temperature=temperature,
             made=is_made(type(trained.hf_model)),
         ),
         config_yaml=config.dump_yaml(),
         normalisation=normalisation,
+        temperature=temperature,
         max_shard_size=max_shard_size,
         towers=towers(trained.hf_model),
         trust_remote_code=config.model.trust_remote_code,
@@ -88,6 +109,11 @@ def export(
     parity = export_model(shapes, state.items(), package, out, probe(loaded))
     if normalisation is not None:
         lines.append(f"held-out rewards: mean {normalisation.mean:.6g}, deviation {normalisation.deviation:.6g}")
+    if calibration is not None:
+        lines.append(
+            f"temperature {calibration.temperature:.6g}: held-out log loss {calibration.before:.4f} at temperature 1, "
+            f"{calibration.after:.4f} with it"
+        )
     difference = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
     return [*lines, f"{out}: step {manifest.step}; rewards reloaded by transformers {difference}", *parity.notes]
 
@@ -150,7 +176,8 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     # Every trained weight comes from the checkpoint. The base model's files are read only if they hold others.
     lora, seed = config.model.lora, config.run.seed
     some = lora.rank is not None or holds_others(hf_config, config.model)
-    shape = config.model if some else config.model.model_copy(update={"init": "random", "head": "fresh"})
+    settled = Outputs.settled(config.model, hf_config)
+    shape = settled if some else settled.model_copy(update={"init": "random", "head": "fresh"})
     pad = int(tokenizer.pad_token_id)
     hf_model: Any = load_model(shape, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
     adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []
@@ -196,15 +223,15 @@ def probe(loaded: Loaded) -> Probe:
         return probe_of(trained.model, loaded.trial, trained.device, trained.share, trained.dtype)
 
 
-def measured(loaded: Loaded) -> Normalisation:
-    """Mean and deviation of the rewards of all held-out answers.
+def held_out_rewards(loaded: Loaded, option: str) -> tuple[TokenizedComparisons, np.ndarray]:
+    """The held-out data and the rewards of all their answers, for the command line's `option`.
 
     Raises UserError if the run has no held-out data, or they cannot be read.
     """
     if loaded.data is None:
-        raise UserError(f"--normalise needs the run's held-out data: {loaded.no_data}")
+        raise UserError(f"{option} needs the run's held-out data: {loaded.no_data}")
     if loaded.data.eval is None:
-        raise UserError("--normalise needs held-out data: set data.eval_fraction=0.1, or data.eval.path")
+        raise UserError(f"{option} needs held-out data: set data.eval_fraction=0.1, or data.eval.path")
     trained = loaded.trained
     with running_world() as world:
         if world.device != trained.device:
@@ -212,4 +239,4 @@ def measured(loaded: Loaded) -> Normalisation:
             trained.choose_path(loaded.data.eval)
         evaluation = trained.evaluate(loaded.data.eval, world)
     trained.to(torch.device("cpu"))
-    return measure(evaluation.rewards_A)
+    return loaded.data.eval, evaluation.rewards_A

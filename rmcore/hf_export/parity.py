@@ -38,6 +38,8 @@ class ExportError(ExplainedError):
 class Probe:
     """Texts (token ids without padding) and the engine's rewards for them, to compare with after writing.
 
+    A model of K outputs has K rewards for each text, one after the other.
+
     `precision`: the arithmetic in which the engine computed these rewards.
     """
 
@@ -105,14 +107,12 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     scales = [0.0]
 
     def measure(score: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        hidden, weight = args[0][0, -1].double(), cast(torch.Tensor, score.weight)[0].double()
-        scales.append(float(hidden.norm() * weight.norm()) / weight.numel() ** 0.5)
+        hidden, weight_KD = args[0][0, -1].double(), cast(torch.Tensor, score.weight).double()
+        scales.append(float(hidden.norm() * weight_KD.norm(dim=1).max()) / hidden.numel() ** 0.5)
 
     hook = cast(torch.nn.Module, model.score).register_forward_pre_hook(measure)
     texts = [torch.tensor([list(ids)], device=model.device) for ids in probe.token_ids]
-    alone = torch.tensor(
-        [float(model(input_ids=text, use_cache=False).logits[0, 0]) for text in texts], dtype=torch.float64
-    )
+    alone = torch.stack([model(input_ids=text, use_cache=False).logits[0].double().cpu() for text in texts])
     hook.remove()
     scale = max(scales)
     layers = depth(model)
@@ -128,7 +128,7 @@ def check_export(model: PreTrainedModel, probe: Probe, written: torch.dtype) -> 
     # arithmetic. The coarser one sets the bound.
     precision = max(written, probe.precision, key=UNIT_ROUNDOFF.__getitem__)
     allowed = allowed_difference(precision, layers, scale, alone)
-    engine = torch.tensor(list(probe.rewards), dtype=torch.float64)
+    engine = torch.tensor(list(probe.rewards), dtype=torch.float64).reshape(alone.shape)
     made = type(model).__name__ if is_made(type(model)) else ""
     return Parity(_compare("reloaded", alone, "the engine's", engine, allowed), allowed, left, made)
 
@@ -151,16 +151,17 @@ def _padded(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], side: st
     extra = {}
     if side == "left" and "position_ids" in inspect.signature(model.forward).parameters:
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # without it learned positions count the padding
-    return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits[:, 0].double().cpu()
+    return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits.double().cpu()
 
 
 def _compare(what: str, found: torch.Tensor, other: str, expected: torch.Tensor, allowed: float) -> float:
-    difference = (found - expected).abs()
+    difference = (found - expected).abs().reshape(-1)
     worst = int(difference.nan_to_num(torch.inf).argmax())
     if not bool(difference[worst] <= allowed):
+        numbers = [float(values.reshape(-1)[worst]) for values in (found, expected)]
         raise ExportError(
-            f"the exported model's rewards are wrong: text {worst} has {float(found[worst]):.6g} {what} and "
-            f"{float(expected[worst]):.6g} {other}; the allowed difference is {allowed:.2g}"
+            f"the exported model's rewards are wrong: text {worst // found.shape[1]} has {numbers[0]:.6g} {what} and "
+            f"{numbers[1]:.6g} {other}; the allowed difference is {allowed:.2g}"
         )
     return float(difference[worst])
 

@@ -28,7 +28,7 @@ def probe_of(
     precision: torch.dtype,
     multiple: int = 1,
 ) -> Probe:
-    """The texts of the longest comparison of `data` and of a few others, with the rewards of `model`.
+    """The texts of the longest comparison of `data` and of a few others, with the outputs of `model`.
 
     multiple: ranks that compute a row together; the texts are then cut to what one rank computes with ease.
     """
@@ -38,9 +38,9 @@ def probe_of(
     batch = build_batch(comparisons, numbers, share, multiple=multiple).on(device)
     was_training = model.training
     model.eval()
-    rewards_A = model(batch).rewards_A
+    outputs_AK = model(batch).outputs_AK
     model.train(was_training)
-    return Probe(texts, rewards_A.tolist(), precision)
+    return Probe(texts, outputs_AK.flatten().tolist(), precision)
 
 
 def probe_texts(data: TokenizedComparisons) -> list[list[int]]:

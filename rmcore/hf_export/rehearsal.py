@@ -29,10 +29,18 @@ from rmcore.hf_export.parity import Parity
 from rmcore.hf_export.probe import probe_of, probe_texts
 from rmcore.host.command import ExplainedError
 from rmcore.host.memory import available_memory
-from rmcore.model.backbone import check_score, load_model, reward_config, train_text_only, unreadable
+from rmcore.model.backbone import (
+    check_score,
+    load_model,
+    load_model_config,
+    reward_config,
+    train_text_only,
+    unreadable,
+)
 from rmcore.model.classifier import brings_code, new_classifier, text_model, towers
 from rmcore.model.lora import add_lora, merged, visible_changes
 from rmcore.model.meta_model import grow, model_on_meta
+from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
 from rmcore.model.router_balance import RouterBalance
 
@@ -119,11 +127,15 @@ def _rehearsed(
     with tempfile.TemporaryDirectory(prefix="rmcore-") as folder:
         place = Path(folder) / "model"
         if not sizes.small:
-            engine = RewardModel(text_model(skeleton), cast(nn.Linear, skeleton.score), pad_token_id=pad)
+            outputs = Outputs.stored(skeleton.config)
+            engine = RewardModel(
+                text_model(skeleton), cast(nn.Linear, skeleton.score), pad_token_id=pad, outputs=outputs
+            )
             with refused():
                 check_without_weights(_shapes(merged(engine.state_dict(), adapted)), package, place, probe_texts(data))
             return sizes, passed(None, began)
-        random = config.model.model_copy(update={"init": "random", "head": "fresh"})
+        settled = Outputs.settled(config.model, load_model_config(config.model))
+        random = settled.model_copy(update={"init": "random", "head": "fresh"})
         hf_model = load_model(random, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
         package = replace(package, towers=towers(hf_model))
         adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []

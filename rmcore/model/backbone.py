@@ -1,8 +1,9 @@
 """Loads a Hugging Face decoder and prepares it to be trained as a reward model.
 
 Input: the section `model` of the config, and the size and padding token of the tokenizer.
-Output: the `*ForSequenceClassification` model as transformers builds it: fp32 weights, dropout off, a score head of one
-output without bias, a padding token that is not EOS. rmcore trains its backbone and score head and exports its config.
+Output: the `*ForSequenceClassification` model as transformers builds it: fp32 weights, dropout off, a score head
+without bias, of one output unless `model.outputs` lists several, a padding token that is not EOS. rmcore trains its
+backbone and score head and exports its config.
 Example: EleutherAI/pythia-14m -> GPTNeoXForSequenceClassification with `score.weight` [1, 128] drawn from
 N(0, 1/sqrt(129)).
 """
@@ -25,6 +26,7 @@ from rmcore.model.classifier import brings_code, classifier_class, new_classifie
 from rmcore.model.found_weights import SCORE, check_found, listed
 from rmcore.model.layout_context import recompute_contexts
 from rmcore.model.meta_model import fresh_head, grow, model_on_meta, other_heads, set_padding
+from rmcore.model.outputs import KEY, Outputs
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import check_indices, head_files
 from rmcore.model.synthetic_model import synthetic_model_config
@@ -60,7 +62,7 @@ def load_model(
     grow(model, vocabulary, pad_token_id)
     if config.head == "fresh":
         with torch.no_grad():
-            score.weight.copy_(fresh_head(score.in_features, seed))
+            score.weight.copy_(fresh_head(score.out_features, score.in_features, seed))
     turn_dropout_off(model)
     return train_text_only(model)
 
@@ -77,7 +79,9 @@ def train_text_only(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
-    """The model's own config, with one label and a padding token. Raises UserError when the config cannot be loaded.
+    """The model's own config, with a label for each output and a padding token.
+
+    Raises UserError when the config cannot be loaded, or for outputs that a stored head does not have.
 
     The padding token is None while the embedding has no row for it, because transformers could not build such an
     embedding; `grow` sets it.
@@ -85,7 +89,10 @@ def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hf_config = load_model_config(config)
-    hf_config.num_labels = 1
+    outputs = Outputs.of(config, hf_config)
+    hf_config.num_labels = len(outputs.names)
+    if outputs != Outputs() or hasattr(hf_config, KEY):
+        outputs.store(hf_config)
     set_padding(hf_config, pad_token_id if pad_token_id < hf_config.get_text_config().vocab_size else None)
     return hf_config
 
@@ -102,11 +109,14 @@ def check_finite(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> 
 
 
 def check_score(config: ModelConfig, model: PreTrainedModel) -> nn.Linear:
-    """The model's score head. Raises UserError unless it is Linear(D, 1) without bias."""
+    """The model's score head. Raises UserError unless it is linear without bias and has an output for each label."""
     score: nn.Module | None = getattr(model, "score", None)
     biased = getattr(score, "bias", None) is not None
-    if not isinstance(score, nn.Linear) or biased or score.out_features != 1:
-        raise UserError(f"model.name {config.name}: {type(model).__name__} has no score head Linear(D, 1) without bias")
+    wanted = cast(int, model.config.num_labels)
+    if not isinstance(score, nn.Linear) or biased or score.out_features != wanted:
+        raise UserError(
+            f"model.name {config.name}: {type(model).__name__} has no score head Linear(D, {wanted}) without bias"
+        )
     return score
 
 

@@ -78,7 +78,8 @@ class LazyModel:
         remaining = dict(wanted)
         if self.fresh_head and SCORE in remaining:
             first, rows = remaining.pop(SCORE)
-            rows.copy_(fresh_head(rows.shape[-1], self.seed)[first : first + rows.shape[0]])
+            outputs = cast(int, self.hf_config.num_labels)
+            rows.copy_(fresh_head(outputs, rows.shape[-1], self.seed)[first : first + rows.shape[0]])
         if self.embedding in remaining:
             # The source fills the rows that it has; the rows beyond them are the ones that `grow` draws.
             first, rows = remaining[self.embedding]

@@ -69,9 +69,9 @@ def set_padding(hf_config: PretrainedConfig, pad_token_id: int | None) -> None:
     hf_config.pad_token_id = hf_config.get_text_config().pad_token_id = pad_token_id
 
 
-def fresh_head(width: int, seed: int) -> Tensor:
-    """[1, D], normal with standard deviation 1/sqrt(D + 1): Stiennon et al., arXiv 2009.01325, p. 11."""
-    return torch.empty(1, width).normal_(0.0, (width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+def fresh_head(outputs: int, width: int, seed: int) -> Tensor:
+    """[K, D], normal with standard deviation 1/sqrt(D + 1): Stiennon et al., arXiv 2009.01325, p. 11."""
+    return torch.empty(outputs, width).normal_(0.0, (width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
 
 
 def added_rows(model: PreTrainedModel, embedding: str, seed: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Computes the summed loss and the rewards of a packed batch: backbone, score head and objective in one forward.
 
-Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted)`: the fp32 sum of the weighted losses, the fp32
-reward of every answer, and this batch's part of the weight that the training loop divides the sum by. With loss.sft
-also `language_sum`, the summed language-modelling loss (rmcore.model.language_head).
+Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted, outputs_AK)`: the fp32 sum of the weighted losses,
+the fp32 reward of every answer, this batch's part of the weight that the training loop divides the sum by, and the fp32
+outputs of the score head that the rewards are made of. With loss.sft also `language_sum`, the summed language-modelling
+loss (rmcore.model.language_head).
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
@@ -25,7 +26,8 @@ from rmcore.model.language_head import language_loss
 from rmcore.model.layout_context import packed_layout
 from rmcore.model.long_rope import LongRope, long_texts
 from rmcore.model.masks import prepare
-from rmcore.model.objectives import Objective
+from rmcore.model.objectives import Joint, Objective
+from rmcore.model.outputs import Outputs, head_outputs
 from rmcore.model.pruning import Pruning, ScoredRows, only_rows
 from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.model.router_balance import Routed, RouterBalance, balance_A
@@ -37,24 +39,39 @@ PATHS = (SHARED, PACKED, PADDED)
 
 
 class Output(NamedTuple):
-    """What a forward returns; see the docstring of this file."""
+    """What a forward returns; see the docstring of this file. `outputs_AK`: every output of the score head.
+
+    With several objectives, `loss_sum` and `counted` have one entry for each.
+    """
 
     loss_sum: Tensor
     rewards_A: Tensor
     counted: Tensor
+    outputs_AK: Tensor
     language_sum: Tensor | None = None
 
+    def share(self, world_size: int, step_counts: Sequence[float]) -> Tensor:
+        """This micro batch's part of the step's loss: each objective's sum, divided by what the whole step counts.
 
-BRADLEY_TERRY = Objective()
+        The strategies average gradients over the ranks, so the sum is multiplied by their number. An objective that the
+        step counts nothing for adds 0.
+        """
+        sums = self.loss_sum.unbind() if self.loss_sum.ndim else (self.loss_sum,)
+        parts = [one * (world_size / n if n else 0.0) for one, n in zip(sums, step_counts, strict=True)]
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+
+BRADLEY_TERRY, ONE_OUTPUT = Objective(), Outputs()
 
 
 class RewardModel(nn.Module):
-    """A decoder without its language-model head, a Linear(D, 1) score head, and the loss.
+    """A decoder without its language-model head, a Linear(D, K) score head, and the loss.
 
     Args:
         backbone: a Hugging Face base model; its parameters keep their names, so a checkpoint maps one to one.
-        score: Linear(D, 1, bias=False).
+        score: Linear(D, K, bias=False).
         pad_token_id: the token that the path `PADDED` fills with.
+        outputs: the K outputs of the score head, and the reward that is made of them.
         path: see `use`.
         sft: compute the language-modelling loss of batches that hold the tokens of chosen answers.
         lm_head: its head; None if the token embedding is the head.
@@ -72,13 +89,14 @@ class RewardModel(nn.Module):
         score: nn.Linear,
         *,
         pad_token_id: int,
-        objective: Objective = BRADLEY_TERRY,
+        objective: Objective | Joint = BRADLEY_TERRY,
+        outputs: Outputs = ONE_OUTPUT,
         path: str = PADDED,
         sft: bool = False,
         lm_head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, self.score = backbone, score
+        self.backbone, self.score, self.outputs = backbone, score, outputs
         self.pad_token_id, self.objective = pad_token_id, objective
         self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
@@ -137,8 +155,23 @@ class RewardModel(nn.Module):
         scored_A = batch.last_token_index_A
         if self._returns_scored_rows:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
-        objective = self.objective
-        fused = slice(None if objective.fused else 0)  # without pairs, the op only gathers the rewards
+        if self.outputs.single:
+            loss_sum, rewards_A, outputs_AK = self._one_output(hidden_TD, scored_A, batch)
+        else:
+            outputs_AK = head_outputs(hidden_TD, self.score.weight, scored_A)
+            rewards_A = self.outputs.reward(outputs_AK)
+            loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
+        if routed and isinstance(self.objective, Objective):
+            text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
+            unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
+            loss_sum = loss_sum + self.objective.router_aux * (self.objective.counted_A(batch) * unevenness_A).sum()
+        counted, language_sum = self.objective.counted(batch), self._language_sum(hidden_TD, batch)
+        return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum)
+
+    def _one_output(self, hidden_TD: Tensor, scored_A: Tensor, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(summed loss, rewards [A], outputs [A, 1]) of a head whose only output is the reward."""
+        objective = self.objective if isinstance(self.objective, Objective) else BRADLEY_TERRY
+        fused = slice(None if self.objective.fused else 0)  # without pairs, the op only gathers the rewards
         loss_sum, rewards_A = pairwise_loss(
             hidden_TD,
             self.score.weight[0],
@@ -150,13 +183,10 @@ class RewardModel(nn.Module):
             label_smoothing=objective.label_smoothing,
             centering=objective.centering,
         )
-        if not objective.fused:
-            loss_sum = objective.loss_sum(rewards_A, batch)
-        if routed:
-            text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
-            unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
-            loss_sum = loss_sum + objective.router_aux * (objective.counted_A(batch) * unevenness_A).sum()
-        return Output(loss_sum, rewards_A, objective.counted(batch), self._language_sum(hidden_TD, batch))
+        if not self.objective.fused:
+            loss_sum = self.objective.loss_sum(rewards_A, batch, rewards_A.unsqueeze(1))
+        # Detached, because FSDP2 warns of a view that has a gradient.
+        return loss_sum, rewards_A, rewards_A.detach().unsqueeze(1)
 
     def _language_sum(self, hidden_TD: Tensor, batch: RaggedBatch) -> Tensor | None:
         if not self.sft or batch.language_row_M is None or batch.language_token_M is None:
@@ -187,7 +217,8 @@ class RewardModel(nn.Module):
         no_pair, no_number = own_a[:0], batch.margin_P[:0]
         rewards_a = pairwise_loss(hidden_tD, self.score.weight[0], own_a, no_pair, no_pair, no_number, no_number)[1]
         rewards_A = part.rewards(rewards_a)
-        return Output(self.objective.loss_sum(rewards_A, batch), rewards_A, self.objective.counted(batch))
+        loss_sum = self.objective.loss_sum(rewards_A, batch)
+        return Output(loss_sum, rewards_A, self.objective.counted(batch), rewards_A.detach().unsqueeze(1))
 
     def masked_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same through the model's own attention, on a rectangle of whole comparisons, with masks."""
@@ -230,7 +261,9 @@ class RewardModel(nn.Module):
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
         mask = torch.ones_like(text_T)[None]
         hidden = self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
+        if self.outputs.single:
+            return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
+        return self.outputs.reward((self.score.weight.double().cpu() @ hidden[0, -1].double().cpu()).unsqueeze(0))[0]
 
     def padded_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same [T, D] through the model's own attention, with each text as a row of a right-padded rectangle.

@@ -81,7 +81,8 @@ def score_stream(scorer: Scorer, rows: str, stream: BinaryIO) -> tuple[int, int]
         if number == 0:
             scorer.choose_path(chunk)
         for (row, _), scored in zip(chunk, scorer.rewards(chunk), strict=True):
-            stream.write(json_line(with_rewards(row, scored.rewards, scored.single, scored.pair)))
+            given = scored.rewards, scored.single, scored.pair, scored.probabilities
+            stream.write(json_line(with_rewards(row, *given)))
             unscored += scored.rewards.count(None)
         stream.flush()
         count += len(chunk)

@@ -29,6 +29,7 @@ from rmcore.evaluation.evaluate import micro_batches
 from rmcore.evaluation.trained import TrainedModel, evaluation_config
 from rmcore.model.backbone import load_model_config, position_limit
 from rmcore.parallel.precision import Bf16, bf16_of, with_precision
+from rmcore.scoring.calibration import probabilities, read_temperature
 from rmcore.scoring.normalisation import read_normalisation
 from rmcore.scoring.rows import Rendered, comparison_of
 
@@ -42,11 +43,15 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text, or two."""
+    """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text, or two.
+
+    `probabilities`: of the texts, where the model has a temperature and the row several texts.
+    """
 
     rewards: list[float | None]
     single: bool
     pair: bool = False
+    probabilities: list[float | None] | None = None
 
 
 class Scorer:
@@ -79,6 +84,9 @@ class Scorer:
         tokenizer = load_tokenizer(self.config)
         hf_config = load_model_config(self.config.model)
         self.normalisation = read_normalisation(hf_config, model) if normalise else None
+        self.temperature = read_temperature(hf_config, model)
+        if self.temperature is not None and self.normalisation is not None:
+            self.temperature /= self.normalisation.deviation  # a common mean changes no probability
         self.template = template_of(self.config, tokenizer)
         self.notes = [*lines, *self.template.notes]
         self._encoder, self.eos, self.pad = TextEncoder(tokenizer), str(tokenizer.eos_token), str(tokenizer.pad_token)
@@ -122,10 +130,17 @@ class Scorer:
         for one in rendered:
             self.unread.update(one.unread)
         found = iter(self.score([text for texts in encoded for text in texts]))
-        return [
-            Scored([next(found) for _ in texts], one.single, one.pair)
-            for one, texts in zip(rendered, encoded, strict=True)
-        ]
+        scored = []
+        for one, texts in zip(rendered, encoded, strict=True):
+            rewards = [next(found) for _ in texts]
+            scored.append(Scored(rewards, one.single, one.pair, self.probabilities(rewards, one.single)))
+        return scored
+
+    def probabilities(self, rewards: Sequence[float | None], single: bool) -> list[float | None] | None:
+        """The calibrated probabilities of a row's texts; None without a temperature, or for a single text."""
+        if self.temperature is None or single:
+            return None
+        return probabilities(rewards, self.temperature)
 
     def _encoded(self, rows: Sequence[tuple[Mapping[str, Any], str]]) -> tuple[list[Rendered], list[list[Text]]]:
         rendered = [self.render(row, where) for row, where in rows]

@@ -317,7 +317,13 @@ def _add_endpoints(app: FastAPI, service: Service, token: str | None) -> None:
     async def rewards(asked: Rows) -> dict[str, Any]:
         """Rewards of rows as `rmcore score` reads them."""
         found, _ = await service.rewards([Asked(row, f"row {number}") for number, row in enumerate(asked.rows)])
-        return {"rows": [with_rewards({}, list(row.rewards), row.single) for row in found]}
+        scorer = service.scorer
+        return {
+            "rows": [
+                with_rewards({}, list(row.rewards), row.single, scorer.probabilities(row.rewards, row.single))
+                for row in found
+            ]
+        }
 
     @app.get("/health", responses=HEALTH, response_model=None)
     async def health() -> JSONResponse:

@@ -25,7 +25,7 @@ from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import flops_of_pair
 from rmcore.cost.machines import device_peak_flops
 from rmcore.cost.memory import Budget, choose_budget
-from rmcore.data.batches.counting import size_N
+from rmcore.data.batches.counting import sizes_of
 from rmcore.data.batches.step_plan import Plan
 from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
@@ -99,7 +99,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
         ops.describe(),
         *precision_lines,
         *_remote_code(config),
-        f"{plan.steps} steps of {config.batch.pairs} {config.loss.traits.unit} on {world.size} x {world.device.type}, "
+        f"{plan.steps} steps of {config.batch.pairs} {config.unit} on {world.size} x {world.device.type}, "
         f"{config.parallel.strategy}, {config.parallel.precision}, micro batches of at most {budget.tokens:,} tokens, "
         f"recompute {budget.recompute}"
         + (f", each row over {world.context} ranks" if world.context > 1 else "")
@@ -149,7 +149,7 @@ def flops_per_token(
     """
     if device_peak_flops(device) is None or config.model.lora.rank is not None:
         return None
-    size = measured_size(data.train, data.evals.values(), share=share, counts=config.loss.traits.counts)
+    size = measured_size(data.train, data.evals.values(), share=share, config=config)
     return flops_of_pair(DryRun(hf_config, trust_remote_code=config.model.trust_remote_code), size) / size.tokens
 
 
@@ -176,7 +176,7 @@ def _own_budget(
     After a run that ended out of memory, batch.shrink limits the budget to 3/4 of the tokens that did not fit.
     """
     longest = max(int(tokens.max()) for tokens in (tokens_N, *(computed_tokens(e, share) for e in data.evals.values())))
-    units = size_N(data.train, config.loss.traits.counts)
+    units = sizes_of(config, data.train)
     tokens_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
     ranks = world.local_size if config.parallel.traits.by_host else world.size  # that share one state
     own = choose_budget(config, hf_config, longest, world.device, ranks, tokens_of_step)

@@ -9,6 +9,7 @@ from rmcore.data.batches.step_plan import Step
 from rmcore.evaluation.evaluate import Evaluations, evaluate, own_objective
 from rmcore.evaluation.own_metrics import add_own_metrics
 from rmcore.evaluation.samples import sample_rows
+from rmcore.model.outputs import Outputs
 from rmcore.tracking.tracker import Tracker
 from rmcore.training.patience import Patience
 from rmcore.training.run import Run, moment_after
@@ -26,7 +27,7 @@ def evaluate_run(run: Run, tracker: Tracker, step: Step, signals: Signals) -> Ev
 
     Returns None without held-out data, or if any rank received a signal: the resumed run evaluates again.
     """
-    strategy = run.strategy
+    strategy, outputs = run.strategy, Outputs.stored(run.hf_config)
     try:
         with run.chosen_weights():
             found = {
@@ -36,7 +37,8 @@ def evaluate_run(run: Run, tracker: Tracker, step: Step, signals: Signals) -> Ev
                     run.world,
                     token_budget=run.token_budget,
                     share=run.share,
-                    objective=own_objective(run.config.loss),
+                    objective=own_objective(run.config, outputs),
+                    outputs=outputs,
                     rewardbench=run.data.rewardbench.get(name),
                     autocast=strategy.autocast,
                     between=lambda: give_up_if_stopped(run.world, signals),

@@ -30,7 +30,8 @@ from rmcore.model.classifier import text_model, text_prefix, towers
 from rmcore.model.language_head import language_head
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
-from rmcore.model.objectives import Objective
+from rmcore.model.objectives import objective_of
+from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.fsdp import sharded_for_test
 from rmcore.parallel.strategy import Shards, Weights
@@ -64,6 +65,7 @@ class ShardedModel:
     """Every rank has some rows of each weight, in `shards`. `tested` is sharded for the self-test, in fp32."""
 
     tested: RewardModel
+    config: Config
     model_class: type[PreTrainedModel]
     hf_config: PretrainedConfig
     parts: LazyModel
@@ -79,7 +81,7 @@ class ShardedModel:
     def to_train(self) -> RewardModel:
         """A second model on meta, on the path that the self-test chose. The tested model is given up."""
         skeleton = self.parts.build()
-        model = _reward_model(skeleton, self.tested.objective, self.tested.pad_token_id)
+        model = _reward_model(skeleton, self.config, self.tested.pad_token_id)
         model.context = self.tested.context
         model.use(self.tested.path, pruned=self.tested.pruned, masked=self.tested.masked)
         self.hf_config = skeleton.config
@@ -118,7 +120,7 @@ def _opened(config: Config, tokenizer: PreTrainedTokenizerFast) -> LazyModel | s
 def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedModel:
     mesh = device_mesh(world, by_host=config.parallel.traits.by_host)
     skeleton = parts.build()
-    model = _reward_model(skeleton, Objective.of(config.loss), parts.pad_token_id)
+    model = first_error(world, "loading the model", lambda: _reward_model(skeleton, config, parts.pad_token_id))
     offload = config.parallel.offload
 
     def read() -> Weights:
@@ -130,7 +132,7 @@ def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedMode
 
     weights = first_error(world, "reading the weights", read)
     untrained = first_error(world, "reading the weights", lambda: parts.towers() if world.is_main else {})
-    return ShardedModel(model, type(skeleton), skeleton.config, parts, Shards(mesh, weights), untrained)
+    return ShardedModel(model, config, type(skeleton), skeleton.config, parts, Shards(mesh, weights), untrained)
 
 
 def _load_whole(
@@ -156,7 +158,7 @@ def _load_whole(
         head = first_error(
             world, "loading the language-model head", lambda: language_head(config.model, hf_model, seed)
         )
-    model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id, bool(config.loss.sft), head)
+    model = first_error(world, "loading the model", lambda: _reward_model(hf_model, config, pad_token_id, head))
     if config.loss.sft and model.long_rope.threshold is not None:
         raise UserError("loss.sft and longrope exclude each other: long and short texts are packed in another way")
     model = model.to(world.device)
@@ -165,15 +167,18 @@ def _load_whole(
 
 
 def _reward_model(
-    hf_model: PreTrainedModel,
-    objective: Objective,
-    pad_token_id: int,
-    sft: bool = False,
-    lm_head: nn.Linear | None = None,
+    hf_model: PreTrainedModel, config: Config, pad_token_id: int, lm_head: nn.Linear | None = None
 ) -> RewardModel:
-    score = cast(nn.Linear, hf_model.score)
+    """Raises UserError for a loss on an output that the model does not have."""
+    score, outputs = cast(nn.Linear, hf_model.score), Outputs.stored(hf_model.config)
     return RewardModel(
-        text_model(hf_model), score, pad_token_id=pad_token_id, objective=objective, sft=sft, lm_head=lm_head
+        text_model(hf_model),
+        score,
+        pad_token_id=pad_token_id,
+        objective=objective_of(config, outputs),
+        outputs=outputs,
+        sft=bool(config.loss.sft),
+        lm_head=lm_head,
     )
 
 

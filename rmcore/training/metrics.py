@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -74,6 +74,7 @@ class Metrics:
             reported only on devices whose peak is known.
         language: also the language-modelling loss of the chosen answers.
         earlier: the sums of an incomplete log interval from a checkpoint (`interval`).
+        losses: the names of the objectives, where there are several.
     """
 
     def __init__(
@@ -81,14 +82,16 @@ class Metrics:
         world: World,
         flops_per_token: float | None = None,
         earlier: Sequence[float | None] = (),
+        losses: Sequence[str] = (),
         language: bool = False,
     ) -> None:
-        self._world = world
+        self._world, self._losses = world, tuple(losses) if len(losses) > 1 else ()
         self._language = torch.zeros(2 if language else 0, dtype=torch.float64, device=world.device)
-        self._names = DEVICE_SUMS + HOST_SUMS + (LANGUAGE_SUMS if language else ())
-        same_version = len(earlier) == len(self._names)  # a former version may have summed other things
+        self._names = (*DEVICE_SUMS, *(f"{kind} {name}" for kind in ("loss", "counted") for name in self._losses))
+        self._every = self._names + HOST_SUMS + (LANGUAGE_SUMS if language else ())
+        same_version = len(earlier) == len(self._every)  # a former version may have summed other things
         self._earlier = [math.nan if value is None else value for value in earlier] if same_version else []
-        self._sums = torch.zeros(len(DEVICE_SUMS), dtype=torch.float64, device=world.device)
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=world.device)
         self._flops_per_token = flops_per_token
         self._peak = device_peak_flops(world.device)
         self._pairs = self._computed_tokens = self._logical_tokens = self._steps = 0
@@ -105,10 +108,14 @@ class Metrics:
         rewards_A = output.rewards_A.detach().double()
         chosen_P, rejected_P = rewards_A[batch.winner_P], rewards_A[batch.loser_P]
         weight_P = batch.weight_P.double()
+        loss, counted = output.loss_sum.detach().double(), output.counted.double()
+        if self._losses:  # each objective has its own sum and count; those of a single one stay 0
+            self._sums[len(DEVICE_SUMS) :] += torch.cat([loss, counted])
+            loss = counted = torch.zeros_like(weight_P.sum())
         self._sums[:6] += torch.stack(
             [
-                output.loss_sum.detach().double(),
-                output.counted.double(),
+                loss,
+                counted,
                 weight_P.sum(),
                 (weight_P * (chosen_P > rejected_P)).sum(),
                 (weight_P * chosen_P).sum(),
@@ -131,7 +138,7 @@ class Metrics:
         if grad_norm is not None:
             norm = grad_norm.detach().double()
             good = torch.isfinite(norm)
-            self._sums[6:] += torch.stack([torch.where(good, norm, 0.0), (~good).double()])
+            self._sums[6 : len(DEVICE_SUMS)] += torch.stack([torch.where(good, norm, 0.0), (~good).double()])
 
     @contextmanager
     def clock_paused(self) -> Iterator[None]:
@@ -151,6 +158,7 @@ class Metrics:
         waited = time.perf_counter()
         total = self._total(world, waited)
         metrics = _metrics(total, world.size)
+        metrics |= joint_loss({name: (total[f"loss {name}"], total[f"counted {name}"]) for name in self._losses})
         if self._flops_per_token and self._peak and "tokens_per_second" in metrics:
             metrics["mfu"] = metrics["tokens_per_second"] * self._flops_per_token / (self._peak * world.size)
         self._sums.zero_()
@@ -171,10 +179,16 @@ class Metrics:
         host = [self._pairs, self._computed_tokens, self._logical_tokens, self._steps, seconds]
         host_sums = torch.tensor(host, dtype=torch.float64).to(self._sums.device)
         values = all_reduce_sum(world, torch.cat([self._sums, host_sums, self._language])).tolist()
-        total = dict(zip(self._names, values, strict=True))
+        total = dict(zip(self._every, values, strict=True))
         for name, value in zip(total, self._earlier, strict=False):
             total[name] += value * world.size if name in EVERY_RANK_THE_SAME else value
         return total
+
+
+def joint_loss(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The mean of each of several objectives (sum, count), by name, and their sum; {} for a single objective."""
+    means = {f"train/loss/{name}": loss / count for name, (loss, count) in sums.items() if count}
+    return {"train/rm/loss": sum(means.values()), **means} if means else {}
 
 
 def _metrics(total: dict[str, float], ranks: int) -> dict[str, float]:

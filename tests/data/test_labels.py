@@ -8,7 +8,7 @@ from rmcore.data.batches.batch import Judged, build_batch
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.formats.selection import Reads, merged
 from rmcore.data.labels import LABEL_FIELDS, Judgement
-from rmcore.data.tokens.comparisons import ARRAYS, EncodedRow, TokenizedComparison, TokenizedComparisons
+from rmcore.data.tokens.comparisons import ARRAYS, OPTIONAL, EncodedRow, TokenizedComparison, TokenizedComparisons
 
 
 def names(kind: type) -> set[str]:
@@ -19,9 +19,13 @@ def test_every_class_that_holds_labels_has_those_of_the_table() -> None:
     rows = {label.name for label in LABEL_FIELDS}
     assert names(Judgement) == rows
     assert rows <= names(Comparison) and rows <= names(EncodedRow)
-    assert {label.view for label in LABEL_FIELDS} == names(TokenizedComparison) - {"prefix", "tails"}
-    assert {array for label in LABEL_FIELDS for array in label.arrays} <= set(ARRAYS) <= names(TokenizedComparisons)
-    assert {tensor for label in LABEL_FIELDS for tensor in label.tensors} == names(Judged) - {"lists"}
+    assert {label.view for label in LABEL_FIELDS} == names(TokenizedComparison) - {"prefix", "tails", "objective"}
+    assert (
+        {array for label in LABEL_FIELDS for array in label.arrays}
+        <= set(ARRAYS) | set(OPTIONAL)
+        <= names(TokenizedComparisons)
+    )
+    assert {tensor for label in LABEL_FIELDS for tensor in label.tensors} == names(Judged) - {"lists", "list_A"}
 
 
 def some_rows() -> list[EncodedRow]:

@@ -35,14 +35,18 @@ EXTRAS = {
     "hinge": {"label_smoothing": 0.2},
     "rao_kupper": {"tie_rate": 0.3, "centering": 0.02},
     "davidson": {"tie_rate": 0.4},
+    "scaled_bradley_terry": {"log_barrier": 0.1, "centering": 0.01},
+    "focal": {"label_smoothing": 0.1, "log_barrier": 0.02, "gamma": 1.5},
+    "listwise": {"brier": 0.5, "rps": 0.25},
 }
 EVERY = [
     Objective(name, **extras)
     for name in TRAITS
+    if name != "quantile_regression"  # of several outputs: test_outputs.py
     for extras in ({}, EXTRAS.get(name, {}))
     if extras or not EXTRAS.get(name)
 ]
-EVERY += [Objective(name) for name in EXTRAS]
+EVERY += [Objective(name) for name in EXTRAS] + [Objective(log_barrier=0.1)]
 every_objective = pytest.mark.parametrize("objective", EVERY, ids=lambda o: f"{o.name}{'+' * (o != Objective(o.name))}")
 
 
@@ -96,11 +100,50 @@ def in_strengths(kind: str, r: Tensor, data: TokenizedComparisons, o: Objective)
         for (winner, loser), m, weight in zip(one.pairs, one.margin.tolist(), one.weight.tolist(), strict=True):
             a, b = reward[winner].exp(), (reward[loser] + m).exp()
             nll = -(1 - o.label_smoothing) * win(a, b).log() - o.label_smoothing * win(b, a).log()
-            total = total + weight * (nll + o.centering * (reward[winner] + reward[loser]) ** 2)
+            extras = o.centering * (reward[winner] + reward[loser]) ** 2 + barriers(reward[winner], reward[loser], o)
+            total = total + weight * (nll + extras)
         for (i, j), weight in zip(one.ties, one.tie_weight.tolist(), strict=True):
             if kind != "bradley_terry":
                 nll = -tie(reward[i].exp(), reward[j].exp()).log()
                 total = total + weight * (nll + o.centering * (reward[i] + reward[j]) ** 2)
+    return total
+
+
+def barriers(winner: Tensor, loser: Tensor, o: Objective) -> Tensor:
+    """The log barrier of a pair's two rewards, each reward by itself; 25 - r^2 = (5 + r)(5 - r)."""
+    total = 0.0 * winner
+    for r in (winner, loser):
+        total = total + (-0.5 * o.log_barrier * (25 - r**2).log() if abs(r.item()) < 5 else 0.0)
+    return total
+
+
+def scaled_or_focal(r: Tensor, data: TokenizedComparisons, o: Objective) -> Tensor:
+    """InternLM2's focal loss and HelpSteer2-Preference's scaled loss as written there, one pair at a time."""
+    focal = o.name == "focal"
+
+    def nll(p: Tensor) -> Tensor:
+        return -((1 - 2 * (p - 0.5).clamp(min=0)) ** o.gamma if focal else 1.0) * p.log()
+
+    total = torch.zeros((), dtype=torch.float64)
+    for reward, one in by_comparison(r, data):
+        for (winner, loser), m, weight in zip(one.pairs, one.margin.tolist(), one.weight.tolist(), strict=True):
+            d = reward[winner] - reward[loser] - (m if focal else 0.0)
+            each = (1 - o.label_smoothing) * nll(d.sigmoid()) + o.label_smoothing * nll((-d).sigmoid())
+            extras = o.centering * (reward[winner] + reward[loser]) ** 2 + barriers(reward[winner], reward[loser], o)
+            total = total + weight * ((1.0 if focal else m) * each + extras)
+    return total
+
+
+def listwise(r: Tensor, data: TokenizedComparisons, o: Objective) -> Tensor:
+    """One comparison at a time; an option without a target has none in the sums."""
+    total = torch.zeros((), dtype=torch.float64)
+    for reward, one in by_comparison(r, data):
+        y = torch.from_numpy(one.score).double()
+        known = ~y.isnan()
+        y, p = y.nan_to_num(0.0), reward.softmax(0)
+        error = torch.where(known, p - y, 0.0)
+        ranked = [(error[: k + 1].sum() ** 2) * known[k] for k in range(len(y))]
+        total = total - (y * p.log()).sum() + o.brier * (error**2).sum() + o.rps * sum(ranked) / (len(y) - 1)
     return total
 
 
@@ -139,11 +182,15 @@ FORMULAS = {
     "hinge": hinge,
     "plackett_luce": plackett_luce,
     "regression": regression,
+    "scaled_bradley_terry": scaled_or_focal,
+    "focal": scaled_or_focal,
+    "listwise": listwise,
 }
 
 
 def test_every_objective_is_in_all_tables() -> None:
-    assert set(TRAITS) == set(OBJECTIVES) == set(FORMULAS) == set(get_args(Name)) == {o.name for o in EVERY}
+    assert set(TRAITS) == set(OBJECTIVES) == set(get_args(Name))
+    assert set(FORMULAS) == {o.name for o in EVERY} == set(TRAITS) - {"quantile_regression"}
     assert all(re.search(r"\b(19|20)\d\d\b|arXiv", function.__doc__ or "") for function in OBJECTIVES.values())
     assert all(set(traits.keys) < set(LossConfig.model_fields) for traits in TRAITS.values())
 
@@ -292,7 +339,12 @@ def write_rows(path: Path, count: int, layout: str) -> None:
     """The synthetic task as rows of `layout`: pairs, pairs and ties, scores of two answers, or ranks of three."""
     lines = []
     for number, row in enumerate(synthetic_rows(count, 5, "train")):
-        if layout == "scores":
+        if layout == "options":
+            answers = [row["rejected"], row["chosen"], " Nobody knows."]
+            lines.append({"prompt": row["prompt"], "answers": answers, "probabilities": [0.15, 0.8, 0.05]})
+        elif layout == "margins":
+            lines.append({**{name: row[name] for name in ("prompt", "chosen", "rejected")}, "margin": 1 + number % 3})
+        elif layout == "scores":
             lines.append({"prompt": row["prompt"], "answers": [row["rejected"], row["chosen"]], "scores": [-1.0, 1.0]})
         elif layout == "ranks":
             answers = [row["rejected"], row["chosen"], " Nobody knows."]
@@ -325,6 +377,19 @@ LAYOUT = {
     "davidson": "ties",
     "plackett_luce": "ranks",
     "regression": "scores",
+    "scaled_bradley_terry": "margins",
+    "focal": "pairs",
+    "listwise": "options",
+    "quantile_regression": "scores",
+}
+MORE = {
+    "quantile_regression": [
+        "model.outputs=[low, middle, high]",
+        "model.reward=middle",
+        "loss.output=[low, middle, high]",
+    ],
+    "listwise": ["loss.brier=0.5"],
+    "focal": ["loss.log_barrier=0.02"],
 }
 
 
@@ -338,8 +403,9 @@ def run(tmp_path: Path, name: str, rows: int, *overrides: str, size: int = 1) ->
         f"data.train.path={data}",
         f"data.cache={tmp_path / 'cache'}",
         f"run.dir={directory}",
+        *MORE.get(name, []),
     ]
-    run_ranks(train_rank, size, tmp_path / f"ranks-{directory.name}", [*settings, *overrides])
+    run_ranks(train_rank, size, tmp_path / f"ranks-{directory.name}", [*settings, *overrides], timeout=600)
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return logged, next(line for line in reversed(logged) if "eval/rm/accuracy" in line)
 
@@ -349,7 +415,7 @@ FAST = ("bradley_terry", "hinge")
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in TRAITS])
 def test_it_learns_the_synthetic_task(tmp_path: Path, name: str) -> None:
-    epochs = {"bradley_terry": 3, "hinge": 3, "regression": 8}.get(name, 6)
+    epochs = {"bradley_terry": 3, "hinge": 3, "regression": 8, "quantile_regression": 8}.get(name, 6)
     logged, last = run(tmp_path, name, 1000, f"run.epochs={epochs}")
     print(f"{name}: held-out accuracy {last['eval/rm/accuracy']:.3f} of {last['eval/rm/count']} pairs")
     # All objectives get the same pairs, without ties or third answers. Chance is 0.5 with a standard error of 0.031, so
@@ -357,7 +423,8 @@ def test_it_learns_the_synthetic_task(tmp_path: Path, name: str) -> None:
     assert last["eval/rm/count"] == 256 and last["eval/rm/accuracy"] > 0.62, last
     assert all(math.isfinite(line["train/rm/loss"]) for line in logged if "train/rm/loss" in line)
     # It is missing where it equals eval/rm/loss, and where the evaluation data have no scores.
-    assert ("eval/rm/objective_loss" in last) == (name not in ("bradley_terry", "regression"))
+    without = ("bradley_terry", "regression", "listwise", "quantile_regression", "scaled_bradley_terry")
+    assert ("eval/rm/objective_loss" in last) == (name not in without)
 
 
 @pytest.mark.distributed

@@ -75,7 +75,9 @@ class Judged:
     """The labels of A answers as tensors: one or two for each entry of LABEL_FIELDS, which states their names.
 
     `winner_P`, `loser_P`, `tie_a_Q` and `tie_b_Q` (int64) are answers, 0 <= . < A. The numbers are fp32. `score_A` is
-    NaN where the data have no score. `lists` counts the comparisons.
+    NaN where the data have no score, `attribute_A` [A, W] where an attribute is unknown. `list_A` (int64) is the
+    comparison of each answer, 0 <= . < C. `lists` counts the comparisons of the objective. Of a run with several
+    objectives, the comparisons of the others have no labels, and no pairs.
     """
 
     winner_P: Tensor
@@ -86,17 +88,28 @@ class Judged:
     tie_b_Q: Tensor
     tie_weight_Q: Tensor
     score_A: Tensor
+    attribute_A: Tensor
+    list_A: Tensor
     lists: int
 
     @classmethod
-    def of(cls, data: TokenizedComparisons) -> "Judged":
-        """The labels of a whole data set; answers are counted from the first answer of the first comparison."""
+    def of(cls, data: TokenizedComparisons, objective: int = 0) -> "Judged":
+        """The labels of a whole data set for an objective; answers are counted from the first of the data set."""
+        own_N = data.of_objective(objective)
         columns = []
         for label in LABEL_FIELDS:
-            first = np.repeat(data.answer_offset[:-1], np.diff(getattr(data, OFFSETS[label.of])))
+            counts = np.diff(getattr(data, OFFSETS[label.of]))
+            first, own = np.repeat(data.answer_offset[:-1], counts), np.repeat(own_N, counts)
             arrays = [getattr(data, array) for array in label.arrays]
-            columns.append([first + array for array in arrays] if label.is_pair else arrays)
-        return cls(**_tensors(columns), lists=len(data))
+            if label.wide and not data.width:
+                arrays = [np.zeros((len(own), 0), dtype=label.dtype)]
+            if label.of == "answers":
+                shown = own[:, None] if label.wide else own
+                columns.append([np.where(shown, array, np.float32(label.missing)) for array in arrays])
+            else:
+                columns.append([(first + array if label.is_pair else array)[own] for array in arrays])
+        answers = np.repeat(np.arange(len(data)), np.diff(data.answer_offset))
+        return cls(**_tensors(columns), list_A=_int64(answers), lists=int(own_N.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +120,7 @@ class RaggedBatch(Judged):
     host): which comparisons these are, and how many answers each has. `logical_tokens`: what a batch of separate texts
     would compute. `length_A` (fp32): tokens of each answer behind the prompt. `language_row_M`, `language_token_M`
     (only with loss.sft): packed rows, and the token of a chosen answer (rmcore.data.batches.answers) that follows each.
+    `parts`: with several objectives the labels for each of them; else empty.
     """
 
     input_ids_T: Tensor
@@ -120,6 +134,11 @@ class RaggedBatch(Judged):
     length_A: Tensor
     language_row_M: Tensor | None = None
     language_token_M: Tensor | None = None
+    parts: tuple[Judged, ...] = ()
+
+    def of_objective(self, number: int) -> Judged:
+        """The labels for one of the objectives."""
+        return self.parts[number] if self.parts else self
 
     @property
     def computed_tokens(self) -> int:
@@ -131,9 +150,8 @@ class RaggedBatch(Judged):
         return [[row for row in texts[last] if row <= last] for last in self.last_rows_A.tolist()]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "RaggedBatch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, layout=self.layout.mapped(change), **tensors)
+        parts = tuple(replace(part, **_mapped(part, change)) for part in self.parts)
+        return replace(self, layout=self.layout.mapped(change), parts=parts, **_mapped(self, change))
 
     def with_varlen(self) -> "RaggedBatch":
         """The batch with the index tensors that CUDA attention reads. Without answers row 0 counts as scored."""
@@ -179,6 +197,8 @@ def build_batch(
     row = logical = 0
     items = [data.comparison(int(number)) for number in numbers]
     answers_C = np.array([len(item.tails) for item in items], dtype=np.int64)
+    list_A = _int64(np.repeat(np.arange(len(items)), answers_C))
+    width, losses = getattr(data, "width", 0), getattr(data, "losses", 1)
 
     def note_tokens(item: TokenizedComparison, answer: int, rows: np.ndarray) -> None:
         """`rows`: the packed rows of the answer's text. Each token of the answer is predicted at the row before it."""
@@ -225,7 +245,8 @@ def build_batch(
         position_ids_T=_int64(np.concatenate(positions)),
         last_token_index_A=_int64(np.array(last, dtype=np.int64)),
         last_rows_A=np.array(last, dtype=np.int64),
-        **_tensors(_label_columns(items, answers_C)),
+        **_tensors(_label_columns(items, answers_C, width)),
+        list_A=list_A,
         lists=len(items),
         layout=AttentionLayout(torch.tensor(segments, dtype=torch.int32).reshape(-1, 4)),
         comparisons_C=np.asarray(numbers, dtype=np.int64),
@@ -234,16 +255,35 @@ def build_batch(
         length_A=torch.from_numpy(np.array(lengths, dtype=np.float32)),
         language_row_M=_int64(np.concatenate(language_rows)) if language else None,
         language_token_M=_int64(np.concatenate(language_tokens)) if language else None,
+        parts=tuple(
+            Judged(
+                **_tensors(_label_columns([_seen_by(number, item) for item in items], answers_C, width)),
+                list_A=list_A,
+                lists=sum(item.objective == number for item in items),
+            )
+            for number in range(losses if losses > 1 else 0)
+        ),
     )
 
 
-def _label_columns(items: Sequence[TokenizedComparison], answers_C: np.ndarray) -> list[list[np.ndarray]]:
+def _seen_by(objective: int, item: TokenizedComparison) -> TokenizedComparison:
+    return item if item.objective == objective else item.without_labels()
+
+
+def _mapped(holder: Judged, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    values = {field.name: getattr(holder, field.name) for field in fields(holder)}
+    return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _label_columns(items: Sequence[TokenizedComparison], answers_C: np.ndarray, width: int) -> list[list[np.ndarray]]:
     """For each entry of LABEL_FIELDS its one or two arrays, of all comparisons; answers are counted in the batch."""
     first_C = np.cumsum(answers_C) - answers_C
     columns = []
     for label in LABEL_FIELDS:
-        values = [label.values(item, label.view, len(item.tails)) for item in items]
-        if label.is_pair:
+        values = [label.values(item, label.view, len(item.tails), width) for item in items]
+        if label.wide:
+            columns.append([np.concatenate([np.zeros((0, width), dtype=label.dtype), *values])])
+        elif label.is_pair:
             values = [pairs + first for pairs, first in zip(values, first_C, strict=True)]
             columns.append([*np.concatenate([np.zeros((0, 2), dtype=np.int64), *values]).T])
         else:

@@ -10,7 +10,7 @@ world size and the budget. Every rank gets the same number of micro batches (som
 aligned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush, heapreplace
@@ -19,7 +19,7 @@ import numpy as np
 
 from rmcore.config import Config, UserError
 from rmcore.data.batches.answers import chosen_tokens_N
-from rmcore.data.batches.counting import counted_N, size_N
+from rmcore.data.batches.counting import counted_of, sizes_of
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 
 
@@ -28,8 +28,9 @@ class Step:
     """One optimizer update: `ranks[rank][micro_batch]` is an int64 array of comparison numbers.
 
     `index` counts from 0 over the run. `episode` is the number of pairs seen when this step is done. `global_weight` is
-    the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it. `language_tokens` counts
-    the tokens of its chosen answers with loss.sft, in the same way.
+    the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it. With several objectives
+    it is what the first one counts, and `more_weights` what the others count; each divides its own sum.
+    `language_tokens` counts the tokens of its chosen answers with loss.sft, in the same way.
     """
 
     index: int
@@ -38,6 +39,12 @@ class Step:
     global_weight: float
     ranks: tuple[tuple[np.ndarray, ...], ...]
     language_tokens: float = 0.0
+    more_weights: tuple[float, ...] = ()
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """What the whole step counts for each objective."""
+        return (self.global_weight, *self.more_weights)
 
 
 HELD_AT_MOST = 2**26  # comparisons; a longer order is not held as an array, which would take half a minute to shuffle
@@ -90,7 +97,7 @@ class Plan:
         tokens_N: computed tokens of each comparison (its prefix once and every tail).
         cost_N: relative work of each comparison; ranks are balanced on it.
         pairs_N: pairs in each comparison.
-        weight_N: sum of the pair weights of each comparison.
+        weight_N: sum of the pair weights of each comparison; more_weights: the same for further objectives.
         pairs_per_step: global batch. A comparison is never cut; it belongs to the step of its first pair.
         token_budget: most tokens in a micro batch.
         language_N: tokens of the chosen answers of each comparison, with loss.sft.
@@ -113,12 +120,14 @@ class Plan:
         shuffle: bool = True,
         max_steps: int | None = None,
         language_N: np.ndarray | None = None,
+        more_weights: Sequence[np.ndarray] = (),
     ) -> None:
         if len(tokens_N) == 0:
             raise ValueError("a plan needs at least one comparison")
         if (longest := int(tokens_N.max())) > token_budget:
             raise ValueError(f"the longest comparison has {longest} tokens, a micro batch at most {token_budget}")
         self.tokens_N, self.cost_N, self.pairs_N, self.weight_N = tokens_N, cost_N, pairs_N, weight_N
+        self.more_weights = tuple(more_weights)
         self.pairs_per_step, self.token_budget, self.world_size = pairs_per_step, token_budget, world_size
         self.language_N = language_N
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
@@ -142,15 +151,16 @@ class Plan:
                 f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never "
                 f"cut: set batch.tokens to {longest} or more, or lower data.max_tokens"
             )
+        weight_N, *more_weights = counted_of(config, data)
         language_N = chosen_tokens_N(data) if config.loss.sft else None
         if language_N is not None and not language_N.any():
             raise UserError("loss.sft: no answer of data.train is chosen over another; set loss.sft=0")
-        counts = config.loss.traits.counts
         return cls(
             tokens_N,
             work(tokens_N),
-            size_N(data, counts),
-            counted_N(data, counts),
+            sizes_of(config, data),
+            weight_N,
+            more_weights=more_weights,
             pairs_per_step=config.batch.pairs,
             token_budget=token_budget,
             world_size=world_size,
@@ -179,6 +189,7 @@ class Plan:
             epoch=seen / self.pairs_per_epoch,
             episode=seen,
             global_weight=float(self.weight_N[chosen].sum(dtype=np.float64)),
+            more_weights=tuple(float(weight_N[chosen].sum(dtype=np.float64)) for weight_N in self.more_weights),
             ranks=cut(chosen, self.tokens_N[chosen], self.cost_N[chosen], self.token_budget, self.world_size),
             language_tokens=0.0 if self.language_N is None else float(self.language_N[chosen].sum()),
         )

@@ -62,6 +62,7 @@ class Comparison(Judgement):
     source: str  # for metrics by source
     prompt_key: str  # identifies the prompt (for holding out by prompt)
     rows: int = 1  # how many rows of the data this comparison was made of
+    objective: int = 0  # the number of its objective, where a run has several; -1: none of them
     variables: Mapping[str, Any] = field(
         default_factory=dict
     )  # of the template, besides the turns: tools, documents, ...
@@ -107,7 +108,7 @@ class _Row:
             raise UserError(f"{where}: {names['prompt']} was null in the first rows, and here is {short(unread)}")
         raw, judgement = judge(row, format, where)
         if not raw:  # no answer at all: nothing can be preferred
-            return Comparison("", (), source, "")
+            return Comparison("", (), source, "", objective=format.objective)
         prompt: Turns | str
         answers: Sequence[Turns | str]
         variables: dict[str, Any] = {}
@@ -130,6 +131,7 @@ class _Row:
             source=_label(row.get(names["source"]) if "source" in names else None, source),
             prompt_key=key,
             variables=variables,
+            objective=format.objective,
             unread=frozenset(self.reader.unread | self.unread_columns(wants_text)),
             **vars(judgement),
         )

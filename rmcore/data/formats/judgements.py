@@ -15,6 +15,7 @@ a tie of weight 1/3.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 from rmcore.config import UserError
 from rmcore.data.formats import fields
 from rmcore.data.formats.fields import short
-from rmcore.data.formats.row_format import LAYOUTS, SCORES, RowFormat
+from rmcore.data.formats.row_format import LAYOUTS, SCORES, RowFormat, attribute_values
 from rmcore.data.labels import Judgement
 
 TIES = ("tie", "ties", "both", "bothbad", "neither", "none", "draw", "equal")
@@ -35,7 +36,7 @@ def all_pairs(values: Sequence[float], *, margins: bool, ties: bool = False) -> 
 
     `margins`: the difference is the margin of the pair, else 0. `ties`: pairs of equal values become ties.
     """
-    every = [*itertools.combinations(range(len(values)), 2)]
+    every = [*itertools.combinations([i for i, value in enumerate(values) if math.isfinite(value)], 2)]
     pairs = [(i, j) if values[i] > values[j] else (j, i) for i, j in every if values[i] != values[j]]
     equal = [(i, j) for i, j in every if values[i] == values[j]] if ties else []
     weight = 1.0 / len(every) if every else 0.0
@@ -66,15 +67,50 @@ def judge(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[t
 
     Raises UserError for a field that cannot be read.
     """
+    raw, judgement = _judge(row, format, where)
+    if "weight" in format.names:
+        judgement = weighted(judgement, fields.number(row, format.names["weight"], where), where)
+    if any(format.attributes):
+        columns = [attributes_of(row, format, theirs, len(raw), where) for theirs in format.attributes]
+        judgement = replace(judgement, attributes=tuple(zip(*columns, strict=True)))
+    return raw, judgement
+
+
+def weighted(judgement: Judgement, weight: float, where: str) -> Judgement:
+    """The judgement with the weight of its row: what its pairs and ties add to the loss and to its count."""
+    if weight < 0.0:
+        raise UserError(f"{where}: the weight of a row must not be negative, but it is {weight}")
+    if weight == 0.0:
+        return replace(judgement, pairs=(), margin=(), weight=(), ties=(), tie_weight=())
+    return replace(
+        judgement,
+        weight=tuple(weight * one for one in judgement.weight),
+        tie_weight=tuple(weight * one for one in judgement.tie_weight),
+    )
+
+
+def attributes_of(row: Mapping[str, Any], format: RowFormat, theirs: str, answers: int, where: str) -> list[float]:
+    """The values of one attribute, NaN where it is missing; raises UserError for what is not a number."""
+    if not theirs:
+        return [math.nan] * answers
+    cells = attribute_values(row, format, theirs)
+    return [math.nan if cell is None else fields.number_of(cell, theirs, where) for cell in cells]
+
+
+def _judge(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[list[tuple[Any, str]], Judgement]:
     names = format.names
     if format.layout == "many":
         return judge_list(row, format, where)
     if format.layout == "single":
-        judgement = Judgement(scores=(fields.number(row, names["score"], where),))
+        missing = any(format.attributes) and row.get(names["score"]) is None
+        judgement = Judgement(scores=(math.nan if missing else fields.number(row, names["score"], where),))
         return [(fields.value(row, names["answer"], where), names["answer"])], judgement
     raw = [(fields.value(row, names.get(side, side), where), names[side]) for side in LAYOUTS[format.layout]]
     judgement = judge_two(row, format, where)
-    return raw, replace(judgement, scores=scores_of_two(row, format, where)) if format.scores else judgement
+    if not format.scores:
+        return raw, judgement
+    scores = scores_of_two(row, format, where)
+    return raw, replace(judgement, scores=tuple(targets_of(scores, format, where)) if format.targets else scores)
 
 
 def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgement:
@@ -87,6 +123,9 @@ def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgemen
         if format.margin != "margin" or not judgement.pairs:
             return judgement
         return replace(judgement, margin=(fields.number(row, names["margin"], where),))
+    if by == "preference":  # negative: the first answer is better, positive: the second; its size is the margin
+        strength = fields.number(row, names[by], where)
+        return all_pairs((-strength, 0.0), margins=format.margin is not None, ties=format.ties)
     if pair and format.ties and format.has_scores and len(set(scores_of_two(row, format, where))) == 1:
         return TIE
     margin = _margin(row, format, where)
@@ -136,7 +175,19 @@ def judge_list(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[l
     if format.judged_by == "ranks":  # 1 is the best
         values = [-value for value in values]
     judgement = all_pairs(values, margins=format.margin == "scores", ties=format.ties)
-    return raw, replace(judgement, scores=tuple(values)) if format.scores else judgement
+    scores = targets_of(values, format, where) if format.targets else values
+    return raw, replace(judgement, scores=tuple(scores)) if format.scores else judgement
+
+
+def targets_of(values: Sequence[float], format: RowFormat, where: str) -> list[float]:
+    """Probabilities that add up to 1: those of the row, in proportion, or the softmax of its scores (ListNet)."""
+    if format.judged_by != "probabilities":
+        top = max(values, default=0.0)
+        values = [math.exp(value - top) for value in values]
+    total = sum(values)
+    if min(values, default=0.0) < 0.0 or total <= 0.0:
+        raise UserError(f"{where}: probabilities must not be negative, and one must be positive, not {list(values)}")
+    return [value / total for value in values]
 
 
 def side(found: Any, spellings: Sequence[frozenset[str]], name: str, where: str) -> int | None:

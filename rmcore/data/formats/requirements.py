@@ -38,4 +38,13 @@ def fitted(format: RowFormat, loss: LossConfig, *, origin: str, key: str) -> Row
             f"score_chosen and score_rejected), but these rows hold {found}; set {key}.columns={{score: ...}} (our "
             "name: theirs), or another loss.name"
         )
-    return replace(format, ties=traits.ties, scores=scored)
+    if loss.attributes and not any(format.attributes) and not key.startswith("data.eval"):
+        raise UserError(
+            f"{origin}: loss.output={list(loss.attributes)} needs the attributes of each answer, but these rows hold "
+            f"none of them; set {key}.columns={{{loss.attributes[0]}: ...}} (our name: theirs)"
+        )
+    if "weight" in format.names and traits.counts != "pairs":
+        raise UserError(
+            f"{origin}: {key}.columns maps weight, which objectives over pairs read; loss.name={loss.name} does not"
+        )
+    return replace(format, ties=traits.ties, scores=scored, targets=scored and traits.targets)

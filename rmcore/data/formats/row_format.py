@@ -33,12 +33,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("instruction", "history", "question", "query", "input"),
     "chosen": (), "rejected": (), "messages": (),
     "margin": (), "score_chosen": (), "score_rejected": (),
-    "probability": (), "votes": (),
+    "probability": (), "votes": (), "preference": ("preference_strength", "overall_preference"), "weight": (),
     "answer_a": ("response_a", "response_0", "response_1", "response1", "human_ref_A", "answer_0", "conversation_a"),
     "answer_b": ("response_b", "response_1", "response_2", "response2", "human_ref_B", "answer_1", "conversation_b"),
     "score_a": ("score_A", "score_0", "score_1", "score1"), "score_b": ("score_B", "score_1", "score_2", "score2"),
     "winner": ("better_response_id", "preferred"),
     "answers": ("completions", "responses"), "ranks": ("rank", "rankings"), "scores": ("ratings",),
+    "probabilities": (),
     "answer": ("response", "completion", "output"), "score": ("helpfulness", "reward", "rating"),
     "source": ("category", "subset", "domain"),
     "input": (), "system": ("system_prompt", "system_message"),
@@ -47,7 +48,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 FIELDS = tuple(ALIASES)
 # Inside the records of a list of answers.
 ITEM_TEXT = ("answer", "response", "completion", "text", "content", "messages")
-ITEM_VALUE = {"ranks": ("rank",), "scores": ("score", "overall_score", "rating", "reward")}
+ITEM_VALUE = {
+    "ranks": ("rank",), "scores": ("score", "overall_score", "rating", "reward"), "probabilities": ("probability",),
+}  # fmt: skip
 # The fields that a layout must have, in the order in which layouts are tried. The first one holds an answer.
 LAYOUTS: dict[Layout, tuple[str, ...]] = {
     "pair": ("chosen", "rejected"), "many": ("answers",), "two": ("answer_a", "answer_b"),
@@ -62,15 +65,17 @@ CONTEXT = ("input", "system", "tools", "documents", "chat_template_kwargs")
 # All fields that a layout reads.
 READ = {
     "pair": ("prompt", "chosen", "rejected", "messages", "margin", "score_chosen", "score_rejected", "probability",
-             "votes", "source", *CONTEXT),
+             "votes", "source", "weight", *CONTEXT),
     "two": ("prompt", "answer_a", "answer_b", "margin", "score_a", "score_b", "winner", "probability", "votes",
-            "source", *CONTEXT),
-    "many": ("prompt", "answers", "ranks", "scores", "source", *CONTEXT),
+            "preference", "source", "weight", *CONTEXT),
+    "many": ("prompt", "answers", "ranks", "scores", "probabilities", "source", "weight", *CONTEXT),
     "single": ("prompt", "answer", "score", "source", *CONTEXT),
 }  # fmt: skip
 # Fields that may hold JSON text in place of turns, or of a list.
 TURNS_FIELDS = ("prompt", "chosen", "rejected", "messages", "answer_a", "answer_b", "answer")
-LIST_FIELDS = ("answers", "ranks", "scores", "votes")
+LIST_FIELDS = ("answers", "ranks", "scores", "votes", "probabilities")
+# What the name of an attribute's column ends with for the first and the second answer of a row.
+SIDES: dict[Layout, tuple[str, ...]] = {"pair": ("_chosen", "_rejected"), "two": ("_a", "_b")}
 _TURNS_IN_TEXT = re.compile(r"""\s*[\[{].{,200}["'](role|from)["']\s*:""", re.DOTALL)
 
 
@@ -91,6 +96,9 @@ class RowFormat:
     json: frozenset[str] = frozenset()  # their columns of JSON text
     ties: bool = False  # the objective reads ties (set by rmcore.data.formats.requirements)
     scores: bool = False  # the objective reads the scores of the answers (likewise)
+    targets: bool = False  # the objective reads them as probabilities of the answers (likewise)
+    objective: int = 0  # the number of the objective, where a run has several (likewise)
+    attributes: tuple[str, ...] = ()  # for each attribute that the run reads its column or key; "": not in these rows
 
     @property
     def gathers(self) -> bool:
@@ -101,7 +109,7 @@ class RowFormat:
     def has_scores(self) -> bool:
         """True if every answer of these rows has a score: a number that means more than a rank."""
         if self.layout == "many":
-            return self.judged_by == "scores"
+            return self.judged_by in ("scores", "probabilities")
         scores = SCORES.get(self.layout, ())
         return bool(scores) and {*scores} <= self.names.keys()
 
@@ -121,6 +129,8 @@ class RowFormat:
             {"margin": "margin", "scores": f"margin = {self._difference()}", None: ""}[self.margin],
             "ties" if self.ties else "",
             "scores" if self.scores else "",
+            f"attributes {', '.join(filter(None, self.attributes))}" if any(self.attributes) else "",
+            f"weight of a row in {self.names['weight']}" if "weight" in self.names else "",
             f"JSON text in {', '.join(sorted(self.json))}" if self.json else "",
         )
         return "; ".join(filter(None, notes))
@@ -128,6 +138,8 @@ class RowFormat:
     def _difference(self) -> str:
         if self.layout == "pair":
             return "score_chosen - score_rejected"
+        if self.judged_by == "preference":
+            return f"size of {self.names['preference']}"
         return "difference of " + ("ranks" if self.judged_by == "ranks" else "scores")
 
     def _judgement(self) -> str:
@@ -153,12 +165,19 @@ def detect_format(
     origin: str,
     key: str = "data.train",
     need_margin: bool = False,
+    attributes: Sequence[str] = (),
+    why: str = "loss.margin=data",
 ) -> RowFormat:
     """First rows of a source (some 20) -> RowFormat.
 
     `columns`: our name -> theirs. `origin` and `key` are for error messages. `need_margin` (loss.margin = data): read
-    margins. Raises UserError for columns that do not make a format.
+    margins; `why`: the setting that needs them. `attributes`: the attributes of answers that the run reads, where the
+    rows have them; `columns` may map them, too. Raises UserError for columns that do not make a format.
     """
+    if attributes:
+        known = {ours: theirs for ours, theirs in columns.items() if ours in FIELDS or ours not in attributes}
+        format = detect_format(rows, known, origin=origin, key=key, need_margin=need_margin, why=why)
+        return replace(format, attributes=tuple(_attribute(rows, format, columns.get(a, a)) for a in attributes))
     found = list(dict.fromkeys(name for row in rows for name in row))
     for ours, theirs in columns.items():
         if ours not in FIELDS:
@@ -172,6 +191,8 @@ def detect_format(
     if layout is None:
         raise UserError(_no_layout(found, columns, origin, key))
     names = names_of(found, columns, layout)
+    if "weight" in columns and "weight" not in names:
+        raise UserError(f"{key}.columns: weight is read of rows of several answers; these have one scored answer each")
     packed = _packed(rows, names, origin)
     if packed:
         rows = [RowFormat(names, None, "text", False, False, None, json=packed).unpacked(row, origin) for row in rows]
@@ -192,7 +213,7 @@ def detect_format(
         # Next to turns, `messages` is something else (ultrafeedback_binarized: the whole chosen conversation).
         messages=answers == "text" and kinds.get("messages") == "turns",
         transcript=answers == "text" and any(is_transcript(row.get(head)) for row in rows),
-        margin=_margin_kind(names, layout, origin, key) if need_margin else None,
+        margin=_margin_kind(names, layout, origin, key, why) if need_margin else None,
         layout=layout,
         judged_by=_judge(rows, names, layout, columns, origin, key),
         json=packed,
@@ -324,7 +345,53 @@ def names_of(found: Sequence[str], columns: Mapping[str, str], layout: Layout) -
             names[ours] = theirs
     if layout == "pair" and "votes" not in columns:
         names.pop("votes", None)  # published votes refer to the order before chosen and rejected were decided
+    if "weight" not in columns:
+        names.pop("weight", None)  # what a column of this name means is not known unless the user maps it
     return names
+
+
+def attribute_columns(attributes: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    """The columns that may hold these attributes, in any layout."""
+    tops = [columns.get(attribute, attribute).split(".")[0] for attribute in attributes]
+    return [top + side for top in tops for side in ("", *(side for both in SIDES.values() for side in both))]
+
+
+def _attribute(rows: Sequence[Mapping[str, Any]], format: RowFormat, theirs: str) -> str:
+    """Where the rows have an attribute: `theirs` (with the dots of nested records), or "" if they do not have it."""
+    tops = {theirs.split(".")[0] + side for side in ("", *SIDES.get(format.layout, ()))}
+    for row in rows:
+        items = records(row.get(format.names["answers"])) if format.layout == "many" else []
+        holders = [row, *(item for item in items or [] if isinstance(item, Mapping))]
+        if any(tops & holder.keys() for holder in holders):
+            return theirs
+    return ""
+
+
+def attribute_values(row: Mapping[str, Any], format: RowFormat, theirs: str) -> list[Any]:
+    """The cells of an attribute for each answer of a row; None where it is missing.
+
+    One answer per row: column `theirs`. Two answers: `theirs`_chosen and _rejected, or _a and _b. A list of answers:
+    the key `theirs` of their records, or else a list in the column `theirs`. Dots lead into nested records.
+    """
+    if format.layout == "single":
+        return [_nested(row, theirs)]
+    if format.layout in SIDES:
+        return [_nested(row, theirs + side) for side in SIDES[format.layout]]
+    answers = records(row.get(format.names["answers"]))
+    answers = answers if isinstance(answers, list) else []
+    listed_values = _nested(row, theirs)
+    if isinstance(listed_values, list) and len(listed_values) == len(answers):
+        return listed_values
+    return [_nested(answer, theirs) if isinstance(answer, Mapping) else None for answer in answers]
+
+
+def _nested(record: Mapping[str, Any], path: str) -> Any:
+    value: Any = record.get(path)
+    if value is None and "." in path:
+        value = record
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value in ("", "N/A") else value
 
 
 def needed_columns(found: Sequence[str], columns: Mapping[str, str]) -> list[str]:
@@ -358,7 +425,7 @@ def _many(
     kind = kind_of(first)
     if kind is None:
         raise UserError(f"{origin}: {name}[0] must be text or a list of chat turns, not {short(first)}")
-    judged_by = next((by for by in ITEM_VALUE if by in names), "")
+    judged_by = next((by for by in (*(by for by in ITEM_VALUE if by in columns), *ITEM_VALUE) if by in names), "")
     if not judged_by and item_text:
         mapped = {by: (columns[by],) if by in columns else parts for by, parts in ITEM_VALUE.items()}
         options = [(by, part) for by, parts in mapped.items() for part in parts]
@@ -366,7 +433,8 @@ def _many(
     if not judged_by:
         where = f" or in {name}[].{{rank, score, ...}}" if item_text else ""
         raise UserError(
-            f"{origin}: {name} is a list of answers, but nothing ranks or scores them: need ranks or scores{where}; "
+            f"{origin}: {name} is a list of answers, but nothing ranks or scores them: need ranks, scores or "
+            f"probabilities{where}; "
             f"set {key}.columns={{scores: ...}} (our name: theirs)"
         )
     prompt = _kind(rows, names["prompt"], origin) if "prompt" in names else None
@@ -396,26 +464,29 @@ def _judge(
     """The field that says which answer is better."""
     if layout == "single":
         return "score"
-    order = ("probability", "votes") if layout == "pair" else ("probability", "votes", "winner", "score_a")
+    order: tuple[str, ...] = ("probability", "votes")
+    order += () if layout == "pair" else ("winner", "score_a", "preference")
     order = (*(by for by in order if by in columns), *order)
     by = next((by for by in order if by in names and (by != "score_a" or "score_b" in names)), "")
     if not by and layout == "two":
         found = listed([*dict.fromkeys(name for row in rows for name in row)])
         raise UserError(
             f"{origin}: two answers ({names['answer_a']}, {names['answer_b']}), but nothing says which is better: need "
-            f"score_a and score_b, winner, probability (of the first) or votes; found {found}; "
+            f"score_a and score_b, winner, preference, probability (of the first) or votes; found {found}; "
             f"set {key}.columns={{winner: ...}} (our name: theirs)"
         )
     return by
 
 
-def _margin_kind(names: Mapping[str, str], layout: Layout, origin: str, key: str) -> Literal["margin", "scores"]:
+def _margin_kind(
+    names: Mapping[str, str], layout: Layout, origin: str, key: str, why: str
+) -> Literal["margin", "scores"]:
     scores = SCORES.get(layout, ())
-    if "margin" in names or (scores and {*scores} <= names.keys()):
+    if "margin" in names or "preference" in names or (scores and {*scores} <= names.keys()):
         return "margin" if "margin" in names else "scores"
     raise UserError(
-        f"{origin}: loss.margin=data needs a margin column, or {' and '.join(sorted(scores))}; "
-        f"set {key}.columns={{margin: ...}}, or loss.margin=none"
+        f"{origin}: {why} needs a margin column, or {' and '.join(sorted(scores))}; set {key}.columns={{margin: ...}}"
+        + (", or loss.margin=none" if why == "loss.margin=data" else "")
     )
 
 

@@ -53,7 +53,8 @@ class RowHashes:
         ties = sorted((*sorted((each[a], each[b])), weight) for (a, b), weight in weighted_ties)
         same = xxhash.xxh3_64_intdigest(repr((key, sorted(each))).encode())
         self.answers.append(same)
-        self.judged.append(xxhash.xxh3_64_intdigest(repr((same, pairs, ties, comparison.scores)).encode()))
+        labels = (pairs, ties, comparison.scores, *([comparison.attributes] if comparison.attributes else []))
+        self.judged.append(xxhash.xxh3_64_intdigest(repr((same, *labels)).encode()))
 
 
 @dataclass(frozen=True)
@@ -143,22 +144,31 @@ class Reads(NamedTuple):
     margins: bool = False  # the difference of two scores is the margin of the pair
     ties: bool = False  # pairs of equal scores
     scores: bool = False  # the scores themselves
+    targets: bool = False  # as probabilities
 
 
-def gathered(comparisons: Iterable[tuple[Comparison, int]], reads: Reads) -> Iterator[Comparison]:
-    """Merges neighbours with the same group (the int) into comparisons of at most MOST_ANSWERS answers."""
+def gathered(comparisons: Iterable[tuple[Comparison, int]], reads: Reads, *more: Reads) -> Iterator[Comparison]:
+    """Merges neighbours with the same group (the int) into comparisons of at most MOST_ANSWERS answers.
+
+    `reads`, `more`: what each of a run's objectives reads.
+    """
+    every = (reads, *more)
+
+    def reads_of(comparison: Comparison) -> Reads:
+        return every[comparison.objective] if comparison.objective >= 0 else Reads()
+
     run: list[Comparison] = []
     run_group: int | None = None
     answers: set[str] = set()
     for comparison, group in comparisons:
-        more = answers | set(map(_content, comparison.answers))
-        if run and (group != run_group or len(more) > MOST_ANSWERS or not _same_prompt(comparison, run[0])):
-            yield merged(run, reads)
-            run, more = [], set(map(_content, comparison.answers))
+        found = answers | set(map(_content, comparison.answers))
+        if run and (group != run_group or len(found) > MOST_ANSWERS or not _same_prompt(comparison, run[0])):
+            yield merged(run, reads_of(run[0]))
+            run, found = [], set(map(_content, comparison.answers))
         run.append(comparison)
-        run_group, answers = group, more
+        run_group, answers = group, found
     if run:
-        yield merged(run, reads)
+        yield merged(run, reads_of(run[0]))
 
 
 def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
@@ -174,6 +184,9 @@ def merged(run: Sequence[Comparison], reads: Reads) -> Comparison:
         labels = {**vars(all_pairs(of_answers["scores"], margins=reads.margins, ties=reads.ties)), **of_answers}
         if not reads.scores:
             labels["scores"] = ()
+        elif reads.targets:  # the softmax of the scores (ListNet)
+            weights = np.exp(np.array(labels["scores"]) - max(labels["scores"]))
+            labels["scores"] = tuple((weights / weights.sum()).tolist())
         return replace(first, answers=answers, rows=rows, **labels)
     if len(run) == 1:
         return first

@@ -21,6 +21,7 @@ import pyarrow
 import xxhash
 
 from rmcore.config import SourceConfig, UserError
+from rmcore.config.loss import LossConfig
 from rmcore.data.formats.row_format import needed_columns
 from rmcore.data.formats.turns import prose
 from rmcore.data.reading.files import (
@@ -59,6 +60,7 @@ class Source:
     keep: str | None = None  # the expression that selected the rows
     dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows) that it did not select
     _format: Callable[[dict[str, Any]], Any] | None = field(default=None, repr=False)  # data.*.format
+    loss: LossConfig | None = None  # the objective of this source, if it has one of its own
 
     def __len__(self) -> int:
         return len(self._index)
@@ -167,6 +169,7 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
         key=key,
         fingerprint=content if format is None else content + source_hash(format),
         columns=config.columns,
+        loss=config.loss,
         _rows=rows if whole else _needed(rows, config.columns, also),
         _index=kept.rows,
         keep=config.keep,

@@ -22,7 +22,7 @@ from rmcore.data.drop_reasons import CONTRADICTED, REFUSED, REPEATED, UNDECIDED
 from rmcore.data.formats.comparison import Comparison, has_empty_answer
 from rmcore.data.formats.fields import short
 from rmcore.data.formats.selection import RowHashes, Selection, duplicates, hash_text
-from rmcore.data.labels import LABEL_FIELDS
+from rmcore.data.labels import LABEL_FIELDS, is_labelled
 from rmcore.data.tokens.cache import CacheWriter
 from rmcore.data.tokens.comparisons import EncodedRow, lay_out
 from rmcore.data.tokens.encoder import TextEncoder, oddities
@@ -102,7 +102,7 @@ class ChunkEncoder:
     """Renders the comparisons of a chunk and encodes their texts. `render` and `encode` may run in different threads.
 
     Args:
-        config: `loss.margin` is used.
+        config: the margins of its objectives are used.
         ends: tokens at which an answer may end, besides EOS.
     """
 
@@ -114,7 +114,8 @@ class ChunkEncoder:
         ends: tuple[str, ...],
         limits: LengthLimits,
     ) -> None:
-        self._margin, self._template = config.loss.margin, template
+        self._margins, self._template = [loss.margin for loss in config.losses], template
+        self._width, self._several = len(config.attributes), len(config.losses) > 1
         self._encoder = TextEncoder(tokenizer, ends)
         self.adds_bos = self._encoder.bos is not None
         self._limits = replace(limits, keep_first=max(limits.keep_first, int(self.adds_bos)))
@@ -129,7 +130,7 @@ class ChunkEncoder:
         for comparison in chunk.comparisons:
             counts.rows += comparison.rows
             counts.empty += has_empty_answer(comparison)
-            if not (comparison.pairs or comparison.ties or comparison.scores):
+            if not (comparison.pairs or comparison.ties or is_labelled(comparison)):
                 counts.dropped[UNDECIDED] += comparison.rows
                 continue
             try:
@@ -156,8 +157,8 @@ class ChunkEncoder:
         counts.kept = sum(row.rows for row in kept)
         counts.pairs = sum(len(row.pairs) for row in kept)
         counts.ties = sum(len(row.ties) for row in kept)
-        counts.scored = sum(len(row.scores) for row in kept)
-        return EncodedChunk(lay_out(kept), list(sources), counts)
+        counts.scored = sum(len(row.attributes or row.scores) for row in kept)
+        return EncodedChunk(lay_out(kept, self._width, self._several), list(sources), counts)
 
     def _rows(self, rendered: Rendered, sources: dict[str, int]) -> list[EncodedRow]:
         encoder, rows = self._encoder, []
@@ -169,8 +170,9 @@ class ChunkEncoder:
                 encoder.count_answer(text, answer)
             encoder.count_content(_contents(comparison))
             labels = {label.name: getattr(comparison, label.name) for label in LABEL_FIELDS}
-            if not isinstance(self._margin, str):  # loss.margin is a number: the same for every pair
-                labels["margin"] = (float(self._margin),) * len(comparison.pairs)
+            margin = self._margins[comparison.objective] if comparison.objective >= 0 else "none"
+            if not isinstance(margin, str):  # loss.margin is a number: the same for every pair
+                labels["margin"] = (float(margin),) * len(comparison.pairs)
             rows.append(
                 EncodedRow(
                     prompt,
@@ -179,6 +181,7 @@ class ChunkEncoder:
                     source_index=sources.setdefault(comparison.source, len(sources)),
                     prompt_hash=hash_text(comparison.prompt_key, 0),
                     rows=comparison.rows,
+                    objective=comparison.objective,
                 )
             )
         return rows

@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from rmcore.config import UserError
-from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, TokenizedComparisons
+from rmcore.data.tokens.comparisons import ARRAYS, OFFSET_OF, OPTIONAL, TokenizedComparisons, shaped
 from rmcore.host.files import fsync_directory
 
 FORMAT_VERSION = 3
@@ -41,16 +41,20 @@ class DamagedCache(Exception):
 
 
 class CacheWriter:
-    """Appends chunks (rmcore.data.tokens.comparisons.lay_out) to .npy files, one per array. Memory does not grow."""
+    """Appends chunks (rmcore.data.tokens.comparisons.lay_out) to .npy files, one per array. Memory does not grow.
 
-    def __init__(self, directory: Path) -> None:
+    `optional`: the arrays that these data have besides ARRAYS.
+    """
+
+    def __init__(self, directory: Path, optional: Sequence[str] = ()) -> None:
         self._directory = directory
-        self._length = dict.fromkeys(ARRAYS, 0)  # entries written
+        self._dtypes = ARRAYS | {name: OPTIONAL[name] for name in optional}
+        self._length = dict.fromkeys(self._dtypes, 0)  # entries written
         self._offset = dict.fromkeys(OFFSET_OF, 0)  # the last offset written
-        self._hash = {name: xxhash.xxh3_128() for name in ARRAYS}
+        self._hash = {name: xxhash.xxh3_128() for name in self._dtypes}
         self._files: dict[str, IO[bytes]] = {}
         directory.mkdir()
-        for name in ARRAYS:
+        for name in self._dtypes:
             self._files[name] = open(directory / f"{name}.npy", "wb")  # noqa: SIM115  (closed by finish)
             self._write_header(name)
             if name in OFFSET_OF:
@@ -79,15 +83,15 @@ class CacheWriter:
             _sync(file)
             file.close()
         fingerprint = xxhash.xxh3_128()
-        for name in ARRAYS:
+        for name in self._dtypes:
             fingerprint.update(self._hash[name].digest())
         fingerprint.update(json.dumps(sources).encode())
         meta = {
             "format_version": FORMAT_VERSION,
             "reader": READER,
-            "bytes": {name: (self._directory / f"{name}.npy").stat().st_size for name in ARRAYS},
+            "bytes": {name: (self._directory / f"{name}.npy").stat().st_size for name in self._dtypes},
             "length": self._length,
-            "hash": {name: self._hash[name].hexdigest() for name in ARRAYS},
+            "hash": {name: self._hash[name].hexdigest() for name in self._dtypes},
             "sources": sources,
             "fingerprint": fingerprint.hexdigest(),
             "report": report,
@@ -98,14 +102,14 @@ class CacheWriter:
         fsync_directory(self._directory)
 
     def _append(self, name: str, values: np.ndarray) -> None:
-        data = np.ascontiguousarray(values, dtype=ARRAYS[name]).tobytes()
+        data = np.ascontiguousarray(values, dtype=self._dtypes[name]).tobytes()
         self._files[name].write(data)
         self._hash[name].update(data)
         self._length[name] += len(values)
 
     def _write_header(self, name: str) -> None:
         # numpy pads the header so that the first axis can grow: with the final length it has the same size.
-        header = {"descr": np.dtype(ARRAYS[name]).str, "fortran_order": False, "shape": (self._length[name],)}
+        header = {"descr": np.dtype(self._dtypes[name]).str, "fortran_order": False, "shape": (self._length[name],)}
         np.lib.format.write_array_header_1_0(self._files[name], header)
 
 
@@ -119,23 +123,24 @@ def read(directory: Path) -> TokenizedComparisons:
             raise DamagedCache(f"format {meta['format_version']}, not {FORMAT_VERSION}")
         if meta.get("reader") != READER:
             raise DamagedCache("an older rmcore built it, which did not read all content of the rows")
-        arrays = {name: _open_array(directory, name, meta) for name in ARRAYS}
+        dtypes = ARRAYS | {name: dtype for name, dtype in OPTIONAL.items() if name in meta["length"]}
+        arrays = {name: _open_array(directory, name, dtype, meta) for name, dtype in dtypes.items()}
         for name, counted in OFFSET_OF.items():
             if arrays[name][0] != 0 or arrays[name][-1] != len(arrays[counted]):
                 raise DamagedCache(f"{name} does not fit {counted}")
         return TokenizedComparisons(
-            **arrays, sources=meta["sources"], fingerprint=meta["fingerprint"], report=meta["report"]
+            **shaped(arrays), sources=meta["sources"], fingerprint=meta["fingerprint"], report=meta["report"]
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCache(f"{type(error).__name__}: {error}") from error
 
 
-def _open_array(directory: Path, name: str, meta: dict[str, Any]) -> np.ndarray:
+def _open_array(directory: Path, name: str, dtype: type[np.generic], meta: dict[str, Any]) -> np.ndarray:
     path = directory / f"{name}.npy"
     if (size := path.stat().st_size) != meta["bytes"][name]:
         raise DamagedCache(f"{path.name} has {size} bytes, not {meta['bytes'][name]}")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.dtype != ARRAYS[name] or array.shape != (meta["length"][name],):
+    if array.dtype != dtype or array.shape != (meta["length"][name],):
         raise DamagedCache(f"{path.name} holds {array.dtype} {array.shape}")
     if _hash_from(path, size - array.nbytes) != meta["hash"][name]:
         raise DamagedCache(f"{path.name} is not what was written: its hash differs")
@@ -152,10 +157,13 @@ def _hash_from(path: Path, start: int) -> str:
     return digest.hexdigest()
 
 
-def open_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], what: str) -> TokenizedComparisons:
+def open_or_build(
+    root: Path, key: str, build: Callable[[CacheWriter], None], what: str, optional: Sequence[str] = ()
+) -> TokenizedComparisons:
     """Opens the cache entry `key` under `root`, or has `build(writer)` build it, which ends with writer.finish.
 
-    `what`: the data, for messages. Raises UserError if the directory cannot be written. An error of `build` passes
+    `what`: the data, for messages. `optional`: the arrays that they have besides ARRAYS.
+    Raises UserError if the directory cannot be written. An error of `build` passes
     through, and nothing is left behind.
     """
     final = root / key
@@ -170,12 +178,14 @@ def open_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], wh
     except OSError as error:
         raise UserError(f"data.cache: cannot write {root}: {error}") from error
     try:
-        return _read_or_build(root, key, build, what)
+        return _read_or_build(root, key, build, what, optional)
     finally:
         lock.release()
 
 
-def _read_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], what: str) -> TokenizedComparisons:
+def _read_or_build(
+    root: Path, key: str, build: Callable[[CacheWriter], None], what: str, optional: Sequence[str]
+) -> TokenizedComparisons:
     """Reads or builds the entry; called with the lock held."""
     final = root / key
     try:
@@ -194,7 +204,7 @@ def _read_or_build(root: Path, key: str, build: Callable[[CacheWriter], None], w
             aside = root / f"{key}.broken-{owner['host']}-{owner['pid']}"
             final.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-        writer = CacheWriter(temporary)
+        writer = CacheWriter(temporary, optional)
         try:
             build(writer)
         except BaseException:

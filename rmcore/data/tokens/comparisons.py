@@ -45,6 +45,9 @@ ARRAYS: dict[str, type[np.generic]] = {
     "tie_offset": np.int64,
     **label_arrays("ties"),
 }
+# Arrays that only some data have, hashed after those: the attributes of the answers end to end, and with several
+# objectives the number of each comparison's objective.
+OPTIONAL: dict[str, type[np.generic]] = {"attribute": np.float32, "objective": np.int32}
 # Each array of offsets, and an array that it cuts into comparisons. Offsets have N + 1 entries, the first is 0.
 OFFSET_OF = {
     "token_offset": "tokens",
@@ -69,6 +72,8 @@ class EncodedRow:
     ties: Sequence[tuple[int, int]] = ()
     tie_weight: Sequence[float] = ()
     scores: Sequence[float] = ()  # of each answer, or none
+    attributes: Sequence[Sequence[float]] = ()  # of each answer, or none
+    objective: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,16 @@ class TokenizedComparison:
     score: np.ndarray = field(
         default_factory=lambda: np.zeros(0, dtype=np.float32)
     )  # float32 [A] (NaN: none), or empty
+    attribute: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 0), dtype=np.float32)
+    )  # float32 [A, W] (NaN: unknown), or empty
     prompt_length: int = 0  # tokens of the rendered prompt
+    objective: int = 0
+
+    def without_labels(self) -> TokenizedComparison:
+        """The same texts with nothing said of them."""
+        none = np.zeros(0, dtype=np.float32)
+        return TokenizedComparison(self.prefix, self.tails, np.zeros((0, 2), dtype=np.int64), none, none)
 
     def text(self, answer: int) -> np.ndarray:
         """All tokens of one answer's text, the shared prefix first."""
@@ -98,8 +112,10 @@ class TokenizedComparisons:
 
     The picture at the top of this file shows the layout; ARRAYS has the dtypes. `score` is NaN for answers without a
     score. `prompt_length`: tokens of the rendered prompt, after truncation. `source_index` points into `sources`.
-    `prompt_hash` identifies the prompt. `fingerprint`: hash of the content, "" in memory. `report`: the counts of the
-    preparation (rmcore.data.tokens.build.Work.report).
+    `prompt_hash` identifies the prompt. `attribute`: [A, W], W = 0 for runs that read none. `objective`: the number in
+    `Config.losses` of each comparison's objective (-1: none of them), empty for runs with a single one.
+    `fingerprint`: hash of the content, "" in memory. `report`: the counts of the preparation
+    (rmcore.data.tokens.build.Work.report).
     """
 
     tokens: np.ndarray
@@ -123,16 +139,20 @@ class TokenizedComparisons:
     sources: list[str]
     fingerprint: str
     report: dict[str, Any]
+    attribute: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    objective: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     @classmethod
     def of(
         cls, rows: Sequence[EncodedRow], sources: Sequence[str] = ("",), report: dict[str, Any] | None = None
     ) -> TokenizedComparisons:
         """The arrays of some rows, in memory, without a fingerprint."""
-        arrays = lay_out(rows)
+        width = max((len(values) for row in rows for values in row.attributes), default=0)
+        several = any(row.objective for row in rows)
+        arrays = lay_out(rows, width, several)
         for name in OFFSET_OF:
             arrays[name] = np.concatenate([[0], np.cumsum(arrays[name])])
-        return cls(**arrays, sources=list(sources), fingerprint="", report=report or {})
+        return cls(**shaped(arrays), sources=list(sources), fingerprint="", report=report or {})
 
     def __len__(self) -> int:
         return len(self.prefix_length)
@@ -146,11 +166,27 @@ class TokenizedComparisons:
         cuts = np.cumsum(np.concatenate([self.prefix_length[number : number + 1], lengths], dtype=np.int64))
         prefix, *tails = np.split(self.tokens[start:end], cuts[:-1])
         places = {of: slice(*getattr(self, offset)[number : number + 2].tolist()) for of, offset in OFFSETS.items()}
-        labels = {}
+        labels: dict[str, Any] = {}
         for label in LABEL_FIELDS:
             columns = [getattr(self, array)[places[label.of]] for array in label.arrays]
             labels[label.view] = np.array(columns, dtype=np.int64).T if label.is_pair else columns[0]
+        if len(self.objective):
+            labels["objective"] = int(self.objective[number])
         return TokenizedComparison(prefix, tails, **labels, prompt_length=int(self.prompt_length[number]))
+
+    @property
+    def width(self) -> int:
+        """The number of attributes of each answer."""
+        return int(self.attribute.shape[1])
+
+    @property
+    def losses(self) -> int:
+        """The number of objectives of the run that these data were prepared for."""
+        return int(self.report.get("losses", 1))
+
+    def of_objective(self, number: int) -> np.ndarray:
+        """bool [N]: the comparisons that the objective with this number trains on."""
+        return self.objective == number if len(self.objective) else np.full(len(self), number == 0)
 
     @property
     def tokens_N(self) -> np.ndarray:
@@ -195,8 +231,21 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else shorter
 
 
-def lay_out(rows: Sequence[EncodedRow]) -> dict[str, np.ndarray]:
-    """Rows -> the arrays of ARRAYS. The offsets are still lengths [N]: whoever joins chunks sums them."""
+def shaped(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays with the attributes as [A, W]; on disk they lie end to end."""
+    if "attribute" not in arrays:
+        return arrays
+    return {**arrays, "attribute": arrays["attribute"].reshape(len(arrays["tail_length"]), -1)}
+
+
+def optional_arrays(width: int, several: bool) -> list[str]:
+    """The optional arrays of data with `width` attributes, and with `several` objectives or a single one."""
+    return ["attribute"] * (width > 0) + ["objective"] * several
+
+
+def lay_out(rows: Sequence[EncodedRow], width: int = 0, several: bool = False) -> dict[str, np.ndarray]:
+    """Rows -> the arrays of ARRAYS, and `optional_arrays`. The offsets are still lengths [N]: whoever joins chunks sums
+    them."""
     # All texts end to end in one array: where each begins, and which is the first text of each comparison.
     answers = [answer for row in rows for answer in row.answers]
     answers_N = np.array([len(row.answers) for row in rows], dtype=np.int64)
@@ -230,10 +279,12 @@ def lay_out(rows: Sequence[EncodedRow]) -> dict[str, np.ndarray]:
 
     # The labels end to end; a pair of answers becomes two arrays.
     for label in LABEL_FIELDS:
-        values = [value for row in rows for value in label.values(row, label.name, len(row.answers))]
+        values = [value for row in rows for value in label.values(row, label.name, len(row.answers), width)]
         columns = np.array(values, dtype=label.dtype).reshape(-1, len(label.arrays)).T
-        chunk |= dict(zip(label.arrays, columns, strict=True))
-    return {name: np.asarray(chunk[name], dtype=dtype) for name, dtype in ARRAYS.items()}
+        chunk |= {label.arrays[0]: columns.reshape(-1)} if label.wide else dict(zip(label.arrays, columns, strict=True))
+    chunk["objective"] = [row.objective for row in rows]
+    dtypes = ARRAYS | {name: OPTIONAL[name] for name in optional_arrays(width, several)}
+    return {name: np.asarray(chunk[name], dtype=dtype) for name, dtype in dtypes.items()}
 
 
 def computed_tokens(data: TokenizedComparisons, share: bool) -> np.ndarray:

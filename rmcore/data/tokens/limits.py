@@ -14,7 +14,7 @@ from itertools import compress
 import numpy as np
 
 from rmcore.data.drop_reasons import ANSWER_TOO_LONG, EMPTY, IDENTICAL, PROMPT_TOO_LONG, TEXT_TOO_LONG
-from rmcore.data.labels import LABEL_FIELDS
+from rmcore.data.labels import LABEL_FIELDS, is_labelled
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons, common_prefix
 
 
@@ -85,13 +85,14 @@ def _drop_identical(row: EncodedRow) -> bool:
         of: [not np.array_equal(row.answers[a], row.answers[b]) for a, b in pairs]
         for of, pairs in (("pairs", row.pairs), ("ties", row.ties))
     }
-    labelled = any(len(getattr(row, label.name)) for label in LABEL_FIELDS if label.of == "answers")
+    labelled = is_labelled(row)
     if not (any(differ["pairs"]) or any(differ["ties"]) or labelled):
         return False
     for label in LABEL_FIELDS:
         if label.of in differ:
             setattr(row, label.name, list(compress(getattr(row, label.name), differ[label.of])))
     if not labelled:
+        row.attributes = ()  # all unknown
         used = sorted({answer for pair in (*row.pairs, *row.ties) for answer in pair})
         place = {answer: i for i, answer in enumerate(used)}
         row.answers = [row.answers[answer] for answer in used]

@@ -174,7 +174,7 @@ def test_evaluation_data_need_no_scores(tmp_path: Path) -> None:
 def test_keys_that_an_objective_does_not_use_are_refused(tmp_path: Path) -> None:
     assert mistakes(tmp_path, None, [*NEEDED, "loss.name=hinge", "loss.tie_rate=0.3"]) == [
         "override `loss.tie_rate=0.3`: loss.tie_rate has no effect on loss.name=hinge, which uses loss.centering, "
-        "loss.label_smoothing, loss.margin"
+        "loss.label_smoothing, loss.log_barrier, loss.margin"
     ]
     assert mistakes(tmp_path, None, [*NEEDED, "loss.name=regression", "loss.margin=data"]) == [
         "override `loss.margin=data`: loss.margin has no effect on loss.name=regression, which uses no other key of "
@@ -183,7 +183,8 @@ def test_keys_that_an_objective_does_not_use_are_refused(tmp_path: Path) -> None
     [line] = mistakes(tmp_path, None, [*NEEDED, "loss.name=plackett_luce", "data.group_by_prompt=true"])
     assert line.startswith("override `data.group_by_prompt=true`: data.group_by_prompt merges rows of pairs")
     for name in TRAITS:
-        config = load_config(None, [*NEEDED, f"loss.name={name}", "loss.tie_rate=0.25"])  # a default is no mistake
+        output = ["model.outputs=[a, b]", "loss.output=[a, b]"] if TRAITS[name].outputs == "several" else []
+        config = load_config(None, [*NEEDED, f"loss.name={name}", "loss.tie_rate=0.25", *output])  # defaults are fine
         path = tmp_path / "dump.yaml"
         path.write_text(config.dump_yaml())
         assert load_config(str(path), []) == config
