@@ -53,7 +53,17 @@ class ModelConfig(Section):
     head: Literal["fresh", "stored"] = Field(
         "fresh", description="draw a new score head, or keep the one stored in a sequence-classification checkpoint"
     )
+    weights: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of the model while it trains. bf16: half the memory; updates are rounded at random, without bias. "
+        "With model.lora: of the weights that are not trained",
+    )
     lora: LoraConfig = LoraConfig()
+
+    @property
+    def trains_bf16(self) -> bool:
+        """Whether the optimizer updates bf16 weights. With LoRA, adapters and score head are fp32."""
+        return self.weights == "bf16" and self.lora.rank is None
 
 
 def _no_required_keys(schema: JsonDict) -> None:
@@ -252,6 +262,11 @@ class OptimConfig(Section):
     ] = Field((0.9, 0.999), description="decay rates of AdamW's two averages")
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    states: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="of AdamW's two averages: 8, 4 or 2 bytes per parameter; int8 needs bitsandbytes (extra: "
+        "bitsandbytes)",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
 
 
@@ -386,6 +401,10 @@ class Config(Section):
         for key in ("best_metric", "patience"):
             if getattr(self.run, key) is not None and not self.data.eval_sets:
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
+        if self.model.weights == "bf16" and self.parallel.precision == "fp32":
+            raise conflict("model.weights", "is bf16, which needs parallel.precision=bf16 or auto")
+        if self.model.weights == "bf16" and self.parallel.fp8:
+            raise conflict("model.weights", "and parallel.fp8 exclude each other: this combination is untested")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         return self

@@ -37,6 +37,7 @@ from rmcore.model.backbone import recompute_activations
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
+from rmcore.ops.blockwise import check_bitsandbytes
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.precision import bf16_of_all, with_precision
 from rmcore.parallel.world import World, first_error
@@ -55,6 +56,8 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     config, precision_lines = with_precision(config, bf16_of_all(world), stored)
     if config.parallel.fp8:
         first_error(world, "looking for FP8", lambda: check_fp8(world.device))
+    if config.optim.states == "int8":
+        first_error(world, "looking for bitsandbytes", lambda: check_bitsandbytes("optim.states=int8"))
     day = start.manifest.config["data"].get("date") if start.manifest else None
     dated = on_one_day(config, world, day)
     tokenizer, data = first_error(world, "preparing the data", lambda: _data(dated, start))

@@ -21,6 +21,7 @@ model.init | pretrained | random | pretrained
 model.trust_remote_code | true | false | false
 model.attention | auto | shared | packed | padded | auto
 model.head | fresh | stored | fresh
+model.weights | fp32 | bf16 | fp32
 model.lora.rank | whole number >= 1 | null | null
 model.lora.alpha | number > 0 | null | null
 model.lora.targets | all-linear | list of text | all-linear
@@ -56,6 +57,7 @@ optim.warmup_steps | whole number >= 0 | 0
 optim.betas | list of 2: number >= 0, < 1 | [0.9, 0.999]
 optim.eps | number > 0 | 1e-05
 optim.weight_decay | number >= 0 | 0
+optim.states | fp32 | bf16 | int8 | fp32
 optim.max_grad_norm | number >= 0 | 1
 loss.name | bradley_terry | hinge | rao_kupper | davidson | plackett_luce | regression | bradley_terry
 loss.centering | number >= 0 | 0
