@@ -55,15 +55,14 @@ class ModelConfig(Section):
     )
     weights: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="of the model while it trains. bf16: half the memory; updates are rounded at random, without bias. "
-        "With model.lora: of the weights that are not trained",
+        description="of the trained weights. bf16: half the memory; updates are rounded at random, without bias",
     )
     lora: LoraConfig = LoraConfig()
 
     @property
     def trains_bf16(self) -> bool:
-        """Whether the optimizer updates bf16 weights. With LoRA, adapters and score head are fp32."""
-        return self.weights == "bf16" and self.lora.rank is None
+        """Whether the optimizer updates bf16 weights."""
+        return self.weights == "bf16"
 
 
 def _no_required_keys(schema: JsonDict) -> None:
@@ -403,6 +402,16 @@ class Config(Section):
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
         if self.model.weights == "bf16" and self.parallel.precision == "fp32":
             raise conflict("model.weights", "is bf16, which needs parallel.precision=bf16 or auto")
+        if self.model.weights == "bf16" and self.model.lora.rank is not None:
+            raise conflict("model.weights", "is bf16, but LoRA trains few weights: set model.lora.base=bf16 instead")
+        if self.model.lora.base != "fp32" and self.parallel.traits.shards_weights:
+            raise conflict(
+                "model.lora.base",
+                f"{self.model.lora.base} needs parallel.strategy ddp or zero1: {self.parallel.strategy} cannot shard "
+                "stored codes",
+            )
+        if self.model.lora.base != "fp32" and self.parallel.compile:
+            raise conflict("model.lora.base", "and parallel.compile exclude each other: this combination is untested")
         if self.model.weights == "bf16" and self.parallel.fp8:
             raise conflict("model.weights", "and parallel.fp8 exclude each other: this combination is untested")
         if self.parallel.fp8 and self.model.lora.rank is not None:

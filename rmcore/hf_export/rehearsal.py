@@ -31,7 +31,7 @@ from rmcore.host.command import ExplainedError
 from rmcore.host.memory import available_memory
 from rmcore.model.backbone import check_score, load_model, reward_config, train_text_only, unreadable
 from rmcore.model.classifier import brings_code, new_classifier, text_model, towers
-from rmcore.model.lora import add_lora, merged, visible_changes
+from rmcore.model.lora import add_lora, merged, store_base, visible_changes
 from rmcore.model.meta_model import grow, model_on_meta
 from rmcore.model.reward_model import RewardModel
 
@@ -123,7 +123,9 @@ def _rehearsed(
         random = config.model.model_copy(update={"init": "random", "head": "fresh"})
         hf_model = load_model(random, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
         package = replace(package, towers=towers(hf_model))
-        adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []
+        if lora.rank:
+            adapted = add_lora(text_model(hf_model), lora, seed)
+            store_base(text_model(hf_model), lora)
         whole = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
         whole.choose_path(data)
         with refused(), visible_changes(lambda: dict(whole.model.named_parameters()), adapted):

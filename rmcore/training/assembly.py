@@ -35,6 +35,7 @@ from rmcore.evaluation.trained import on_one_day
 from rmcore.host.terminal import visible
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.fp8 import check_fp8, use_fp8
+from rmcore.model.lora import count_weights
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.ops.blockwise import check_bitsandbytes
@@ -66,7 +67,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
 
     # The model is loaded, or built in parts. The self-test finds the fastest path that is exact for it.
     loaded = load(config, world, tokenizer, start)
-    parameters = sum(p.numel() for p in loaded.tested.parameters())
+    parameters = count_weights(loaded.tested)
     trained = sum(p.numel() for p in loaded.tested.parameters() if p.requires_grad)
     path, self_test_line = first_error(
         world, "the self-test", partial(self_test, config, loaded.tested, data.train, world.device)

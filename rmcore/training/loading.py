@@ -27,7 +27,7 @@ from rmcore.host.memory import return_freed_memory
 from rmcore.model.backbone import check_finite, load_model
 from rmcore.model.classifier import text_model, text_prefix, towers
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
-from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
+from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, store_base
 from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.fsdp import sharded_for_test
@@ -146,6 +146,7 @@ def _load_whole(
         adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, config.model.lora, seed))
         base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
         start.check_base(base)
+        first_error(world, "storing the base", lambda: store_base(backbone, config.model.lora))
     model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id).to(world.device)
     untrained = towers(hf_model) if world.is_main else {}
     return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, notes, untrained)

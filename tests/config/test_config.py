@@ -25,6 +25,9 @@ model.weights | fp32 | bf16 | fp32
 model.lora.rank | whole number >= 1 | null | null
 model.lora.alpha | number > 0 | null | null
 model.lora.targets | all-linear | list of text | all-linear
+model.lora.base | fp32 | bf16 | int8 | nf4 | fp32
+model.lora.dora | true | false | false
+model.lora.rslora | true | false | false
 data.train | source or list of sources | (required)
 data.train.path | text | (required)
 data.train.name | text | null | null
