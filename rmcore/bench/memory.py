@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--pairs", type=int, default=8, help="pairs per step, over all ranks")
     p.add_argument("--tokens", type=int, default=512, help="budget of a micro batch")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of the run")
     p.add_argument("--models", help="directory that keeps the written model; default: a temporary one")
     p.add_argument("--out", help="result file; default: rmcore/bench/results/memory.json")
     options = p.parse_args(arguments)
@@ -128,6 +129,7 @@ def overrides_of(settings: dict[str, Any]) -> list[str]:
         "log.tensorboard=false",
         f"parallel.strategy={settings['strategy']}",
         f"parallel.precision={settings['precision']}",
+        *settings.get("set", []),
     ]
 
 

@@ -61,7 +61,7 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
     arguments: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.scale_alpha,
-        "target_modules": [PREFIX + name for name in _targets(backbone, config)],
+        "target_modules": [PREFIX + name for name in targets(backbone, config)],
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": config.dora,
@@ -105,7 +105,7 @@ def count_weights(model: nn.Module) -> int:
     return frozen + sum(parameter.numel() for parameter in model.parameters())
 
 
-def _targets(backbone: PreTrainedModel, config: LoraConfig) -> list[str]:
+def targets(backbone: PreTrainedModel, config: LoraConfig) -> list[str]:
     """The whole names of the linear layers to adapt.
 
     Raises UserError unless every target is the end of such a name: peft ignores wrong ones as long as one is right.

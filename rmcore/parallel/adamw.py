@@ -32,6 +32,7 @@ from rmcore.parallel.stochastic import key_of, round_to_bf16, update_key
 AVERAGES = ("exp_avg", "exp_avg_sq")
 BLOCK = 256  # elements with one scale
 SMALLEST = 4096  # elements of the smallest tensor whose averages are quantised, as in bitsandbytes
+NARROWEST = 64  # elements of the shortest row; it has a block of its own
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}  # elements of a piece: on a CPU its temporaries stay in the cache
 
 
@@ -181,7 +182,7 @@ class AdamW(torch.optim.Optimizer):
 
 def is_quantised(parameter: Tensor) -> bool:
     """Whether 8 bits are for this parameter's averages; the shape of the whole parameter decides."""
-    return parameter.ndim > 1 and parameter.numel() >= SMALLEST and parameter.shape[-1] >= BLOCK
+    return parameter.ndim > 1 and parameter.numel() >= SMALLEST and parameter.shape[-1] >= NARROWEST
 
 
 def _local(tensor: Tensor) -> Tensor:
