@@ -100,10 +100,7 @@ def memory_of_step(
         gradients = kept.gradients / (ranks if traits.shards_gradients else 1)
         copies = _casts(config, model)
         last = kept.width * model.embedding * (share == 1.0)
-        buffers = max(0.0, last - activations)
-        if gloo and config.model.trains_bf16:  # a CPU keeps freed memory: that of the activations, next to the bf16
-            buffers = last  # gradient from which autograd makes the fp32 one
-        return Memory(kept.weights, gradients, averages, copies, buffers, activations)
+        return Memory(kept.weights, gradients, averages, copies, max(0.0, last - activations), activations)
     each = traits.gathers_each_micro_batch
     gathered = min(everything, root + 2 * layer) if each else everything
     waiting = 4.0 * model.trained if deferred and not each else 0.0

@@ -28,7 +28,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from rmcore.config import Config
-from rmcore.host.memory import keep_freed_memory
+from rmcore.host.memory import keep_freed_memory, return_freed_memory
 from rmcore.model.attention import compile_layers
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.optim import adamw_arguments, adamw_class, parameter_groups, trained_dtype, trained_in_bf16
@@ -50,7 +50,7 @@ class DataParallel:
         self._inner, self._world = model.to(world.device), world
         self.dtype = trained_dtype(config)
         if world.device.type == "cpu":
-            keep_freed_memory()
+            return_freed_memory() if _saves_memory(config) else keep_freed_memory()
         if config.parallel.compile:
             compile_layers(model.backbone)
         self._parameters = list(self._inner.parameters())
@@ -107,3 +107,8 @@ class DataParallel:
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._inner.state_dict().items():
             yield name, tensor.detach().cpu() if self._world.is_main else tensor.new_empty(0)
+
+
+def _saves_memory(config: Config) -> bool:
+    """Whether something is stored in fewer bits: then memory counts for more than page faults (rmcore.host.memory)."""
+    return {config.model.weights, config.optim.states, config.model.lora.base} != {"fp32"}
