@@ -176,7 +176,7 @@ class DryRun:
 
 def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel, lora: LoraConfig) -> Sizes:
     layers = decoder_layers(model)
-    adapted = [model.get_submodule(name).weight.shape for name in _adapted(model, lora)]
+    adapted = [tuple(cast(Tensor, model.get_submodule(name).weight).shape) for name in _adapted(model, lora)]
     adapters = sum((lora.rank or 0) * sum(shape) + lora.dora * shape[0] for shape in adapted)
     # Towers are not trained and stay in host memory.
     total = _count(text_model(model)) + _count(cast(nn.Module, model.score))

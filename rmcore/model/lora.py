@@ -94,9 +94,10 @@ def store_base(backbone: PreTrainedModel, config: LoraConfig) -> None:
         if isinstance(module, Linear):
             module.base_layer = FrozenLinear(module.base_layer, config.base)
             if config.dora:  # the change begins at zero for the numbers that are stored now
-                weight = module.base_layer.weight
+                weight: Tensor = module.base_layer.weight
                 norms = torch.linalg.vector_norm(weight.T if module.fan_in_fan_out else weight, dim=1)
-                module.lora_magnitude_vector["default"].weight.data.copy_(norms)
+                magnitude: Any = module.lora_magnitude_vector["default"]
+                magnitude.weight.data.copy_(norms)
 
 
 def count_weights(model: nn.Module) -> int:
