@@ -85,7 +85,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[*find_packages(include=["rmcore", "rmcore.*"]), "rmcore.inspect"],  # which has no __init__.py
-    package_data={"rmcore": ["py.typed", "**/*.json", "**/*.jinja", "**/*.css"]},
+    package_data={"rmcore": ["py.typed", "**/*.json", "**/*.jinja", "**/*.css", "bench/nullgpu/*.c"]},
     ext_modules=[Extension("rmcore.ops.kernels", sources=[])],
     cmdclass={"build_ext": BuildKernels},
     install_requires=[

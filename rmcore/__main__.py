@@ -21,6 +21,8 @@ COMMANDS = {
     "score": "rewards for the rows of a file",
     "serve": "rewards over HTTP, for RL loops and best-of-n",
     "export": "write a Hugging Face directory from a checkpoint",
+    "convert": "write a Hugging Face directory from a reward model of another trainer",
+    "average": "average the weights of reward models (WARM)",
     "push": "push an exported model to the hub",
     "bench": "benchmarks against other libraries",
 }

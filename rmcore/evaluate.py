@@ -1,10 +1,11 @@
-"""`rmcore evaluate MODEL DATA [--json] [key=value ...]`: metrics of a trained reward model on a data set.
+"""`rmcore evaluate MODEL DATA [--against MODEL] [--json] [key=value ...]`: metrics of reward models on a data set.
 
 Input: a directory made by rmcore (or any *ForSequenceClassification directory or hub id with one output), and any data
 source. Output: a table, or with --json one JSON object: the metrics of rmcore/evaluation/metrics.py, and the same by
 source under `sources`.
 Example: `rmcore evaluate runs/hh/model pairs.jsonl data.max_tokens=512 --json` prints
-{"accuracy": 0.684, "count": 190, ...}.
+{"accuracy": 0.684, "count": 190, ...}. With `--against runs/old/model` it prints {"models": {MODEL: {...}, ...},
+"comparison": {"differences": [{"difference": 0.021, "low": ..., "high": ..., "p": 0.03, ...}], ...}}.
 
 The template, lengths and precision are those of the training (rmcore_config.yaml in MODEL) unless overridden. Runs in
 one process or under torchrun.
@@ -15,12 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.evaluation.metrics import sentences, table
+from rmcore.evaluation.metrics import aligned, sentences, table
 from rmcore.evaluation.rewardbench import rewardbench_lines
 from rmcore.host.command import run_command
 from rmcore.host.files import finite
@@ -39,6 +43,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="directory or hub id of a reward model")
     parser.add_argument("data", metavar="DATA", help="preference data: file, directory, glob, hub id or `synthetic`")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="data.split=test, batch.tokens=8192, ...")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="another model to compare with on the same pairs (may be repeated): is MODEL better, and by how much?",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
         "--rewardbench",
@@ -57,13 +68,22 @@ def main(argv: list[str]) -> int:
     from rmcore.parallel.world import running_world
 
     def work() -> None:
-        config = evaluation_config(arguments.model, arguments.data, arguments.overrides)
-        with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
-            report = evaluate_files(config, world, arguments.rewardbench, arguments.prior_sets)
-            if world.is_main:
-                print_text(json.dumps(finite(report.metrics)) if arguments.json else as_text(report))
-                if arguments.report or arguments.png:
-                    write(report, arguments.report, arguments.png)
+        names = [arguments.model, *arguments.against]
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"--against: {repeated[0]} is given twice")
+        configs = {name: evaluation_config(name, arguments.data, arguments.overrides) for name in names}
+        first = configs[arguments.model]
+        with running_world(first.parallel.timeout_seconds, first.run.seed) as world:
+            reports = {
+                name: evaluate_files(config, world, arguments.rewardbench, arguments.prior_sets)
+                for name, config in configs.items()
+            }
+            if not world.is_main:
+                return
+            output = output_of(reports, first.run.seed)
+            print_text(json.dumps(finite(output.values)) if arguments.json else output.text)
+            if arguments.report or arguments.png:
+                write(output, arguments.report, arguments.png)
 
     return run_command("rmcore evaluate", work)
 
@@ -74,9 +94,12 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     rewardbench, prior_sets: see rmcore.evaluation.rewardbench_data.with_rewardbench; the scores are the metric
     `rewardbench`.
     """
+    import numpy as np
+
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.tokenizer import load_tokenizer
     from rmcore.evaluation.arrays import answer_arrays, pair_arrays
+    from rmcore.evaluation.own_metrics import add_own_metrics
     from rmcore.evaluation.rewardbench_data import fold_ties, with_rewardbench
     from rmcore.evaluation.samples import sample_rows
     from rmcore.evaluation.trained import TrainedModel, on_one_day
@@ -99,6 +122,7 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
     trained = first_error(world, "loading the model", lambda: TrainedModel.load(config, tokenizer, world.device))
     line = first_error(world, "the self-test", lambda: trained.choose_path(data))
     evaluation = trained.evaluate(data, world, version)
+    add_own_metrics(evaluation, data, config.run.metrics)
     rewards_A = evaluation.rewards_A
     by_section = data if version is None else fold_ties(data)
     return Report(
@@ -112,27 +136,42 @@ def evaluate_files(config: Config, world: World, rewardbench: str = "off", prior
         notes=[describe(prepared, config), line, *precision_lines],
         config_yaml=config.dump_yaml(),
         environment=environment(world.device.type, world.size),
+        prompt_N=np.array(data.prompt_hash),
     )
 
 
-def write(report: Report, page: str | None, pictures: str | None) -> None:
-    """Write the page and the pictures, if they are wanted. Raises UserError if they cannot be written."""
+class Output(NamedTuple):
+    """What the command prints, with --json (`values`) or without it (`text`), and the function that writes its page."""
+
+    values: dict[str, Any]
+    text: str
+    write: Callable[[Path | None, Path | None], None]
+
+
+def output_of(reports: Mapping[str, Report], seed: int) -> Output:
+    """The evaluation of one model, or the comparison of several, by their names."""
+    from rmcore.report.comparison import comparison_report, comparison_text, write_comparison
     from rmcore.report.write import write_report
 
+    [first, *others] = reports.values()
+    if not others:
+        return Output(dict(first.metrics), as_text(first), partial(write_report, first))
+    compared = comparison_report(reports, seed)
+    values = {"models": dict(compared.models), "comparison": dict(compared.comparison)}
+    return Output(values, comparison_text(compared), partial(write_comparison, compared))
+
+
+def write(output: Output, page: str | None, pictures: str | None) -> None:
+    """Write the page and the pictures, if they are wanted. Raises UserError if they cannot be written."""
     try:
-        write_report(report, Path(page) if page else None, Path(pictures) if pictures else None)
+        output.write(Path(page) if page else None, Path(pictures) if pictures else None)
     except OSError as error:
         raise UserError(f"cannot write the report to {page or pictures}: {error.strerror or error}") from None
 
 
 def as_text(report: Report) -> str:
     """Notes, a table of the metrics overall and by source, RewardBench's scores, and a line each on further metrics."""
-    heads, rows = table(report.metrics, "evaluate")
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [*report.notes]
-    for first, *others in [heads, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    lines = [*report.notes, *aligned(*table(report.metrics, "evaluate"))]
     if "rewardbench" in report.metrics:
         lines += rewardbench_lines(report.metrics["rewardbench"])
     return "\n".join([*lines, *sentences(report.metrics)])

@@ -4,7 +4,8 @@ Input: a reward model's directory and rows (JSON lines, JSON, CSV, also .gz or .
 each in one of these forms:
     {"prompt": text or turns, "answers": [text or turns, ...]}   -> "rewards", one per answer, and "best" (0-based)
     {"prompt": ..., "answer": ...}                               -> "reward"
-    {"chosen": ..., "rejected": ...}, with or without "prompt"   -> "rewards" (chosen, rejected) and "best"
+    {"chosen": ..., "rejected": ...}, with or without "prompt"   -> "rewards" (chosen, rejected), "best" and their
+                                                                    difference "reward_margin"
     {"messages": [turns]}                                        -> "reward"
     {"text": rendered text}, {"texts": [...]}                    -> "reward"; "rewards" and "best"
 Output: the same rows in the same order with those keys added, as JSON lines (also .gz or .zst) or Parquet; `-`:

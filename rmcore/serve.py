@@ -4,19 +4,23 @@ Input: a reward model's directory. Output: a service on localhost (rmcore/servin
 Example: `rmcore serve runs/hh/model --port 5000` prints "rmcore serve: runs/hh/model on http://127.0.0.1:5000";
 OpenRLHF's trainer is then started with --remote_rm_url http://127.0.0.1:5000/get_reward.
 
-On SIGTERM or SIGINT the service accepts no new connection, answers the requests under way and exits with 0. There is no
-authentication: on an address other than localhost, everyone who reaches the port can use the model.
+On SIGTERM or SIGINT the service accepts no new connection, answers the requests under way and exits with 0. Without
+a token in $RMCORE_SERVE_TOKEN everyone who reaches the address can use the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from importlib.util import find_spec
 
 from rmcore.config import UserError
 from rmcore.host.command import run_command
 
+HOST, PORT = "127.0.0.1", 5000
+TOKEN = "RMCORE_SERVE_TOKEN"  # in the environment: a command line can be read by every user of the machine
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # the packages of the extra `serve`
 
 
@@ -30,12 +34,14 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="rmcore serve",
         description="Rewards over HTTP: /get_reward (OpenRLHF), /classify and /score (vLLM), /rewards, /health, "
-        "/metrics. Needs the extra: pip install 'rmcore[serve]'.",
+        f"/metrics, /openapi.json. With a token in ${TOKEN}, requests need the header Authorization: Bearer TOKEN. "
+        "Needs the extra: pip install 'rmcore[serve]'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     made.add_argument("model", metavar="MODEL", help="directory or hub id of a reward model")
-    made.add_argument("--host", default="127.0.0.1", help="address; there is no authentication")
-    made.add_argument("--port", type=int, default=5000, help="0: any free port, which is printed")
+    made.add_argument("--host", default=HOST, help=f"address; set ${TOKEN} where others can reach it")
+    made.add_argument("--port", type=int, default=PORT, help="0: any free port, which is printed")
+    made.add_argument("--socket", metavar="PATH", help="a unix socket of mode 0600, in place of host and port")
     made.add_argument(
         "--normalise", action="store_true", help="normalise by the mean and deviation stored in MODEL/config.json"
     )
@@ -62,6 +68,11 @@ def serve(given: argparse.Namespace) -> None:
     for name in ("max_body", "max_texts", "max_tokens", "max_waiting", "max_connections", "timeout", "body_timeout"):
         if (value := getattr(given, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if given.socket is not None and (given.host, given.port) != (HOST, PORT):
+        raise UserError("--socket takes the place of --host and --port: give one or the other")
+    token = os.environ.get(TOKEN)
+    if token is not None and re.fullmatch(r"[!-~]+", token) is None:
+        raise UserError(f"{TOKEN} must be a token of visible ASCII characters without spaces; unset it for none")
     if not 0 <= given.port <= 65535:
         raise UserError(f"--port must be from 0 to 65535, not {given.port}")
     from rmcore.serving import server
@@ -74,6 +85,8 @@ def serve(given: argparse.Namespace) -> None:
         Limits(given.max_body, given.max_texts, tokens, given.body_timeout, given.timeout, given.max_connections),
         host=given.host,
         port=given.port,
+        path=given.socket,
+        token=token,
         normalise=given.normalise,
         most_waiting=given.max_waiting,
     )

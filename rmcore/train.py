@@ -22,8 +22,10 @@ from rmcore.config import config_from_argv
 if __name__ == "__main__":  # `--help`, and mistakes in the config, are answered before the heavy imports below
     CONFIG = config_from_argv(sys.argv[1:], "python -m rmcore.train", "Train a reward model on preference pairs.")
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config.schema import Config
@@ -31,7 +33,7 @@ from rmcore.data.batches.loader import Loader
 from rmcore.host.command import run_command
 from rmcore.host.files import write_text_atomically
 from rmcore.host.terminal import print_text, survive_lost_output
-from rmcore.parallel.optim import learning_rate, set_learning_rate
+from rmcore.parallel.optim import set_learning_rates
 from rmcore.parallel.world import World, first_error, running_world
 from rmcore.tracking.status import write_status
 from rmcore.tracking.tracker import Tracker, start_tracker
@@ -40,10 +42,12 @@ from rmcore.training.bad_steps import BadSteps
 from rmcore.training.best import Trained, take_best
 from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.held_out import evaluate_run, evaluation_steps, resumed_evaluations
+from rmcore.training.in_process import FinishedRun, config_of, in_process, raise_reason
 from rmcore.training.metrics import Metrics
 from rmcore.training.outcome import STOPPED, Ending, leave_process, recorded
 from rmcore.training.patience import Patience
 from rmcore.training.publish import publish
+from rmcore.training.regularisers import Regularisers
 from rmcore.training.rehearsal import rehearse, sizes_of
 from rmcore.training.run import Run, moment_after
 from rmcore.training.run_directory import check_disk, own_directory
@@ -57,36 +61,40 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     config, world, strategy, plan = run.config, run.world, run.strategy, run.plan
     heartbeat, signals = heartbeat or Heartbeat(world), signals or Signals()
     optimizer, bad_steps = strategy.optimizer, BadSteps(run, tracker)
-    metrics = Metrics(world, run.flops_per_token, earlier=run.start.interval)
+    metrics = Metrics(world, run.flops_per_token, earlier=run.start.interval, language=config.loss.sft > 0)
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
-    step, lr = plan.step(max(0, run.position.step - 1)), 0.0
+    regularisers = Regularisers(run)
+    step, rates = plan.step(max(0, run.position.step - 1)), dict[str, float]()
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
-    loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share)
+    loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share, language=config.loss.sft > 0)
 
     def log_interval() -> None:
         bad_steps.report(step.index + 1, logged=True)
         interval = metrics.reduce()
-        tracker.log(moment_after(step), {**interval, "train/rm/lr": lr})
+        tracker.log(moment_after(step), {**interval, **rates, **regularisers.logged()})
         bad_steps.note_spike(interval)
         heartbeat.report_slow_rank(tracker)
 
     with signals.deferred(world), saver, loader:
         for step, micro_batches in loader:
-            lr = learning_rate(config.optim, step.index, plan.steps)
-            set_learning_rate(optimizer, lr)
+            rates = set_learning_rates(optimizer, config.optim, step.index, plan.steps)
+            micro_batches = regularisers.begin(step, micro_batches)
             for batch, is_last in heartbeat.through(step.index + 1, micro_batches):
                 with strategy.gradient_sync(is_last):
                     with strategy.autocast():
                         out = strategy.model(batch)  # tokens -> last-token scores -> summed loss
                     heartbeat.at("backward")
-                    (out.loss_sum * (world.size / step.global_weight)).backward()
+                    loss = out.loss_sum * (world.size / step.global_weight)
+                    (loss + regularisers.loss(out, batch)).backward()
                 metrics.add(out, batch)  # stays on the device
             grad_norm = strategy.clip_grad_norm(config.optim.max_grad_norm)
             bad_steps.watch(grad_norm)  # NaN or Inf in any gradient: AdamW skips this update, on every rank
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if strategy.ema:
+                strategy.ema.update()
             metrics.add_step(grad_norm)
 
             done = step.index + 1
@@ -129,7 +137,8 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
     introduce(state, rehearsed)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
         end = take_best(state, train(state, tracker, heartbeat, signals), tracker)
-        publish(state, end.evaluations, tracker)
+        with state.chosen_weights():
+            publish(state, end.evaluations, tracker)
         report_run(state, end, tracker)
     last, metrics = moment_after(end.step), end.evaluations.metrics if end.evaluations else None
     write_status(
@@ -144,9 +153,13 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
     )
 
 
-def attempt(config: Config, world: World, signals: Signals) -> None:
+def attempt(config: Config, world: World, signals: Signals, *, prints: bool = True) -> None:
     """One attempt at a run that owns its directory. Raises Ending, once the reason is recorded, if it fails."""
-    with Heartbeat(world) as heartbeat, own_directory(config, world), recorded(config.run.dir, heartbeat, signals):
+    with (
+        Heartbeat(world, prints=prints) as heartbeat,
+        own_directory(config, world),
+        recorded(config.run.dir, heartbeat, signals),
+    ):
         run(config, world, heartbeat, signals)
 
 
@@ -164,6 +177,27 @@ def main(config: Config) -> int:
         return STOPPED
     except Ending as end:
         return end.code
+
+
+def fit(config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> FinishedRun:
+    """Train in this process, from a program or a notebook, as `python -m rmcore.train CONFIG [key=value ...]` would.
+
+    Args:
+        config: the path of a YAML file, a nested dict of the same keys, or a `Config`.
+        overrides: ["optim.lr=1e-5", ...], as on the command line.
+    Raises:
+        UserError: the config, the data, the model or the run directory cannot be used.
+        RunError: the run failed, with its reason.
+        KeyboardInterrupt: after Ctrl-C, once the run has saved; the same call resumes it. A second one does not save.
+    A run that is completed already is returned as it is.
+    """
+    chosen, signals = config_of(config, overrides), Signals(guest=True)
+    try:
+        with in_process(), signals.watched(), running_world(chosen.parallel.timeout_seconds, chosen.run.seed) as world:
+            attempt(chosen, world, signals, prints=False)
+    except (Ending, Stopped) as end:
+        raise_reason(end, chosen.run.dir, signals.received)
+    return FinishedRun(chosen.run.dir)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def check_all(config: Config) -> Checks:
     from rmcore.data.prepare import describe, prepare_data
     from rmcore.data.tokens.templates import template_of
     from rmcore.evaluation.criterion import Criterion, check_best_metric
+    from rmcore.evaluation.own_metrics import check_functions
     from rmcore.model.backbone import position_limit
     from rmcore.tracking.data_progress import DataProgress
 
@@ -83,6 +84,7 @@ def check_all(config: Config) -> Checks:
 
     def data() -> tuple[Any, str, list[str]]:
         Criterion.of(config)
+        check_functions(config)
         with DataProgress() as progress:
             positions = position_limit(found["model"]) if "model" in found else None
             prepared = prepare_data(config, found["tokenizer"], positions, progress)

@@ -85,7 +85,7 @@ def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 
 # `rmcore evaluate` and `rmcore score` read one source, whose keys follow `data` directly.
-SHORT = {f"data.{key}" for key in ("split", "name", "revision", "amount", "columns")}
+SHORT = {f"data.{key}" for key in ("split", "name", "revision", "amount", "columns", "format")}
 FILES = {
     "safetensors",
     "unverified",

@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "preparing and planning data, compared with datasets.map and TRL",
     "models": "every decoder of the installed transformers: its path, and whether it can be exported",
     "gpu": "one GPU: exactness, ceilings, training rates compared with a padded loop and TRL",
+    "nullgpu": "a GPU that does nothing: waits, launches, memory and graphs of a step, without a GPU",
     "profile": "the time of a training step by kind of work and by operation",
     "checkpoint": "saving and loading 500 MB, compared with dd on the same disk",
     "scale": "a billion pairs on 1,024 ranks, extrapolated: start, order, balance",

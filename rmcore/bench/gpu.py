@@ -2,8 +2,9 @@
 
 Input: this machine. Pythia shapes with random weights, and random tokens in the lengths of 256 real HH and TL;DR pairs
 (lengths.json): no network, no tokenizer, no `datasets`.
-Output: one JSON file of sections, each with its results or the error that ended it: ceiling, exactness, sync,
-attention, train.
+Output: one JSON file of sections, each with its results or the error that ended it, the most valuable first: ceiling,
+ops, exactness, sync, train, attention, profile. Next to it, a file of the same name with `.jsonl` gets a line for each
+result at once, so that a machine that goes away takes nothing with it.
 Example: train of 1.4b on HH lengths: tokens per second, MFU, sharing ratio, peak memory, for rmcore, for a padded loop
 over the same pairs, and for TRL's RewardTrainer where it is installed.
 
@@ -35,6 +36,8 @@ from rmcore.model.attention import attention_forward
 from rmcore.model.layout_context import packed_layout
 from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from rmcore.model.selftest import choose_path
+from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
+from rmcore.ops.pairwise import pairwise_loss
 from rmcore.parallel.world import World, running_world
 
 # Layers, width, heads and MLP width of EleutherAI's Pythia models.
@@ -61,9 +64,11 @@ def llama(shape: tuple[int, int, int, int], vocabulary: int) -> PretrainedConfig
 class Bench:
     """What the sections share: the device, the sizes, and the time after which no run starts."""
 
-    def __init__(self, world: World, tiny: bool, minutes: float, peers: str | None = None) -> None:
+    def __init__(
+        self, world: World, tiny: bool, minutes: float, peers: str | None = None, lines: Path | None = None
+    ) -> None:
         self.world, self.device, self.tiny = world, world.device, tiny
-        self.trl = python_with_trl(peers)
+        self.trl, self._lines = python_with_trl(peers), lines
         self.cuda = self.device.type == "cuda"
         self.shapes = TINY if tiny else SHAPES
         self.vocabulary = 512 if tiny else VOCABULARY
@@ -72,6 +77,20 @@ class Bench:
         self.rows = {
             name: rows_of_lengths(rows[: 16 if tiny else 256], self.vocabulary) for name, rows in lengths.items()
         }
+
+    def note(self, name: str, found: dict[str, Any]) -> dict[str, Any]:
+        """Print a result, and append it to the file of lines at once."""
+        line = json.dumps({"what": name, **found})
+        print(line, flush=True)
+        if self._lines is not None:
+            with self._lines.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        return found
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over: nothing new starts."""
+        return time.monotonic() > self.deadline
 
     def timed(self, call: Callable[[], Any], repeat: int = 10) -> float:
         """Seconds of a call: the best of `repeat` calls, after two to warm up."""
@@ -108,6 +127,47 @@ def ceiling(bench: Bench) -> dict[str, Any]:
     target = torch.empty_like(source)
     copied = bench.timed(lambda: target.copy_(source))
     return {"matrix_tflops": 2e-12 * size**3 / product, "copy_tb_per_s": 2e-12 * source.numel() / copied}
+
+
+def ops(bench: Bench) -> dict[str, Any]:
+    """Relative errors of the ops on this device, compared with their references in fp64: results and gradients."""
+    found: dict[str, Any] = {}
+    batch = build_batch(bench.rows["hh"].data, range(8)).on(bench.device)
+    tokens, rows_A = batch.computed_tokens, batch.last_token_index_A
+    pairs = batch.winner_P, batch.loser_P, batch.margin_P, batch.weight_P
+    plan = gather_plan(batch.layout.segments_S4).mapped(lambda index: index.to(bench.device))
+
+    def errors(call: Callable[..., Any], *inputs: Tensor) -> dict[str, float]:
+        results = []
+        for dtype in (inputs[0].dtype, torch.float64):
+            given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+            out = call(*given)
+            out = torch.cat([x.double().flatten() for x in (out if isinstance(out, tuple) else (out,))])
+            upstream = torch.linspace(-1.0, 1.0, out.numel(), device=out.device, dtype=out.dtype)
+            results.append([out, *torch.autograd.grad(out, given, upstream)])
+        offs = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(*results, strict=True)]
+        return {"result_off": offs[0], "gradients_off": max(offs[1:])}
+
+    for kind in (torch.float32, torch.bfloat16):
+        for size in (128, 2560) if bench.tiny else (128, 2560, 16384):
+            inputs = (torch.randn(n, size, device=bench.device, dtype=kind).squeeze(0) for n in (tokens, 1))
+            call = partial(lambda hidden, head: pairwise_loss(hidden, head, rows_A, *pairs))
+            name = f"pairwise {size} {kind}"
+            found[name] = bench.note(name, errors(call, *inputs))
+        key, value = (torch.randn(tokens, 4, 80, device=bench.device, dtype=kind) for _ in range(2))
+        name = f"gather {kind}"
+        found[name] = bench.note(name, errors(lambda k, v: gather_prefix_kv(k, v, plan), key, value))
+        for heads, groups, size, window in ((8, 8, 128, 0), (8, 2, 128, 64), (4, 4, 80, 0), (4, 1, 256, 0)):
+            shapes = ((heads, size), (groups, size), (groups, size))
+            q, k, v = (torch.randn(1, h, tokens, d, device=bench.device, dtype=kind) for h, d in shapes)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, window: int = window) -> Tensor:
+                with packed_layout(batch.layout):
+                    return attention_forward(torch.nn.Module(), q, k, v, None, sliding_window=window or None)[0]
+
+            name = f"attention {heads} of {groups} heads, size {size}, window {window}, {kind}"
+            found[name] = bench.note(name, errors(attend, q, k, v))
+    return found
 
 
 def gradient(bench: Bench, model: RewardModel, path: str, half: bool) -> tuple[Tensor, Tensor]:
@@ -195,6 +255,8 @@ def attention(bench: Bench) -> dict[str, Any]:
         seen = sum((e - s) * (pe - ps) + (e - s) * (e - s + 1) / 2 for s, e, ps, pe in segments)
         texts = [e - s + pe - ps for s, e, ps, pe in segments]
         for shape, (_, width, heads, _) in bench.shapes.items():
+            if bench.late:
+                continue
             size = width // heads
             kind = torch.bfloat16 if bench.cuda else torch.float32
 
@@ -212,38 +274,51 @@ def attention(bench: Bench) -> dict[str, Any]:
     return found
 
 
+# What is measured, the most valuable first: shape, rows, and arms.
+ORDER = (
+    ("1.4b", "hh", ("ddp", "zero2", "zero2 compiled")),
+    ("2.8b", "hh", ("ddp", "zero2 compiled")),
+    ("1.4b", "tldr", ("zero2 compiled",)),
+    ("1.4b", "hh", ("trl best", "padded", "padded, no cuDNN", "padded, recomputed", "trl default")),
+    ("410m", "hh", ("ddp", "ddp compiled", "padded")),
+)
+
+
 def train(bench: Bench) -> dict[str, Any]:
-    """Training rates of each shape on both kinds of rows: rmcore, compiled and not, the padded loop, and TRL."""
+    """Training rates in the order of ORDER: rmcore by strategy, compiled and not, the padded loop, and TRL."""
     found: dict[str, Any] = {} if bench.trl else {"trl": {"missing": "trl and datasets are not installed"}}
     pairs, steps = (4, 2) if bench.tiny else (64, 8)
-    for shape, sizes in bench.shapes.items():
-        for name, rows in bench.rows.items():
-            arms: dict[str, Callable[..., dict[str, Any]]] = {
-                "rmcore": rmcore_run,
-                "rmcore compiled": lambda *a, **k: rmcore_run(*a, compiled=True, **k),
-                "padded": padded_run,
-                "padded, recomputed": lambda *a, **k: padded_run(*a, recompute=True, **k),
-            }
-            if bench.tiny:
-                del arms["rmcore compiled"]
-            for arm, call in arms.items():
-                key = f"{shape} {name} {arm}"
-                if time.monotonic() > bench.deadline:
-                    found[key] = {"missing": "out of time"}
-                    continue
-                found[key] = with_less_memory(bench, neox(sizes, bench.vocabulary), call, rows, pairs, steps)
-                print(key, {k: v for k, v in found[key].items() if k != "error"}, flush=True)
-            for arm in ("best", "default") if bench.trl else ():
-                key = f"{shape} {name} trl {arm}"
-                found[key] = trl_arm(bench, neox(sizes, bench.vocabulary), rows, arm, pairs, steps)
-                print(key, {k: v for k, v in found[key].items() if k != "error"}, flush=True)
+    for shape, name, arms in ORDER:
+        shape = "tiny" if bench.tiny else shape
+        for arm in arms:
+            key = f"{shape} {name} {arm}"
+            if key in found or (bench.tiny and "compiled" in arm) or (arm.startswith("trl") and not bench.trl):
+                continue
+            config = neox(bench.shapes[shape], bench.vocabulary)
+            found[key] = bench.note(key, train_arm(bench, config, bench.rows[name], arm, pairs, steps))
     return found
+
+
+def train_arm(bench: Bench, config: PretrainedConfig, rows: Rows, arm: str, pairs: int, steps: int) -> dict[str, Any]:
+    """One arm of ORDER."""
+    if bench.late:
+        return {"missing": "out of time"}
+    if arm.startswith("trl"):
+        return trl_arm(bench, config, rows, arm.removeprefix("trl "), pairs, steps)
+    if not arm.startswith("padded"):
+        strategy, _, compiled = arm.partition(" ")
+        call = partial(rmcore_run, strategy=strategy, compiled=bool(compiled))
+        return with_less_memory(bench, config, call, rows, pairs, steps)
+    torch.backends.cuda.enable_cudnn_sdp("no cuDNN" not in arm)
+    try:
+        return with_less_memory(bench, config, partial(padded_run, recompute="recomputed" in arm), rows, pairs, steps)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def trl_arm(bench: Bench, config: PretrainedConfig, rows: Rows, arm: str, pairs: int, steps: int) -> dict[str, Any]:
     """TRL in a process of its own. This process frees the GPU memory that it has cached first."""
-    if bench.trl is None or time.monotonic() > bench.deadline:
-        return {"missing": "out of time"}
+    assert bench.trl is not None
     if bench.cuda:
         torch.cuda.empty_cache()
     try:
@@ -270,7 +345,28 @@ def with_less_memory(
         torch.cuda.empty_cache()
 
 
-SECTIONS = {"ceiling": ceiling, "exactness": exactness, "sync": sync, "attention": attention, "train": train}
+def profile(bench: Bench) -> dict[str, Any]:
+    """The operations of one step of the 1.4b shape that take longest, as text."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if bench.cuda else []
+    if bench.late:
+        return {"missing": "out of time"}
+    config = neox(bench.shapes["tiny" if bench.tiny else "1.4b"], bench.vocabulary)
+    with torch.profiler.profile(activities=activities) as profiler:
+        rmcore_run(bench.model(config), bench.rows["hh"], bench.world, steps=1, pairs=16, tokens=8192, strategy="zero2")
+    order = "self_device_time_total" if bench.cuda else "self_cpu_time_total"
+    return {"table": profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)}
+
+
+SECTIONS = {
+    "ceiling": ceiling,
+    "ops": ops,
+    "exactness": exactness,
+    "sync": sync,
+    "train": train,
+    "attention": attention,
+    "profile": profile,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -284,16 +380,22 @@ def main(arguments: list[str]) -> int:
     options = p.parse_args(arguments)
     record: dict[str, Any] = {"what": "gpu", "machine": machine(), "settings": {"tiny": options.tiny}, "sections": {}}
     failed = False
+    path = write_results("gpu", record, options.out)
+    path.with_suffix(".jsonl").unlink(missing_ok=True)
     with running_world(600.0, 0) as world:
-        bench = Bench(world, options.tiny, options.minutes, options.peers)
+        bench = Bench(world, options.tiny, options.minutes, options.peers, path.with_suffix(".jsonl"))
+        bench.note("machine", record["machine"])
         for name in options.sections:
             began = time.monotonic()
+            if bench.late:
+                record["sections"][name] = {"missing": "out of time"}
+                continue
             try:
                 result = SECTIONS[name](bench)
             except Exception:  # a failed section must not lose the results of the others
                 result, failed = {"error": traceback.format_exc()[-3000:]}, True
             record["sections"][name] = {**result, "seconds": time.monotonic() - began}
-            print(f"{name}: {json.dumps(record['sections'][name], indent=1)}", flush=True)
-            path = write_results("gpu", record, options.out)
+            bench.note(f"section {name}", record["sections"][name])
+            write_results("gpu", record, options.out)
     print(f"written: {path}")
     return int(failed)

@@ -24,6 +24,7 @@ from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
 from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.model.backbone import recompute_activations
+from rmcore.model.compiled import speed_up
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.world import World
@@ -57,13 +58,13 @@ def rows_of_lengths(lengths: list[list[int]], vocabulary: int) -> Rows:
     return Rows(in_memory(rows, LengthLimits(max_tokens=2048)))
 
 
-def settings_of(pairs: int, recompute: str, compiled: bool) -> Config:
+def settings_of(pairs: int, recompute: str, compiled: bool, strategy: str = "ddp") -> Config:
     return Config.model_validate(
         {
             "model": {"name": "random"},
             "data": {"train": {"path": "random"}},
             "batch": {"pairs": pairs},
-            "parallel": {"precision": "bf16", "recompute": recompute, "compile": compiled},
+            "parallel": {"strategy": strategy, "precision": "bf16", "recompute": recompute, "compile": compiled},
         }
     )
 
@@ -76,18 +77,20 @@ def rmcore_run(
     steps: int,
     pairs: int,
     tokens: int,
+    strategy: str = "ddp",
     compiled: bool = False,
     forbid_sync: bool = False,
 ) -> dict[str, Any]:
     """The steps of `rmcore.train`, without logging. `forbid_sync`: PyTorch raises if the host waits for the device."""
     data, device = rows.data, world.device
-    config = settings_of(pairs, "auto", compiled)
+    config = settings_of(pairs, "auto", compiled, strategy)
     longest = int(data.tokens_N.max())
     chosen = choose_budget(config, model.backbone.config, longest, device, 1)
     budget = max(longest, min(tokens, chosen.tokens))
-    recompute_activations(model.backbone, chosen.recompute)
+    speed_up(model.backbone, recompute=chosen.recompute, compiled=compiled)
     model.use(SHARED, pruned=True)
-    strategy = make_strategy(config, model, world)
+    chosen_strategy = make_strategy(config, model, world)
+    flops_of = model_flops(model, rows)
     plan = Plan(
         data.tokens_N,
         work(data.tokens_N),
@@ -107,16 +110,16 @@ def rmcore_run(
                 if forbid_sync:
                     torch.cuda.set_sync_debug_mode("error")
             for batch, is_last in micro_batches:
-                with strategy.gradient_sync(is_last), strategy.autocast():
-                    out = strategy.model(batch)
+                with chosen_strategy.gradient_sync(is_last), chosen_strategy.autocast():
+                    out = chosen_strategy.model(batch)
                 (out.loss_sum / step.global_weight).backward()
                 watch.count(batch.computed_tokens, batch.logical_tokens, batch.winner_P.numel())
-            strategy.clip_grad_norm(1.0)
-            strategy.optimizer.step()
-            strategy.optimizer.zero_grad(set_to_none=True)
+            chosen_strategy.clip_grad_norm(1.0)
+            chosen_strategy.optimizer.step()
+            chosen_strategy.optimizer.zero_grad(set_to_none=True)
     if forbid_sync:
         torch.cuda.set_sync_debug_mode("default")
-    return watch.record(model, rows) | {"budget": budget, "recompute": chosen.recompute}
+    return watch.record(flops_of) | {"budget": budget, "recompute": chosen.recompute}
 
 
 def padded_run(
@@ -151,7 +154,10 @@ def padded_run(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return watch.record(model, rows) | {"pairs_at_once": at_once, "recompute": "full" if recompute else "none"}
+    return watch.record(model_flops(model, rows)) | {
+        "pairs_at_once": at_once,
+        "recompute": "full" if recompute else "none",
+    }
 
 
 def rectangle(texts: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -161,6 +167,14 @@ def rectangle(texts: list[np.ndarray], device: torch.device) -> tuple[Tensor, Te
     for row, text in enumerate(texts):
         ids[row, : len(text)], mask[row, : len(text)] = torch.from_numpy(text.astype(np.int64)), 1
     return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+
+
+def model_flops(model: RewardModel, rows: Rows) -> float:
+    """Training FLOPs of one computed token. Called before the weights are sharded."""
+    embedding = model.backbone.get_input_embeddings()
+    tables = sum(p.numel() for p in embedding.parameters()) if isinstance(embedding, nn.Module) else 0
+    weights = sum(p.numel() for p in model.parameters()) - tables
+    return model_flops_per_token(model.backbone.config, weights, rows.mean_text)
 
 
 class Watch:
@@ -186,14 +200,15 @@ class Watch:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
-    def record(self, model: RewardModel, rows: Rows) -> dict[str, Any]:
-        """Rates, MFU of the computed tokens (as a share of the H100's peak), peak memory in GB."""
+    def record(self, flops_per_token: float) -> dict[str, Any]:
+        """Rates, MFU of the computed tokens (as a share of the H100's peak), peak memory in GB.
+
+        `host_ms` is the time until the host had queued a micro batch; the GPU's is longer unless the host is too slow.
+        """
+        host = time.perf_counter() - self._began
         self._wait()
         seconds = time.perf_counter() - self._began
-        embedding = model.backbone.get_input_embeddings()
-        tables = sum(p.numel() for p in embedding.parameters()) if isinstance(embedding, nn.Module) else 0
-        weights = sum(p.numel() for p in model.parameters()) - tables
-        flops = model_flops_per_token(model.backbone.config, weights, rows.mean_text) * self.computed / seconds
+        flops = flops_per_token * self.computed / seconds
         cuda = self._device.type == "cuda"
         return {
             "steps": self.batches,
@@ -203,5 +218,8 @@ class Watch:
             "logical_over_computed": self.logical / self.computed,
             "model_tflops": 1e-12 * flops,
             "mfu_of_h100": flops / PEAK_FLOPS["H100"],
+            "ms": 1e3 * seconds / self.batches,
+            "host_ms": 1e3 * host / self.batches,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if cuda else None,
         }

@@ -48,7 +48,9 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"), LAYERS),
     **dict.fromkeys(("decoder_layers", "encoder_layers", "depth"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
-    **dict.fromkeys(("swa_num_attention_heads", "num_query_groups", "linear_num_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("swa_num_attention_heads", "num_query_groups", "linear_num_heads"), 4),
+    # As in the real models: with few heads many keys have a score of exactly 0, and the choice among them is arbitrary.
+    "index_n_heads": 64,
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("head_dim", "swa_head_dim", "dim_head", "kv_channels", "linear_head_dim", "global_head_dim"), 8),

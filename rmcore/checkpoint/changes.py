@@ -28,7 +28,7 @@ FREE: tuple[str, ...] = (
     ),
     *("log", "hub"),
     *("run.dir", "run.resume", "run.allow_changes", "run.keep", "run.keep_best", "run.save_every", "run.save_minutes"),
-    *("run.evals", "run.background_save", "run.max_bad_steps"),
+    *("run.evals", "run.metrics", "run.background_save", "run.max_bad_steps"),
 )
 # What runs had before these keys existed. Other keys that an older checkpoint does not have are not compared.
 FORMERLY = {"model.weights": "fp32", "optim.states": "fp32"}

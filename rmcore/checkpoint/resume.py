@@ -18,7 +18,7 @@ from rmcore.checkpoint import directory
 from rmcore.checkpoint.changes import LENGTH, allowed, changes, check_changes
 from rmcore.checkpoint.manifest import Manifest, check_file, read_manifest
 from rmcore.checkpoint.shards import Damaged, FileRecord, read_slices
-from rmcore.checkpoint.state import make_averages, pieces
+from rmcore.checkpoint.state import EMA, make_averages, pieces
 from rmcore.config import UserError, load_config
 from rmcore.config.schema import Config
 from rmcore.host.faults import fault
@@ -105,7 +105,12 @@ def restore(start: Start, strategy: Strategy, world: World) -> None:
         fault("resume.read")
         _check_states(manifest, strategy)
         make_averages(strategy, set(manifest.keys), manifest.updates)
-        wanted = {piece.key: (piece.start, piece.local) for piece in pieces(strategy, world)}
+        averaged = any(key.startswith(f"{EMA}/") for key in manifest.keys)
+        wanted = {
+            piece.key: (piece.start, piece.local)
+            for piece in pieces(strategy, world)
+            if averaged or not piece.key.startswith(f"{EMA}/")
+        }
         weights = {key for key in manifest.keys if key.startswith("weight/")}
         if unknown := weights - set(wanted):
             raise UserError(f"{checkpoint} holds {min(unknown)}, which this model does not have: is it the same model?")
@@ -117,6 +122,8 @@ def restore(start: Start, strategy: Strategy, world: World) -> None:
             read_slices(paths, wanted)
         except Damaged as error:
             raise UserError(f"{checkpoint} does not fit this model: {error}") from error
+        if strategy.ema and not averaged:  # optim.ema is new: the average begins here
+            strategy.ema.restart()
 
     first_error(world, "reading the checkpoint", read)
 

@@ -10,7 +10,7 @@ Ranks that hold the same piece divide it among them, so everything is written on
 amount. A checkpoint fits any strategy and any world size, because it consists of names and ranges only.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from rmcore.parallel.world import World
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 SCALE = "_scale"  # added to the name of an average: the scales of its blocks, if it is stored in 8 bits
+EMA = "ema"  # the moving average of the weights
+BUFFER_BYTES = 64 << 20  # of a pinned buffer, a power of two
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Piece:
     """This rank's part of one flattened tensor: elements `start` to `start + len(local)`.
 
     Attributes:
-        key: weight/NAME, exp_avg/NAME or exp_avg_sq/NAME; of averages in 8 bits, also exp_avg_scale/NAME and
+        key: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME or ema/NAME; of averages in 8 bits, also exp_avg_scale/NAME and
             exp_avg_sq_scale/NAME.
         local: [n], a view of the live tensor, on its device.
         replica, replicas: `replicas` ranks hold this piece; this rank is number `replica` of them.
@@ -51,7 +53,8 @@ class Piece:
 
 
 def pieces(strategy: Strategy, world: World) -> Iterator[Piece]:
-    """This rank's part of the state: of every trained parameter the weight, and AdamW's averages if they are here.
+    """This rank's part of the state: of every trained parameter the weight, AdamW's averages if they are here, and the
+    moving average of the weight if there is one.
 
     Weights that are not trained (LoRA) come from the base model again. Raises RuntimeError for a weight that is not the
     one of the optimizer, in its dtype: a checkpoint never contains a copy in another precision.
@@ -70,6 +73,8 @@ def pieces(strategy: Strategy, world: World) -> Iterator[Piece]:
             holders = (0, 1) if strategy.adamw_is_split else every_rank
             for average in [part for each in AVERAGES for part in (each, each + SCALE) if part in state]:
                 yield _piece(f"{average}/{name}", state[average], parameter, holders)
+        if strategy.ema:
+            yield _piece(f"{EMA}/{name}", strategy.ema.weights[name], parameter, every_rank)
 
 
 def updates_made(adamw: torch.optim.Optimizer) -> int:
@@ -103,9 +108,11 @@ def _piece(key: str, tensor: Tensor, parameter: nn.Parameter, holders: tuple[int
 
 
 class HostCopy:
-    """A copy of this rank's share of the state in host memory, made by `take`; pinned if the state is on a GPU.
+    """A copy of this rank's share of the state in host memory, made by `take`.
 
-    The memory (at most 12 bytes per parameter, divided by the world size) is kept and used again for the next copy.
+    The memory (12 bytes per parameter, 16 with optim.ema, divided by the world size) is kept and used again for the
+    next copy. It is not pinned, because PyTorch rounds pinned memory up to a power of two: a GPU copies through two
+    small pinned buffers.
     """
 
     def __init__(self) -> None:
@@ -123,15 +130,52 @@ class HostCopy:
         on_gpu = any(share.is_cuda for _, _, share in shares)
         if self._memory is None or self._memory.numel() < size:
             self._memory = None  # free the old memory before the new one is allocated
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        self.slices, offset = [], 0
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        self.slices, offset, copies = [], 0, []
         for key, start, share in shares:
             host = self._memory[offset : offset + share.nbytes].view(share.dtype)
-            host.copy_(share, non_blocking=on_gpu)
+            copies.append((host, share))
             self.slices.append((key, start, host))
             offset += _padded(share.nbytes)
         if on_gpu:
-            torch.cuda.current_stream().synchronize()
+            buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            through_buffers(copies, buffers, lambda: torch.cuda.current_stream().record_event())
+        else:
+            for host, share in copies:
+                host.copy_(share)
+
+
+def through_buffers(
+    copies: Iterable[tuple[Tensor, Tensor]], buffers: Sequence[Tensor], copied: Callable[[], torch.cuda.Event]
+) -> None:
+    """Copy each (host, device) pair of flat tensors, in parts, through two pinned buffers in turn.
+
+    While the host empties one buffer, the GPU fills the other.
+
+    Args:
+        buffers: two of uint8, equally large.
+        copied: an event after the copies to buffers so far.
+    """
+    parts = (
+        part
+        for host, device in copies
+        for part in zip(*(x.split(buffers[0].numel() // x.element_size()) for x in (host, device)), strict=True)
+    )
+    filled: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
+
+    def empty_oldest() -> None:
+        host, buffer, event = filled.pop(0)
+        event.synchronize()
+        host.copy_(buffer)
+
+    for number, (host, device) in enumerate(parts):
+        buffer = buffers[number % 2][: host.nbytes].view(host.dtype)
+        buffer.copy_(device, non_blocking=True)
+        filled.append((host, buffer, copied()))
+        if len(filled) == 2:
+            empty_oldest()
+    while filled:
+        empty_oldest()
 
 
 def _padded(size: int) -> int:

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "warm_up_steps": "optim.warmup_steps",
+    "min_lr_rate": "optim.min_lr_ratio",
     "adam_epsilon": "optim.eps",
     "adam_beta1": "optim.betas",
     "adam_beta2": "optim.betas",

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rmcore.config.section import Words
+
 WORDS: dict[Any, str] = {
     Any: "anything",
     int: "whole number",
@@ -56,6 +58,8 @@ def kind_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
         return "mapping of {} to {}".format(*map(kind_of, get_args(annotation)))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping of keys"
+    if written := next((limit.text for limit in limits if isinstance(limit, Words)), ""):
+        return written
     names = [(sign, getattr(limit, name, None)) for limit in limits for name, sign in SIGNS.items()]
     bounds = ", ".join(f"{sign} {bound}" for sign, bound in names if bound is not None)
     return f"{WORDS[annotation]} {bounds}".strip() if annotation in (int, float) else WORDS[annotation]
@@ -117,6 +121,6 @@ def help_text(config: type[BaseModel], prog: str, about: str) -> str:
             section = head
             holder = section_class(config.model_fields[head].annotation)
             lines += ["", f"{head}: {(holder.__doc__ or '').strip() if holder else ''}"]
-        lines.append(f"  {f'{key.name} = {key.default}':<42} {key.kind}")
+        lines += textwrap.wrap(f"  {f'{key.name} = {key.default}':<42} {key.kind}", 118, subsequent_indent=" " * 45)
         lines += textwrap.wrap(key.meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"

@@ -69,6 +69,10 @@ class ParallelConfig(Section):
         description="keep weights, gradients and optimizer in host memory (zero2, zero3, hsdp); slow, a last resort",
     )
     fp8: bool = Field(False, description="FP8 products in the linear layers, on GPUs that have them (extra: fp8)")
+    deterministic: bool = Field(
+        False,
+        description="on GPUs, only algorithms whose results repeat bit for bit; slower. On a CPU they always do",
+    )
     timeout_seconds: int = Field(600, ge=1, description="a collective that waits longer ends the run")
 
     @property

@@ -26,8 +26,9 @@ from pydantic.config import JsonDict
 from rmcore.config.layers import TAG, plain_kind
 from rmcore.config.lora import LoraConfig
 from rmcore.config.loss import LossConfig
+from rmcore.config.optim import OptimConfig
 from rmcore.config.parallel import ParallelConfig
-from rmcore.config.section import Section, conflict
+from rmcore.config.section import ImportPath, Section, conflict
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # may begin with ~; shells expand it only in front
@@ -90,15 +91,24 @@ class SourceConfig(Section):
     columns: dict[str, str] = Field(
         {}, description="rmcore's column names mapped to those in the data: {chosen: better, ...}"
     )
+    keep: Text | None = Field(
+        None,
+        description="use only the rows for which this expression over their columns is true, such as "
+        "'reward_margin > 0'; amount and data.limit count these rows",
+    )
+    format: ImportPath | None = Field(
+        None, description="a function of yours that turns a row into one with rmcore's columns; null: they are detected"
+    )
     set: Text | None = Field(
         None,
         description="for data.eval: evaluate this source apart, as eval/SET/accuracy, ...; sources may share a set",
     )
 
     @model_serializer(mode="wrap")
-    def _without_empty_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `set: null`: checkpoints of versions without this key must still fit the configuration."""
-        return {key: value for key, value in handler(self).items() if key != "set" or value is not None}
+    def _without_empty_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out null in later keys: checkpoints of versions without them must still fit the configuration."""
+        later = ("set", "keep", "format")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
 
 def _as_list(value: Any) -> Any:
@@ -248,27 +258,6 @@ class BatchConfig(Section):
     )
 
 
-class OptimConfig(Section):
-    """AdamW and its schedule"""
-
-    lr: float = Field(3e-6, gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="after the warm-up: linear or cosine decay to zero at the end of the run, or constant"
-    )
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = Field((0.9, 0.999), description="decay rates of AdamW's two averages")
-    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    states: Literal["fp32", "bf16", "int8"] = Field(
-        "fp32",
-        description="of AdamW's two averages: 8, 4 or 2 bytes per parameter; int8 needs bitsandbytes (extra: "
-        "bitsandbytes)",
-    )
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: no clipping")
-
-
 class RunConfig(Section):
     """length, evaluation and checkpoints of the run"""
 
@@ -279,6 +268,9 @@ class RunConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps; null: only epochs count")
     seed: int = Field(1, ge=0, lt=2**31, description="determines data order, score head and sampling")
     evals: int = Field(1, ge=0, description="number of evaluations, spread evenly, the last one at the end; 0: none")
+    metrics: list[ImportPath] = Field(
+        [], description="functions of yours that compute further metrics of each evaluation: [my.module:function]"
+    )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: no checkpoints by steps")
     save_minutes: float | None = Field(
         30.0,
@@ -286,7 +278,9 @@ class RunConfig(Section):
         description="minutes between checkpoints; null: none by time, and none at the end without save_every",
     )
     background_save: bool = Field(
-        True, description="write checkpoints during training, from a copy in host memory (12 bytes per parameter)"
+        True,
+        description="write checkpoints during training, from a copy in host memory (12 bytes per parameter, 16 with "
+        "optim.ema)",
     )
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_best: int = Field(
@@ -308,6 +302,9 @@ class RunConfig(Section):
     )
     allow_changes: list[Text] = Field(
         [], description="keys or sections that may differ from the checkpoint on resume: [data, run.seed]"
+    )
+    weights: Literal["trained", "ema"] = Field(
+        "trained", description="which weights to evaluate and to export: the trained ones, or their average (optim.ema)"
     )
     max_bad_steps: int = Field(3, ge=1, description="end the run after this many NaN or Inf steps in a row")
 
@@ -412,10 +409,21 @@ class Config(Section):
             )
         if self.model.lora.base != "fp32" and self.parallel.compile:
             raise conflict("model.lora.base", "and parallel.compile exclude each other: this combination is untested")
-        if self.model.weights == "bf16" and self.parallel.fp8:
-            raise conflict("model.weights", "and parallel.fp8 exclude each other: this combination is untested")
+        for key, value in (
+            ("parallel.fp8", self.parallel.fp8),
+            ("optim.ema", self.optim.ema is not None),
+            ("loss.sft", bool(self.loss.sft)),
+        ):
+            if self.model.weights == "bf16" and value:
+                raise conflict("model.weights", f"of bf16 and {key} exclude each other: this combination is untested")
+        if self.run.weights == "ema" and self.optim.ema is None:
+            raise conflict("run.weights", "of ema needs optim.ema, the decay of the average")
+        if self.loss.sft and self.model.lora.rank is not None:
+            raise conflict("loss.sft", "and model.lora exclude each other: this combination is untested")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
+        if self.loss.router_aux and self.parallel.compile:
+            raise conflict("loss.router_aux", "and parallel.compile exclude each other: this combination is untested")
         return self
 
     def dump_yaml(self) -> str:

@@ -4,7 +4,10 @@ Example: in a section x, in which key b needs key a, the check raises conflict("
 "configs/hh.yaml:12: x.b needs x.a".
 """
 
-from pydantic import BaseModel, ConfigDict
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -12,6 +15,17 @@ class Section(BaseModel):
     """The rules of every section: no unknown keys, no silent conversions, no later changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class Words:
+    """How `--help` and the error messages write a type."""
+
+    text: str
+
+
+# A function of the user, which rmcore.host.imports imports when it is needed.
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"), Words("module:function")]
 
 
 def conflict(key: str, text: str) -> PydanticCustomError:

@@ -7,8 +7,8 @@ with selective and 6 kB (2.3 D) with full recompute.
 
 No weights are read and no arithmetic is done: two small copies of the model (two and three layers) run forward and
 backward on torch's fake tensors, while the bytes of live storages are counted. What runs is rmcore's own packed forward
-with the last layer pruned, so the count holds for any decoder that runs there. It is the path of the CPU; on CUDA
-attention also keeps gathered copies of keys and values, which `DryRun.token_bytes` adds.
+with the last layer pruned, so the count holds for any decoder that runs there. The fake tensors are on the CPU; a batch
+that brings the index tensors of CUDA takes the path of CUDA, variable-length attention over gathered keys and values.
 
 For a model that does not run on fake tensors, the rule of thumb in RULE_OF_THUMB is used.
 """
@@ -18,6 +18,7 @@ import math
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rmcore.config.lora import LoraConfig
-from rmcore.data.batches.batch import build_batch
+from rmcore.data.batches.batch import RaggedBatch, build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.classifier import new_classifier, text_model
@@ -96,7 +97,7 @@ class DryRun:
     def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True) -> TokenBytes:
         """Activation bytes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute` (one of RECOMPUTES).
 
-        cuda: attention gathers keys and values for each answer (rmcore.model.attention) and keeps the copies.
+        cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer.
         """
         key = arithmetic, recompute, cuda and arithmetic != FP32
         if key not in self._known:
@@ -110,7 +111,7 @@ class DryRun:
         # self-test does.
         for pruned in (True, False):
             try:
-                two, three = (self._slope(count, arithmetic, recompute, pruned) for count in (2, 3))
+                two, three = (self._slope(count, arithmetic, recompute, pruned, cuda) for count in (2, 3))
                 break
             except Exception:  # a model that fails on fake tensors must not stop `rmcore plan` or a run
                 continue
@@ -120,20 +121,17 @@ class DryRun:
             return TokenBytes(layers * width * RULE_OF_THUMB[recompute], width * live, counted=False)
 
         kept = two[0] + (layers - 2) * (three[0] - two[0])
-        if cuda and recompute == "none":
-            rows = (2 * PREFIX + 2 * TAIL) / (PREFIX + 2 * TAIL)  # gathered keys per computed token
-            kept += (layers - 1) * rows * 2 * half * _attention_widths(self.hf_config)[1]
         return TokenBytes(kept, max(two[1], three[1]), counted=True)
 
-    def _slope(self, layers: int, arithmetic: str, recompute: str, pruned: bool) -> tuple[float, float]:
+    def _slope(self, layers: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool) -> tuple[float, float]:
         """(kept, working) bytes per token of a model with so many layers."""
-        short, long = (self._live_bytes(layers, count, arithmetic, recompute, pruned) for count in (2, 4))
+        short, long = (self._live_bytes(layers, count, arithmetic, recompute, pruned, cuda) for count in (2, 4))
         tokens = 2 * (PREFIX + 2 * TAIL)
         kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
         return kept, max(0.0, peak - kept)
 
     def _live_bytes(
-        self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool
+        self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool
     ) -> tuple[int, int]:
         """Live bytes after the forward, and their peak until the backward ends; not parameters and gradients."""
         small = copy.deepcopy(self.hf_config)
@@ -145,6 +143,7 @@ class DryRun:
         lora = self._lora if find_spec("peft") is not None else FULL
         if lora.rank is not None:
             add_lora(text_model(hf_model), lora, seed=0)
+        shapes = _batch(comparisons, cuda)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _to_fake(hf_model)
             turn_dropout_off(hf_model)
@@ -155,8 +154,7 @@ class DryRun:
             model.use(SHARED, pruned=pruned)
             recompute_activations(model.backbone, recompute)
             model.train()
-            batch = build_batch(_Comparisons(), range(comparisons))
-            batch = batch.mapped(lambda t: torch.empty(t.shape, dtype=t.dtype))
+            batch = shapes.mapped(lambda t: torch.empty(t.shape, dtype=t.dtype))
             half = torch.autocast("cpu", torch.bfloat16) if arithmetic == AUTOCAST else nullcontext()
             with LiveBytes(model) as live:
                 with half:
@@ -261,6 +259,13 @@ class _Comparisons:
             tie_weight=one[:0],
             score=np.full(2, np.nan, dtype=np.float32),
         )
+
+
+@cache
+def _batch(comparisons: int, cuda: bool) -> RaggedBatch:
+    """Shapes of a batch without memory."""
+    batch = build_batch(_Comparisons(), range(comparisons))
+    return (batch.with_varlen() if cuda else batch).mapped(lambda t: t.to("meta"))
 
 
 class LiveBytes(TorchDispatchMode):

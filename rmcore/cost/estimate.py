@@ -33,6 +33,7 @@ from rmcore.cost.memory import (
     gpu_budget,
     largest_budget,
     memory_of_step,
+    trained_sizes,
 )
 
 SAMPLED_STEPS = 8  # steps of the run from which the balance of ranks is measured
@@ -91,6 +92,8 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     ranks = setting.gpus // setting.hosts if parallel.traits.by_host else setting.gpus
     step_tokens = data.tokens * config.batch.pairs / setting.gpus  # mean of a rank
 
+    sizes = trained_sizes(config, model)
+
     # The micro batch: its budget, and how the pairs of a step are divided into ranks and micro batches.
     if machine.is_cpu:
         budget = cpu_budget(config, data.longest)
@@ -99,12 +102,12 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     else:
         budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)
         per_token = model.token_bytes(arithmetic_of(config), budget.recompute)
-        most_tokens = largest_budget(config, model.sizes, per_token, machine.memory, ranks, step_tokens)
+        most_tokens = largest_budget(config, sizes, per_token, machine.memory, ranks, step_tokens)
     micro_batches, idle, largest = _balance(config, data, setting, budget.tokens)
 
     memory = memory_of_step(
         config,
-        model.sizes,
+        sizes,
         per_token,
         tokens=largest,
         ranks=ranks,
@@ -117,9 +120,9 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     compute = flops / setting.gpus / (machine.peak(parallel.precision) * setting.mfu) / (1 - idle)
     if machine.is_cpu and machine.memory_rate:
         compute += ACTIVATION_TRAFFIC * per_token.kept * step_tokens / machine.memory_rate / (1 - idle)
-    sent = collectives(config, model.sizes, setting.gpus, setting.hosts, micro_batches)
-    own = model.sizes.trained / (ranks if parallel.traits.shards_optimizer else 1)
-    update = own * stored(config, model.sizes).update  # bytes of memory traffic
+    sent = collectives(config, sizes, setting.gpus, setting.hosts, micro_batches)
+    own = sizes.trained / (ranks if parallel.traits.shards_optimizer else 1)
+    update = own * stored(config, sizes).update  # bytes of memory traffic
 
     return Estimate(
         strategy=strategy,

@@ -13,6 +13,7 @@ from rmcore.cost.dry_run import Sizes
 
 WEIGHT = {"fp32": 4.0, "bf16": 2.0}
 AVERAGES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0 + 2 * 4.0 / 256}  # int8: and a scale for each block of 256
+EMA = 4.0  # the moving average of the weights
 BASE = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / 256, "nf4": 0.5 + 4.0 / 64}
 # Bytes of memory traffic per updated parameter. torch's fused AdamW reads and writes weight and averages and reads the
 # gradient (28), the norm reads the gradient (4), clipping reads and writes it (8). rmcore's own is made of elementwise
@@ -37,6 +38,7 @@ def stored(config: Config, sizes: Sizes) -> Stored:
     weights = width * sizes.total
     if lora.rank is not None:
         weights = BASE[lora.base] * sizes.adapted + 4.0 * (sizes.total - sizes.adapted + sizes.adapters)
+    weights += EMA * sizes.trained * (config.optim.ema is not None)
     update = FUSED
     if states != "fp32" or width == 2.0:
         update = OWN + ROUNDING * ((width == 2.0) + 2 * (states == "bf16"))
@@ -44,5 +46,6 @@ def stored(config: Config, sizes: Sizes) -> Stored:
 
 
 def checkpoint_bytes(config: Config, trained: int) -> float:
-    """Bytes of a checkpoint of `trained` parameters: the weights and their averages."""
-    return (WEIGHT[config.model.weights] + AVERAGES[config.optim.states]) * trained
+    """Bytes of a checkpoint of `trained` parameters: weights, AdamW's averages, and the moving average of optim.ema."""
+    of_one = WEIGHT[config.model.weights] + AVERAGES[config.optim.states] + EMA * (config.optim.ema is not None)
+    return of_one * trained

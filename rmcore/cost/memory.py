@@ -22,7 +22,7 @@ all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp1
 README.md has this as a table, and compares it with measurements.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -30,6 +30,7 @@ from transformers import PretrainedConfig
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, RECOMPUTES, DryRun, Sizes, TokenBytes
 from rmcore.cost.formats import stored
+from rmcore.model.language_head import is_tied
 
 CPU_TOKENS = 4096  # large enough for full-rate matrix products, small enough that a micro batch stays under a gigabyte
 MOST_TOKENS = 32768  # a larger micro batch is not faster
@@ -44,6 +45,15 @@ class Budget:
 
     tokens: int
     recompute: str
+
+
+def trained_sizes(config: Config, model: DryRun) -> Sizes:
+    """The sizes of what a run trains: with loss.sft also a language-model head that is not the embedding."""
+    sizes = model.sizes
+    if not config.loss.sft or is_tied(model.hf_config):
+        return sizes
+    more = sizes.embedding
+    return replace(sizes, total=sizes.total + more, root=sizes.root + more, trained=sizes.trained + more)
 
 
 @dataclass(frozen=True)
@@ -160,10 +170,10 @@ def gpu_budget(
     configured = None if config.batch.tokens == "auto" else config.batch.tokens
     recompute = config.parallel.recompute
     wanted = max(longest, configured or ENOUGH_TOKENS)
-    fits: dict[str, int] = {}
+    sizes, fits = trained_sizes(config, model), dict[str, int]()
     for name in RECOMPUTES if recompute == "auto" else (recompute,):
         per_token = model.token_bytes(arithmetic_of(config), name)
-        fits[name] = largest_budget(config, model.sizes, per_token, device_memory, ranks, step_tokens)
+        fits[name] = largest_budget(config, sizes, per_token, device_memory, ranks, step_tokens)
         if fits[name] >= wanted:
             break
     best = max(fits, key=lambda name: (min(fits[name], wanted), fits[name]))

@@ -23,6 +23,7 @@ from rmcore.cost.estimate import Estimate, Setting, cheapest, estimate, steps_of
 from rmcore.cost.flops import flops_of_pair
 from rmcore.cost.formats import checkpoint_bytes
 from rmcore.cost.machines import Machine, copy_rate, cpu, gpu, matrix_rate
+from rmcore.cost.memory import trained_sizes
 from rmcore.cost.shapes import shape_of
 from rmcore.parallel.precision import Bf16, bf16_of, with_precision
 
@@ -116,7 +117,7 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
         precision_lines=precision_lines,
         flops_a_pair=flops_of_pair(model, data),
         steps=steps_of_run(config, data),
-        checkpoint_bytes=checkpoint_bytes(config, model.sizes.trained),
+        checkpoint_bytes=checkpoint_bytes(config, trained_sizes(config, model).trained),
         checkpoints=config.run.keep + config.run.kept_best + 1,
         runtime_bytes=runtime_bytes,
         saves_from_copy=config.run.background_save and (config.run.save_every or config.run.save_minutes) is not None,

@@ -14,7 +14,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,10 @@ class Part:
         decides = {
             "version": [FORMAT_VERSION, __version__],
             "name": self.name,
-            "sources": [[source.fingerprint, source.label, dict(source.columns)] for source in self.sources],
+            "sources": [
+                [source.fingerprint, source.label, dict(source.columns), *([source.keep] if source.keep else [])]
+                for source in self.sources
+            ],
             "template": self.template.fingerprint,
             "tokenizer": self.tokenizer_fingerprint,
             "limits": [limits.max_tokens, limits.max_prompt_tokens, limits.truncate_left, *of_template],
@@ -178,8 +181,10 @@ class Part:
         data = self.config.data
         gather = data.group_by_prompt or any(format.gathers for format in formats)
         drop = [CONTRADICTED] * data.drop_contradicted + [REPEATED] * data.drop_repeated
+        # Rows that a source does not keep are on neither side of a held-out part; they count with its train part.
+        unkept = tuple(one for source in self.sources for one in source.dropped) if self.holdout != "eval" else ()
         if not (self.holdout or gather or drop):
-            return Selection()
+            return Selection(dropped=unkept)
         hashes = RowHashes(self.config.run.seed)
         for comparison, number in self.rows(formats, None):
             hashes.add(comparison, number)
@@ -187,7 +192,8 @@ class Part:
         if self.holdout:
             held = held_out(np.frombuffer(hashes.prompt, dtype=np.uint64), data.eval_fraction)
             wanted = held if self.holdout == "eval" else ~held
-        return select(hashes, wanted, self.stored(), drop=drop, gather=gather)
+        found = select(hashes, wanted, self.stored(), drop=drop, gather=gather)
+        return replace(found, dropped=(*unkept, *found.dropped))
 
     def stored(self) -> np.ndarray | None:
         """int64 [rows]: equal numbers for copies of one stored row. None if there are no copies."""

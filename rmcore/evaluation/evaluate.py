@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmcore.config.loss import LossConfig
+from rmcore.config.loss import BESIDES, LossConfig
 from rmcore.config.schema import UNNAMED
 from rmcore.data.batches.batch import Judged
 from rmcore.data.batches.loader import Loader
@@ -132,7 +132,7 @@ def metrics_of(
 
 def own_objective(loss: LossConfig) -> Objective | None:
     """The objective of a training whose loss is a metric of its own, because it is not the plain pairwise loss."""
-    return None if loss == LossConfig() else Objective.of(loss)
+    return None if loss.model_copy(update=dict.fromkeys(BESIDES, 0.0)) == LossConfig() else Objective.of(loss)
 
 
 def objective_loss(objective: Objective, data: TokenizedComparisons, rewards_A: np.ndarray) -> dict[str, float]:

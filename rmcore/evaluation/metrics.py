@@ -12,7 +12,7 @@ README.md of this folder and with the log of a run.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +20,9 @@ from rmcore.config.schema import UNNAMED
 from rmcore.data.rewardbench import SECTIONS
 from rmcore.evaluation.rewardbench import ROWS_2, section_name
 
-Place = Literal["evaluate", "page", "card"]  # the table that `rmcore evaluate` prints, report.html, the model card
-ALL_TABLES: tuple[Place, ...] = ("evaluate", "page", "card")
+# The table that `rmcore evaluate` prints, report.html, the model card, and the comparison of several models.
+Place = Literal["evaluate", "page", "card", "models"]
+ALL_TABLES: tuple[Place, ...] = ("evaluate", "page", "card", "models")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,19 @@ TRAINING = (
         console=("reward_margin", ".3f"),
     ),
     Metric("lr", "Learning rate of the last step.", prefix="train/rm/", console=("lr", ".2e")),
+    Metric(
+        "sft_loss",
+        "Mean language-modelling loss of the chosen answers per token, with `loss.sft`.",
+        prefix="train/rm/",
+        sometimes=True,
+    ),
+    Metric(
+        "length_correlation",
+        "Correlation of reward and length over the answers of the last step, with `loss.length_decorrelation`.",
+        prefix="train/rm/",
+        sometimes=True,
+    ),
+    Metric("head_lr", "The same of the score head, with `optim.head_lr`.", prefix="train/rm/", sometimes=True),
     Metric("skipped_steps", "Steps that were skipped because their gradient was NaN or Inf.", prefix="train/"),
     Metric(
         "grad_norm",
@@ -162,7 +176,7 @@ EVALUATION = (
         sometimes=True,
         console=("equal_length", ".4f"),
         column=("equal length", ".4f"),
-        tables=("evaluate", "page"),
+        tables=("evaluate", "page", "models"),
         tile="{length_controlled_low:.3f} to {length_controlled_high:.3f}",
         sentence="Equal length: accuracy {length_controlled_accuracy:.4f} (95 % interval {length_controlled_low:.4f} "
         "to {length_controlled_high:.4f}) by a logistic fit on the difference of the lengths.",
@@ -228,7 +242,7 @@ EVALUATION = (
         "share of correct pairs, over ten bins.",
         better="less",
         column=("ECE", ".3f"),
-        tables=("page",),
+        tables=("page", "models"),
         tile="0: confidence is accuracy",
         sentence="Calibration of sigmoid(r_chosen - r_rejected): ECE {ece:.4f}, Brier score {brier:.4f} "
         "(0.25 is chance).",
@@ -239,7 +253,7 @@ EVALUATION = (
         "Brier score: mean of (1 - sigmoid(r_chosen - r_rejected))^2; 0.25 is chance.",
         better="less",
         column=("Brier", ".3f"),
-        tables=("page",),
+        tables=("page", "models"),
         tile="chance 0.250",
     ),
     Metric("reward_mean", "Mean of the rewards of all answers, to see them drift."),
@@ -247,6 +261,8 @@ EVALUATION = (
     Metric(
         "length_spearman_within",
         "Rank correlation of reward and length, after the mean of the comparison is subtracted from both.",
+        column=("reward ~ length", "+.3f"),
+        tables=("models",),
         sentence="Reward and length within a prompt: Spearman {length_spearman_within:+.4f}, "
         "Pearson {length_pearson_within:+.4f}.",
     ),
@@ -264,7 +280,7 @@ EVALUATION = (
         better="more",
         sometimes=True,
         column=("best of k", ".4f"),
-        tables=("page",),
+        tables=("page", "models"),
         tile="chance {best_of_k_chance:.3f}",
         sentence="Best of 3 answers or more: {best_of_k_accuracy:.4f} of {best_of_k_count:,} comparisons "
         "(chance {best_of_k_chance:.4f}).",
@@ -297,13 +313,16 @@ EVALUATION = (
         sometimes=True,
         console=("rewardbench", ".4f"),
         column=("RewardBench", ".4f"),
-        tables=("page",),
+        tables=("page", "models"),
     ),
     *(
         Metric(section_name(section), f"The score of the section {section}.", better="more", sometimes=True)
         for section in dict.fromkeys([*SECTIONS, *ROWS_2])
     ),
 )
+
+
+OWN = "own"  # the metrics of the user's functions (own_metrics.py), by their names
 
 
 def prefix(name: str) -> str:
@@ -314,7 +333,8 @@ def prefix(name: str) -> str:
 def logged(metrics: Mapping[str, Any], name: str = UNNAMED) -> dict[str, float]:
     """The metrics of an evaluation set under their names in metrics.jsonl: eval/rm/accuracy, eval/rm/loss, ..."""
     found = [metric.name for metric in EVALUATION if metric.logged and metric.name in metrics]
-    return {prefix(name) + metric: metrics[metric] for metric in found}
+    own = {prefix(name) + metric: value for metric, value in metrics.get(OWN, {}).items()}
+    return {prefix(name) + metric: metrics[metric] for metric in found} | own
 
 
 def sets_of(metrics: Iterable[str]) -> list[str]:
@@ -339,11 +359,14 @@ def console_line(metrics: Mapping[str, float], name: str = UNNAMED) -> str:
     """
     keys = [(metric.log_name, metric) for metric in TRAINING]
     keys += [(prefix(name) + metric.name, metric) for metric in EVALUATION]
-    return " ".join(
+    known = {key for key, _ in keys}
+    shown = [
         f"{metric.console[0]} {format(metrics[key], metric.console[1])}"
         for key, metric in keys
         if metric.console and key in metrics
-    )
+    ]
+    own = [key for key in metrics if key.startswith(prefix(name)) and key not in known]
+    return " ".join([*shown, *(f"{key.removeprefix(prefix(name))} {metrics[key]:.4g}" for key in own)])
 
 
 def table(metrics: Mapping[str, Any], place: Place) -> tuple[list[str], list[list[str]]]:
@@ -360,6 +383,17 @@ def table(metrics: Mapping[str, Any], place: Place) -> tuple[list[str], list[lis
     ]
     heads = ["", *(metric.column[0] for metric in columns)]
     return heads, [[name, *(_cell(row, metric) for metric in columns)] for name, row in rows.items()]
+
+
+def aligned(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table as lines of text: the first column on the left, the others on the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = []
+    for first, *others in [heads, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines
 
 
 def _cell(row: Mapping[str, Any], metric: Metric) -> str:

@@ -42,8 +42,8 @@ KEPT = {
 def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
     """The config of an evaluation: `data.train` is the data, `model.head` the stored one.
 
-    `data.split`, `data.name`, `data.revision`, `data.amount` and `data.columns.*` override the source's own keys.
-    Raises UserError listing every mistake.
+    `data.split`, `data.name`, `data.revision`, `data.amount`, `data.format` and `data.columns.*` override the source's
+    own keys. Raises UserError listing every mistake.
     """
     saved = Path(model) / "rmcore_config.yaml"
     values: dict[str, dict[str, Any]] = {"data": {"template": "tokenizer"}}
@@ -61,7 +61,7 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
     values["data"].update({"train": {"path": data}, "shuffle": False})
     if data in ONLY_SPLIT:
         values["data"]["train"]["split"] = ONLY_SPLIT[data]
-    source = ("data.split", "data.name", "data.revision", "data.amount", "data.columns")
+    source = ("data.split", "data.name", "data.revision", "data.amount", "data.columns", "data.format")
     moved = [f"data.train.{o.removeprefix('data.')}" if o.startswith(source) else o for o in overrides]
     return config_from_values(values, moved, where="command line")
 

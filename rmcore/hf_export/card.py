@@ -7,7 +7,7 @@ Example: base model EleutherAI/pythia-1b-deduped, 43,835 of 44,849 rows kept, he
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -44,15 +44,26 @@ With vLLM:
 ```python
 from vllm import LLM
 
-llm = LLM(model="{name}", runner="pooling")
+llm = LLM(model="{name}", runner="pooling", dtype="{dtype}")
 [output] = llm.encode([{{"prompt_token_ids": ids[0].tolist()}}], pooling_task="classify")
 reward = output.outputs.data.item()
 ```
+
+Without `dtype`, vLLM computes fp32 weights in half precision. {served}
 """
+
+SERVED_TEXTS = """\
+`vllm serve {name} --runner pooling --dtype {dtype}` returns the reward of a whole text from `/classify` (`input`), and
+from `/score` that of a prompt and an answer, which it joins."""
+
+SERVED_TURNS = """\
+`vllm serve {name} --runner pooling --dtype {dtype}` returns the reward of a conversation (`messages`) or of a rendered
+text (`input`) from `/classify`. Its `/score` joins two texts and does not use the chat template: give it the rendered
+prompt, up to where the answer begins, and the answer with what the template writes behind it."""
 
 # Of a class that rmcore made: (what the text above has, what it has here).
 MADE = (
-    ("With transformers:", "Transformers has no class for this model. With rmcore (vLLM has not been tried):"),
+    ("With transformers:", "Transformers has no class for this model. With rmcore:"),
     (
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
         "from transformers import AutoConfig, AutoTokenizer\n\nfrom rmcore.model.classifier import classifier_class\n",
@@ -61,12 +72,12 @@ MADE = (
 )
 
 NORMALISED = """
-`config.json` holds the mean and deviation of the rewards of held-out answers: `"pooler_config": {stored}`. The weights
+`config.json` holds the mean and deviation of {what}: `"pooler_config": {stored}`. The weights
 are not changed, so the code above gives raw rewards. `rmcore score --normalise` and `rmcore serve --normalise` return
 (reward - {logit_mean:.6g}) / {logit_sigma:.6g}. So does vLLM (0.20 or newer) with this option:
 
 ```
-vllm serve {name} --runner pooling --pooler-config '{stored}'
+vllm serve {name} --runner pooling --dtype {dtype} --pooler-config '{stored}'
 ```
 """
 
@@ -119,25 +130,63 @@ def model_card(
     front["tags"] = ["reward-model", "rmcore"]
     if HUB_ID.fullmatch(base) and not os.path.isdir(base):
         front["base_model"] = base
-    name = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
-    use = USE
-    for ours, theirs in MADE if made else ():
-        use = use.replace(ours, theirs)
-    use = use.format(name=name, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
-    if normalisation is not None:
-        stored = normalisation.stored()
-        use += NORMALISED.format(name=name, stored=json.dumps(stored), **stored)
+    name: Any = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
+    dtype = "bfloat16" if config.parallel.precision == "bf16" else "float32"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# A reward model on {markdown_text(base)}",
         f"Trained by rmcore {__version__} with the objective `{config.loss.name}`.",
-        "## Use\n\n" + use.rstrip(),
+        "## Use\n\n" + _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers"),
         "## Data\n\n" + _data(config, data),
         "## Metrics\n\n" + _metrics(metrics or {}),
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
         "## Training\n\n" + TRAINING.format(yaml=markdown_code(config.dump_yaml().strip(), "yaml")),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def converted_card(source: str, *, wants_text: bool, normalisation: Normalisation | None, made: bool) -> str:
+    """README.md of a directory that was not trained here: how to use it, and where it comes from."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
+    front["tags"] = ["reward-model"]
+    if HUB_ID.fullmatch(source) and not os.path.isdir(source):
+        front["base_model"] = source
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# {markdown_text(source)} as a plain reward model",
+        f"Converted by rmcore {__version__}; the reward head is `score`.",
+        "## Use\n\n"
+        + _use("path/to/this/directory", "float32", wants_text, normalisation, made, "the original rewards"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def average_card(models: Sequence[str], *, made: bool) -> str:
+    """README.md of the average of several models."""
+    names = "\n".join(f"- {markdown_code(model)}" for model in models)
+    front = {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": ["reward-model", "rmcore"]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        "# An average of reward models",
+        f"Averaged by rmcore {__version__}: each weight is the mean of that weight in {len(models)} models (WARM, "
+        f"arXiv 2401.12187).\n\n{names}",
+        "## Use\n\n" + _use("path/to/this/directory", "float32", False, None, made, ""),
+        "## Metrics\n\nThe average was not evaluated. `rmcore evaluate` measures it.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(name: str, dtype: str, wants_text: bool, normalisation: Normalisation | None, made: bool, what: str) -> str:
+    """The code that loads the model and computes a reward in `dtype`; `what` the normalisation was measured on."""
+    use = USE
+    for ours, theirs in MADE if made else ():
+        use = use.replace(ours, theirs)
+    served = (SERVED_TEXTS if wants_text else SERVED_TURNS).format(name=name, dtype=dtype)
+    use = use.format(name=name, dtype=dtype, served=served, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
+    if normalisation is not None:
+        stored = normalisation.stored()
+        use += NORMALISED.format(name=name, dtype=dtype, what=what, stored=json.dumps(stored), **stored)
+    return use.rstrip()
 
 
 def _data(config: Config, data: TokenizedComparisons | None) -> str:

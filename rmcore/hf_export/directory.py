@@ -40,7 +40,7 @@ from rmcore.hf_export.parity import (
 )
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
-from rmcore.model.classifier import brings_code, text_prefix
+from rmcore.model.classifier import architecture, brings_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.meta_model import model_on_meta, set_padding
 from rmcore.scoring.normalisation import KEY as NORMALISATION
@@ -108,11 +108,11 @@ def write_model(
 
     Raises as `export_model`; no files are left then.
     """
-    temporary = _empty_temporary(directory)
+    temporary = empty_temporary(directory)
     try:
         _write_weights(shapes, tensors, package, temporary)
         _write_texts(package, temporary)
-        _settle(temporary)
+        settle(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -134,10 +134,10 @@ def check_without_weights(
     The weights must have the names and shapes of the class, for the config in memory and for the one that is written
     and reloaded. The tokenizer and the chat template are written, reloaded and compared. Raises as `export_model`.
     """
-    temporary = _empty_temporary(directory)
+    temporary = empty_temporary(directory)
     try:
         config, skeleton = _fitting(shapes, package)
-        config.architectures, config.dtype = [package.model_class.__name__], package.dtype
+        config.architectures, config.dtype = [architecture(config, package.model_class)], package.dtype
         config.save_pretrained(temporary)
         _write_texts(package, temporary)
         kept = AutoConfig.from_pretrained(temporary, trust_remote_code=package.trust_remote_code)
@@ -222,22 +222,27 @@ def _bos_in_front(template: Template, encoder: TextEncoder, bos: str) -> str:
 
 
 def _add_only(front: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let the tokenizer put `front` in front of a text, and add nothing else; one that does so is not changed."""
+    """Let the tokenizer put `front` in front of a text, and add nothing else; one that does so is not changed.
+
+    Of a pair of texts, which vLLM makes of a prompt and an answer, the tokens are those of both, `front` only once.
+    """
     backend = tokenizer.backend_tokenizer
     ids = [tokenizer.convert_tokens_to_ids(token) for token in front]
-    if backend.encode("a").ids == [*ids, *backend.encode("a", add_special_tokens=False).ids]:
+    bare = backend.encode("a", add_special_tokens=False).ids
+    if backend.encode("a").ids == [*ids, *bare] and backend.encode("a", "a").ids == [*ids, *bare, *bare]:
         return
     stored = plain_backend_json(tokenizer)["post_processor"] or {"type": "none"}
     steps = stored["processors"] if stored["type"] == "Sequence" else [stored]
     offsets = [processors.ByteLevel(trim_offsets=s["trim_offsets"]) for s in steps if s["type"] == "ByteLevel"]
-    before, between = (f"{token}:{part} " for token in front for part in "01") if front else ("", "")
+    before = "".join(f"{token}:0 " for token in front)
     added = processors.TemplateProcessing(
-        single=f"{before}$A:0", pair=f"{before}$A:0 {between}$B:1", special_tokens=list(zip(front, ids, strict=True))
+        single=f"{before}$A:0", pair=f"{before}$A:0 $B:1", special_tokens=list(zip(front, ids, strict=True))
     )
     backend.post_processor = processors.Sequence([*offsets, added]) if offsets else added
 
 
-def _empty_temporary(directory: Path) -> Path:
+def empty_temporary(directory: Path) -> Path:
+    """A new directory next to `directory`, to write into. Raises UserError if that holds something else."""
     if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
         raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
     temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
@@ -291,7 +296,7 @@ def _write_weights(
         state = {name: tensor if name in buffers else tensor.to(package.dtype) for name, tensor in weights}
         skeleton.to(package.dtype).save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return
-    config.architectures, config.dtype = [package.model_class.__name__], package.dtype
+    config.architectures, config.dtype = [architecture(config, package.model_class)], package.dtype
     config.save_pretrained(directory)
     write_weights(directory, on_disk, package.dtype, stored(skeleton, weights), package.max_shard_size)
 
@@ -343,7 +348,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _settle(directory: Path) -> None:
+def settle(directory: Path) -> None:
     """Give every file the mode that the umask allows (safetensors writes 0600) and bring it to the disk."""
     mode = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):

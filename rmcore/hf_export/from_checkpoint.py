@@ -22,11 +22,11 @@ from rmcore.checkpoint import directory
 from rmcore.checkpoint.manifest import FILE, Manifest, check_file, read_manifest
 from rmcore.checkpoint.resume import Start
 from rmcore.checkpoint.shards import Damaged, read_slices
+from rmcore.checkpoint.state import EMA
 from rmcore.config import Config, UserError, config_from_values
 from rmcore.config.schema import ModelConfig
 from rmcore.data.prepare import PreparedData, prepare_data
 from rmcore.data.tokens.comparisons import TokenizedComparisons
-from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.metrics import from_log
@@ -34,10 +34,11 @@ from rmcore.evaluation.trained import TrainedModel
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
-from rmcore.hf_export.probe import probe_of
+from rmcore.hf_export.probe import built_in, probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.model.backbone import load_model, load_model_config, position_limit
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
+from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged, store_base
 from rmcore.model.meta_model import model_on_meta
@@ -45,8 +46,6 @@ from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.precision import bf16_of, with_precision
 from rmcore.parallel.world import running_world
 from rmcore.scoring.normalisation import Normalisation, measure
-from rmcore.scoring.rows import comparison_of, trial_rows
-from rmcore.scoring.scorer import pack
 from rmcore.tracking.status import read_status
 
 
@@ -62,6 +61,7 @@ def export(
     if loaded.data is None:
         lines.append(f"note: checked on built-in texts: {loaded.no_data}")
     normalisation = measured(loaded) if normalise else None
+    evaluated = manifest.config["run"].get("weights", "trained")  # the weights whose metrics the checkpoint holds
     trained = loaded.trained
     package = Package(
         model_class=type(trained.hf_model),
@@ -73,7 +73,7 @@ def export(
             config,
             wants_text=loaded.template.wants_text,
             data=loaded.data.train if loaded.data else None,
-            metrics=from_log(manifest.figures or {}),
+            metrics=from_log(manifest.figures or {}) if evaluated == config.run.weights else None,
             normalisation=normalisation,
             made=is_made(type(trained.hf_model)),
         ),
@@ -158,7 +158,7 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
         Start(checkpoint, manifest).check_base(frozen_fingerprint(text_model(hf_model)))
         store_base(text_model(hf_model), lora)
     trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
-    read_weights(trained.model, checkpoint, manifest)
+    read_weights(trained.model, checkpoint, manifest, config.run.weights)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)
     trained.choose_path(trial)
     return Loaded(trained, template, data, no_data, trial, adapted)
@@ -172,23 +172,22 @@ def holds_others(hf_config: PretrainedConfig, model: ModelConfig) -> bool:
     return bool(towers(skeleton) or stored_buffers(skeleton))
 
 
-def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest) -> None:
-    """Fill every trained parameter from the checkpoint's files. Raises UserError if the names or sizes do not fit."""
+def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest, weights: str) -> None:
+    """Fill every trained parameter from the checkpoint's files; `weights` is run.weights.
+
+    Raises UserError if the names or sizes do not fit.
+    """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = {f"weight/{name}": (0, parameter.detach().view(-1)) for name, parameter in trained.items()}
-    if unknown := {key for key in manifest.keys if key.startswith("weight/")} - set(wanted):
+    kind = "weight" if weights == "trained" else EMA
+    if kind == EMA and not any(key.startswith(f"{EMA}/") for key in manifest.keys):
+        raise UserError(f"{checkpoint} holds no moving average: export it with run.weights=trained")
+    wanted = {f"{kind}/{name}": (0, parameter.detach().view(-1)) for name, parameter in trained.items()}
+    if unknown := {key for key in manifest.keys if key.startswith(f"{kind}/")} - {f"{kind}/{LM_HEAD}"} - set(wanted):
         raise UserError(f"{checkpoint} holds {min(unknown)}, which this model does not have: is it the same model?")
     try:
         read_slices([checkpoint / name for name in sorted(manifest.files)], wanted)
     except Damaged as error:
         raise UserError(f"{checkpoint} does not fit this model: {error}") from None
-
-
-def built_in(template: Template, tokenizer: Any, positions: int | None) -> TokenizedComparisons:
-    """Comparisons of built-in texts, from a few to some hundred words, rendered with the run's template."""
-    encoder = TextEncoder(tokenizer)
-    pairs = [template.render(comparison_of(row, template, where)[0])[1] for row, where in trial_rows()]
-    return pack([[ids[:positions] for ids in encoder.encode(pair)] for pair in pairs])
 
 
 def probe(loaded: Loaded) -> Probe:

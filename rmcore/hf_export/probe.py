@@ -4,13 +4,19 @@ Input: the engine's model and the run's comparisons. Output: a `Probe` of texts 
 Example: 4 comparisons of two answers -> 8 texts of token ids, 8 rewards.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparisons
+from rmcore.data.tokens.encoder import TextEncoder
+from rmcore.data.tokens.templates import Template
 from rmcore.hf_export.parity import Probe
 from rmcore.model.selftest import trial_comparisons
+from rmcore.scoring.rows import comparison_of, trial_rows
+from rmcore.scoring.scorer import pack
 
 
 @torch.no_grad()
@@ -30,6 +36,13 @@ def probe_of(
 def probe_texts(data: TokenizedComparisons) -> list[list[int]]:
     """The token ids of the texts of `probe_of`, without their rewards."""
     return _texts(data)[1]
+
+
+def built_in(template: Template, tokenizer: Any, positions: int | None) -> TokenizedComparisons:
+    """Comparisons of built-in texts, from a few to some hundred words, rendered with a template."""
+    encoder = TextEncoder(tokenizer)
+    pairs = [template.render(comparison_of(row, template, where)[0])[1] for row, where in trial_rows()]
+    return pack([[ids[:positions] for ids in encoder.encode(pair)] for pair in pairs])
 
 
 def _texts(data: TokenizedComparisons) -> tuple[list[int], list[list[int]]]:

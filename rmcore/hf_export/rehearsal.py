@@ -34,6 +34,7 @@ from rmcore.model.classifier import brings_code, new_classifier, text_model, tow
 from rmcore.model.lora import add_lora, merged, store_base, visible_changes
 from rmcore.model.meta_model import grow, model_on_meta
 from rmcore.model.reward_model import RewardModel
+from rmcore.model.router_balance import RouterBalance
 
 WHOLE = 2 * 10**9  # bytes of weights; a slow disk writes and reads them within half a minute
 MEMORY_SHARE = 0.25  # share of the available host memory that the reloaded fp32 copy may take
@@ -97,6 +98,8 @@ def _rehearsed(
     lora, seed, pad = config.model.lora, config.run.seed, int(tokenizer.pad_token_id)
     dtype = torch.bfloat16 if config.parallel.bf16 else torch.float32
     skeleton = _on_meta(config, tokenizer)
+    if config.loss.router_aux:
+        RouterBalance(text_model(skeleton))  # the run would refuse a model without routers
     package = Package(
         model_class=type(skeleton),
         hf_config=skeleton.config,

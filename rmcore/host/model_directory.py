@@ -6,6 +6,7 @@ Example: a clone without Git LFS -> "model.name m: m/model.safetensors is a Git 
 """
 
 import json
+import os
 from pathlib import Path
 
 from rmcore.host.command import UserError
@@ -35,8 +36,14 @@ def check_model_directory(name: str) -> None:
         )
     raise UserError(
         f"model.name {name} is an adapter of {_base(adapter)}, not a model; merge the two (peft: merge_and_unload, "
-        "then save_pretrained) and give the directory of the result"
+        "then save_pretrained; of a reward model: `rmcore convert DIR -o DIR`) and give the directory of the result"
     )
+
+
+def refuse_missing_directory(name: str) -> None:
+    """Raises UserError if the name of a model is a path, and not the id of a repository, and no directory is there."""
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
+        raise UserError(f"model.name={name}: there is no such directory (looked in {os.getcwd()})")
 
 
 def refuse_lfs_pointer(file: Path, where: str = "") -> None:

@@ -6,14 +6,12 @@ Example: the row [p0 p1 | a | b] (a prompt of 2 tokens, answers a and b) has the
 a sees p0 p1 a; b sees p0 p1 b, never a.
 
 It is exact: attention is causal, so the hidden states of p0 p1 do not depend on a or b. Three implementations compute
-the same function: the op `ragged_attention` (CPU), `varlen_attn` with the shared keys gathered once for each answer
-(CUDA in half precision), and one composition of PyTorch calls per segment (CUDA in other precisions, and with soft
-capping or sinks).
+the same function: the op `ragged_attention` (CPU), variable-length kernels with the shared keys gathered once for each
+answer (CUDA, rmcore.model.varlen), and one composition of PyTorch calls per segment (CUDA with soft capping or sinks,
+or in fp32 with a window).
 """
 
-import inspect
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,17 +21,12 @@ from transformers import AttentionInterface
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
-from rmcore.model.backbone import decoder_layers
 from rmcore.model.layout_context import current_layout
 from rmcore.model.pruning import current_scored_rows
-from rmcore.ops.gather_prefix import gather_prefix_kv
+from rmcore.model.varlen import UnsupportedAttention, takes_varlen, varlen_attention
 from rmcore.ops.ragged_attention import ragged_attention
 
 NAME = "rmcore_ragged"
-
-
-class UnsupportedAttention(Exception):
-    """The architecture needs something from attention that the packed paths do not compute."""
 
 
 def attention_forward(
@@ -71,8 +64,8 @@ def attention_forward(
     query_THK, key_TGK, value_TGV = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if scored := current_scored_rows():
         out_THV = scored.attend(query_THK, key_TGK, value_TGV, layout, terms)
-    elif value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and terms.plain:
-        out_THV = _varlen(query_THK, key_TGK, value_TGV, layout, terms)
+    elif (plan := layout.gather) is not None and takes_varlen(key, value, terms):
+        out_THV = varlen_attention(query_THK, key_TGK, value_TGV, plan, terms)
     elif query.is_cuda:
         out_THV = composed_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
     else:
@@ -82,10 +75,12 @@ def attention_forward(
 
 def _chunk(module: nn.Module) -> int | None:
     """The chunk that a layer's queries are confined to, in tokens (Llama 4); None in other layers."""
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None)
-    chunks = kinds is not None and layer is not None and kinds[layer] == "chunked_attention"
-    return getattr(config, "attention_chunk_size", None) if chunks else None
+    config = getattr(module, "config", None)
+    size, kinds = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None)
+    if size is None or kinds is None:
+        return None  # before the number of the layer is read: a compiled layer that reads it serves no other layer
+    layer = getattr(module, "layer_idx", None)
+    return size if layer is not None and kinds[layer] == "chunked_attention" else None
 
 
 def _temperature(module: Any, layout: AttentionLayout, query: Tensor) -> Tensor | float:
@@ -130,17 +125,6 @@ def chunked(layout: AttentionLayout, size: int) -> AttentionLayout:
 AttentionInterface.register(NAME, attention_forward)
 
 
-def compile_layers(backbone: nn.Module) -> None:
-    """Compile each decoder layer except the last with torch.compile, for any number of tokens.
-
-    The layers are alike, so one compilation serves all of them; the last layer runs on other shapes
-    (rmcore.model.pruning). Attention is not compiled, because its calls depend on lengths that change with every batch.
-    """
-    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
-    for layer in decoder_layers(backbone)[:-1]:
-        layer.compile(dynamic=True)
-
-
 def composed_attention(
     query_THK: Tensor,
     key_TGK: Tensor,
@@ -182,55 +166,3 @@ def composed_attention(
                 out = (terms.softmax(scores) @ v).to(value.dtype)
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
-
-
-@cache
-def _varlen_kernel() -> tuple[Callable[..., Any], bool]:
-    """PyTorch's variable-length attention, and whether it accepts G < H key heads (torch 2.12 and later do)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:  # a build without it
-        raise UnsupportedAttention("torch.nn.attention.varlen") from error
-    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _varlen(query_THK: Tensor, key_TGK: Tensor, value_TGV: Tensor, layout: AttentionLayout, terms: Terms) -> Tensor:
-    """One kernel call for all segments: queries in place, keys and values gathered as [prefix, own rows] per segment.
-
-    The kernel aligns causal masks of unequal lengths at the bottom right, which is what [prefix, own rows] needs.
-    Windows are right because the gathered keys are contiguous. The gather's backward sums the gradients that the
-    answers contribute to the prefix. The kernel has one head size; the smaller ones are padded with zeros (MLA has
-    K = 192 and V = 128), which changes no score and adds zeros to the output, cut off again.
-    """
-    varlen_attn, takes_groups = _varlen_kernel()
-    plan = layout.gather
-    if plan is None:
-        raise ValueError("the batch has no gather plan: use RaggedBatch.on to move a batch")
-    # Under autocast the rotary embedding makes queries and keys fp32, while values stay in half precision.
-    query_THK, key_TGK = query_THK.to(value_TGV.dtype), key_TGK.to(value_TGV.dtype)
-    size, size_v = query_THK.shape[2], value_TGV.shape[2]
-    if size != size_v:
-        query_THK, key_TGK = (F.pad(x, (0, max(0, size_v - size))) for x in (query_THK, key_TGK))
-        value_TGV = F.pad(value_TGV, (0, max(0, size - size_v)))
-    key, value = gather_prefix_kv(key_TGK, value_TGV, plan)
-    groups = query_THK.shape[1] // key.shape[1]
-    extra = {}
-    if groups > 1 and takes_groups:
-        extra["enable_gqa"] = True
-    elif groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    window_size = (terms.window - 1 if terms.window else -1, 0)
-    query_THK = query_THK.contiguous()
-    out_THV = varlen_attn(
-        query_THK,
-        key,
-        value,
-        plan.cu_q,
-        plan.cu_k,
-        plan.max_q,
-        plan.max_k,
-        scale=terms.scale,
-        window_size=window_size,
-        **extra,
-    )
-    return out_THV[..., :size_v] if size_v < size else out_THV

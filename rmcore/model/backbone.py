@@ -65,10 +65,13 @@ def load_model(
 
 
 def train_text_only(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, of which the text model and the score head are trained, and no towers."""
-    model.requires_grad_(False)
-    text_model(model).requires_grad_(True)
-    cast(nn.Module, model.score).requires_grad_(True)
+    """The model, of which the text model and the score head are trained, and no towers.
+
+    It is in training mode, in which transformers recomputes activations.
+    """
+    model.eval().requires_grad_(False)
+    for part in (text_model(model), cast(nn.Module, model.score)):
+        part.train().requires_grad_(True)
     return model
 
 
@@ -203,21 +206,28 @@ def unreadable(config: ModelConfig, error: Exception) -> str:
 
 NOISE = (
     *("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"),
-    *("jitter_noise", "input_jitter_noise"),  # of routers
+    *("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),  # of routers
 )
 
 
 def turn_dropout_off(model: nn.Module) -> None:
     """Set every dropout probability, and the noise of routers, to 0, in training too.
 
+    PhiMoE's routers draw experts at random in training mode, so they compute in evaluation mode.
     Source for dropout: Ziegler et al., arXiv 1909.08593, p. 3.
     """
     for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):
+            module.register_forward_pre_hook(_evaluate)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in NOISE:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def _evaluate(module: nn.Module, _: object) -> None:
+    module.training = False
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -243,7 +253,7 @@ def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
     """
     if how == "none":
         return
-    selective = partial(create_selective_checkpoint_contexts, _keep_matmuls) if how == "selective" else None
+    selective = partial(create_selective_checkpoint_contexts, keep_products) if how == "selective" else None
     arguments = {"use_reentrant": False, "context_fn": partial(recompute_contexts, selective)}
     if hasattr(backbone, "activation_checkpointing_enable"):  # its name in newer transformers
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -255,5 +265,6 @@ def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
-def _keep_matmuls(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+def keep_products(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """The policy of selective recompute: keep the results of matrix products, compute everything else again."""
     return CheckpointPolicy.MUST_SAVE if op in _MATMULS else CheckpointPolicy.PREFER_RECOMPUTE

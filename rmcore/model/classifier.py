@@ -75,6 +75,17 @@ def classifier_class(hf_config: PretrainedConfig) -> type[PreTrainedModel]:
     return _class_of(cast(Hashable, kind))
 
 
+def architecture(hf_config: PretrainedConfig, model_class: type[PreTrainedModel]) -> str:
+    """The name of the class for config.json, by which vLLM finds the decoder: it replaces the ending by ForCausalLM.
+
+    It is the class's own name, except where transformers gives text models of families with towers another one:
+    Gemma3TextForSequenceClassification is written as Gemma3ForSequenceClassification, after Gemma3ForCausalLM.
+    """
+    if model_class.is_custom_code() or not issubclass(model_class.config_class or PretrainedConfig, type(hf_config)):
+        return model_class.__name__
+    return f"{_stem(decoder_class(type(hf_config)))}ForSequenceClassification"
+
+
 def is_made(model_class: type[PreTrainedModel]) -> bool:
     """Whether the class was made here, so that plain transformers cannot load its exports."""
     return MadeClassifier in model_class.__mro__
@@ -99,7 +110,6 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
     family: Any = next(
         c for c in decoder.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel
     )
-    stem = next((decoder.__name__.removesuffix(s) for s in _SUFFIXES if decoder.__name__.endswith(s)), decoder.__name__)
     attributes = {
         "__doc__": f"{decoder.__name__} with a score head in place of its language-model head.",
         # Transformers then treats the class as its own: it renames and fuses weights, and exports no code with it.
@@ -108,11 +118,15 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
         "base_model_prefix": family.base_model_prefix or "model",
         "_keys_to_ignore_on_load_unexpected": getattr(decoder, "_keys_to_ignore_on_load_unexpected", None),
     }
-    name = f"{stem}ForSequenceClassification"
+    name = f"{_stem(decoder)}ForSequenceClassification"
     # transformers knows some renamings by the name of the class with the language-model head.
     if (renamings := get_checkpoint_conversion_mapping(decoder.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
     return cast(type[PreTrainedModel], type(name, (MadeClassifier, family), attributes))
+
+
+def _stem(decoder: type[PreTrainedModel]) -> str:
+    return next((decoder.__name__.removesuffix(s) for s in _SUFFIXES if decoder.__name__.endswith(s)), decoder.__name__)
 
 
 def _one(found: Any) -> type[PreTrainedModel]:

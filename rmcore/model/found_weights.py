@@ -15,10 +15,10 @@ SCORE = "score.weight"
 SHOWN = 5  # names in a message
 # Score heads under the names of other trainers: TRL, trlX, LLaMA-Factory and GRM (v_head), OpenRLHF (value_head),
 # safe-rlhf (score_head), UltraRM and Eurus (regression_head), ArmoRM (regression_layer), Qwen's process rewards
-# (score.0), token and sequence classifiers (classifier, score.bias).
+# (score.0), token and sequence classifiers (classifier, score.bias); `normalizer` are buffers of safe-rlhf.
 OTHER_HEAD = re.compile(
     r"(\w+\.)?(v_head|value_head|score_head|reward_head|rm_head|regression_head|regression_layer|critic_head|classifier"
-    r"|classification_head|score)\."
+    r"|classification_head|normalizer|score)\."
 )
 # Files in which LLaMA-Factory keeps such a head, next to those of the model.
 HEAD_FILES = ("value_head.safetensors", "value_head.bin", "v_head.safetensors", "v_head.bin")
@@ -70,8 +70,8 @@ def _hint_on_head(foreign: list[str], wrong: list[str]) -> str:
         return "it is a classifier of several labels, not a reward model; only a training can replace its head"
     if foreign:
         return (
-            f"its head is {_names(foreign)}, of another trainer, which is not read; a linear head [1, D] can be "
-            f"renamed to {SCORE} (its bias, which shifts all rewards, is left out), any other needs a training"
+            f"its head is {_names(foreign)}, of another trainer, which is not read; `rmcore convert DIR -o DIR` makes "
+            "a plain directory of it if it is linear, any other head needs a training"
         )
     return "it is a model without a score head: train one first; a training draws it with model.head=fresh"
 

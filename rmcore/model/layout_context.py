@@ -6,20 +6,43 @@ Example: StableLM's layers do not hand unknown keywords to their attention; `att
 
 The value belongs to the thread (or task) that set it: two threads with a model each do not see the layout of the other.
 A backward may run in a thread of its own: what it computes again gets the layout from `recompute_contexts`.
+While torch.compile traces a layer it cannot read a context variable: it reads what `traced_layout` was given.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
+import torch
+
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.grid import Grid
 
-_LAYOUT: ContextVar[AttentionLayout | Grid | None] = ContextVar("rmcore_layout", default=None)
+Layout = AttentionLayout | Grid | None
+_LAYOUT: ContextVar[Layout] = ContextVar("rmcore_layout", default=None)
+
+
+class _Traced:
+    """The layout among the arguments of the function that is being compiled; None outside it."""
+
+    layout: Layout = None
+
+
+_TRACED = _Traced()
+
+
+def traced_layout(layout: Layout) -> None:
+    """Called by a function that is being compiled: what it calls sees this layout."""
+    _TRACED.layout = layout
+
+
+def current() -> Layout:
+    """The layout or the grid of this thread."""
+    return _TRACED.layout if torch.compiler.is_compiling() else _LAYOUT.get()
 
 
 @contextmanager
-def packed_layout(layout: AttentionLayout | Grid | None) -> Iterator[None]:
+def packed_layout(layout: Layout) -> Iterator[None]:
     """Within, `current_layout()` or `current_grid()` returns `layout`; None: the batch is neither."""
     token = _LAYOUT.set(layout)
     try:
@@ -30,13 +53,13 @@ def packed_layout(layout: AttentionLayout | Grid | None) -> Iterator[None]:
 
 def current_layout() -> AttentionLayout | None:
     """The layout of the packed row that this thread computes, or None outside a packed forward."""
-    layout = _LAYOUT.get()
+    layout = current()
     return layout if isinstance(layout, AttentionLayout) else None
 
 
 def current_grid() -> Grid | None:
     """The grid that this thread computes, or None outside such a forward."""
-    layout = _LAYOUT.get()
+    layout = current()
     return layout if isinstance(layout, Grid) else None
 
 
@@ -52,6 +75,6 @@ def recompute_contexts(
 
 
 @contextmanager
-def _with_layout(layout: AttentionLayout | Grid | None, inner: AbstractContextManager) -> Iterator[None]:
+def _with_layout(layout: Layout, inner: AbstractContextManager) -> Iterator[None]:
     with packed_layout(layout), inner:
         yield

@@ -16,12 +16,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rmcore.config.loss import TRAITS, LossConfig
-from rmcore.data.batches.batch import Judged
+from rmcore.data.batches.batch import Judged, RaggedBatch
+from rmcore.host.imports import imported
 from rmcore.ops.contract import add_at
 
 
@@ -32,10 +34,11 @@ class Objective(NamedTuple):
     label_smoothing: float = 0.0
     centering: float = 0.0
     tie_rate: float = 0.25
+    router_aux: float = 0.0  # RewardModel adds this term, see rmcore.model.router_balance
 
     @classmethod
     def of(cls, config: LossConfig) -> "Objective":
-        return cls(config.name, config.label_smoothing, config.centering, config.tie_rate)
+        return cls(config.name, config.label_smoothing, config.centering, config.tie_rate, config.router_aux)
 
     @property
     def fused(self) -> bool:
@@ -57,6 +60,26 @@ class Objective(NamedTuple):
         if counts == "answers":
             return torch.isfinite(data.score_A).sum(dtype=torch.float64)
         return data.weight_P.sum(dtype=torch.float64) + data.tie_weight_Q.sum(dtype=torch.float64)
+
+    def counted_A(self, data: RaggedBatch) -> Tensor:
+        """`counted`, split over the answers: a pair counts half for each of its answers, a list in equal parts for all
+        of its answers. fp32 [A].
+        """
+        counts = TRAITS[self.name].counts
+        if counts == "lists":
+            shares = np.repeat(1.0 / data.answers_C, data.answers_C).astype(np.float32)
+            return torch.from_numpy(shares).to(data.score_A.device)
+        if counts == "answers":
+            return torch.isfinite(data.score_A).float()
+        counted = torch.zeros_like(data.score_A)
+        for answers, weight in (
+            (data.winner_P, data.weight_P),
+            (data.loser_P, data.weight_P),
+            (data.tie_a_Q, data.tie_weight_Q),
+            (data.tie_b_Q, data.tie_weight_Q),
+        ):
+            counted = add_at(counted, answers, weight / 2)
+        return counted
 
 
 def bradley_terry(rewards_A: Tensor, data: Judged, objective: Objective) -> Tensor:
@@ -137,6 +160,16 @@ OBJECTIVES: dict[str, Callable[[Tensor, Judged, Objective], Tensor]] = {
     "plackett_luce": plackett_luce,
     "regression": regression,
 }
+
+
+class _WithOwn(dict[str, Callable[[Tensor, Judged, Objective], Tensor]]):
+    """A name with a colon is a function of the user, see rmcore/README.md."""
+
+    def __missing__(self, name: str) -> Callable[[Tensor, Judged, Objective], Tensor]:
+        return imported(name, "loss.name")
+
+
+OBJECTIVES = _WithOwn(OBJECTIVES)
 
 
 def _pairwise(rewards_A: Tensor, data: Judged, objective: Objective, loss: Callable[[Tensor], Tensor]) -> Tensor:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
 from rmcore.model.backbone import decoder_layers
+from rmcore.model.varlen import takes_varlen, varlen_attention
 
 # The names that transformers' decoders give to the parts.
 ATTENTION = ("self_attn", "attention", "attn", "self_attention", "multi_head_attention")
@@ -52,8 +53,11 @@ class ScoredRows:
     ) -> Tensor:
         """Attention from the scored rows, spread over the T rows: [T, H, V]; see `scored_attention`."""
         query_AHK = query_THK.index_select(0, self.rows_A)
-        visible_AT, behind_AT = self.visible(key_TGK.shape[0], layout, terms.window)
-        out_AHV = scored_attention(query_AHK, key_TGK, value_TGV, visible_AT, behind_AT, terms)
+        if layout.scored is not None and takes_varlen(key_TGK, value_TGV, terms):
+            out_AHV = varlen_attention(query_AHK, key_TGK, value_TGV, layout.scored, terms)
+        else:
+            visible_AT, behind_AT = self.visible(key_TGK.shape[0], layout, terms.window)
+            out_AHV = scored_attention(query_AHK, key_TGK, value_TGV, visible_AT, behind_AT, terms)
         self.attended = out_AHV, spread(out_AHV, self.rows_A, key_TGK.shape[0])
         return self.attended[1]
 
@@ -130,7 +134,7 @@ _SCORED: ContextVar[ScoredRows | None] = ContextVar("rmcore_pruned_layer", defau
 
 def current_scored_rows() -> ScoredRows | None:
     """What the attention of the pruned last layer computes, or None in every other layer."""
-    return _SCORED.get()
+    return None if torch.compiler.is_compiling() else _SCORED.get()  # the last layer is never compiled
 
 
 def spread(values_A: Tensor, rows_A: Tensor, rows: int) -> Tensor:

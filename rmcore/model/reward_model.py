@@ -1,7 +1,8 @@
 """Computes the summed loss and the rewards of a packed batch: backbone, score head and objective in one forward.
 
 Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted)`: the fp32 sum of the weighted losses, the fp32
-reward of every answer, and this batch's part of the weight that the training loop divides the sum by.
+reward of every answer, and this batch's part of the weight that the training loop divides the sum by. With loss.sft
+also `language_sum`, the summed language-modelling loss (rmcore.model.language_head).
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
@@ -10,7 +11,8 @@ it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `P
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +21,14 @@ from transformers import PreTrainedModel
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.model.attention import NAME
 from rmcore.model.grid import Grid
+from rmcore.model.language_head import language_loss
 from rmcore.model.layout_context import packed_layout
 from rmcore.model.long_rope import LongRope, long_texts
 from rmcore.model.masks import prepare
 from rmcore.model.objectives import Objective
-from rmcore.model.pruning import Pruning, only_rows
+from rmcore.model.pruning import Pruning, ScoredRows, only_rows
 from rmcore.model.recurrent.substitute import substitute_scans
+from rmcore.model.router_balance import Routed, RouterBalance, balance_A
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -37,6 +41,7 @@ class Output(NamedTuple):
     loss_sum: Tensor
     rewards_A: Tensor
     counted: Tensor
+    language_sum: Tensor | None = None
 
 
 BRADLEY_TERRY = Objective()
@@ -50,6 +55,8 @@ class RewardModel(nn.Module):
         score: Linear(D, 1, bias=False).
         pad_token_id: the token that the path `PADDED` fills with.
         path: see `use`.
+        sft: compute the language-modelling loss of batches that hold the tokens of chosen answers.
+        lm_head: its head; None if the token embedding is the head.
     """
 
     def __init__(
@@ -60,23 +67,28 @@ class RewardModel(nn.Module):
         pad_token_id: int,
         objective: Objective = BRADLEY_TERRY,
         path: str = PADDED,
+        sft: bool = False,
+        lm_head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.score = backbone, score
         self.pad_token_id, self.objective = pad_token_id, objective
+        self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
+        self._balance = RouterBalance(backbone) if objective.router_aux else None
         try:
-            self._pruning: Pruning | None = Pruning(backbone)
+            # The balance of the last layer's experts is one over all tokens of a text.
+            self._pruning: Pruning | None = None if self._balance else Pruning(backbone)
         except ValueError:  # the last layer has other parts: it runs on all tokens
             self._pruning = None
         self.use(path)
 
     @property
     def can_prune(self) -> bool:
-        """Whether the last layer has the parts that `rmcore.model.pruning` needs; the self-test checks exactness."""
-        return self._pruning is not None
+        """Whether the last layer may be pruned, and has the parts for it; the self-test checks exactness."""
+        return self._pruning is not None and not self.sft  # the language-modelling loss reads other rows, too
 
     def use(self, path: str, *, pruned: bool = False, masked: bool = False) -> None:
         """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
@@ -103,7 +115,11 @@ class RewardModel(nn.Module):
     def forward(self, batch: RaggedBatch) -> Output:
         batch, long_T = self.long_rope.separated(batch)
         by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
-        hidden_TD = by_path.get(self.path, self.packed_hidden)(batch, long_T)
+        recorded: AbstractContextManager[list[Routed]] = nullcontext([])
+        if self._balance and torch.is_grad_enabled():
+            recorded = self._balance.recorded()
+        with recorded as routed:
+            hidden_TD = by_path.get(self.path, self.packed_hidden)(batch, long_T)
         scored_A = batch.last_token_index_A
         if self._returns_scored_rows:  # hidden_TD has only these rows, in this order
             scored_A = torch.arange(scored_A.numel(), device=scored_A.device)
@@ -122,7 +138,17 @@ class RewardModel(nn.Module):
         )
         if not objective.fused:
             loss_sum = objective.loss_sum(rewards_A, batch)
-        return Output(loss_sum, rewards_A, objective.counted(batch))
+        if routed:
+            text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
+            unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
+            loss_sum = loss_sum + objective.router_aux * (objective.counted_A(batch) * unevenness_A).sum()
+        return Output(loss_sum, rewards_A, objective.counted(batch), self._language_sum(hidden_TD, batch))
+
+    def _language_sum(self, hidden_TD: Tensor, batch: RaggedBatch) -> Tensor | None:
+        if not self.sft or batch.language_row_M is None or batch.language_token_M is None:
+            return None
+        head = self.lm_head or cast(nn.Embedding, self.backbone.get_input_embeddings())
+        return language_loss(hidden_TD[batch.language_row_M], head.weight, batch.language_token_M)
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
@@ -155,6 +181,12 @@ class RewardModel(nn.Module):
         """In a rank without work one row goes through a pruned last layer, so that its experts have zero gradients."""
         return only_rows(rows_A if rows_A.numel() else rows_A.new_zeros(1)) if self.pruned else nullcontext()
 
+    def _in_packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
+        """[T, ...] from the values of a layer that flattens its tokens, such as a router, on any path."""
+        if self.path != PADDED:
+            return values[Grid.of(batch).cell_T] if self.masked else values
+        return values[_rectangle(batch)[1]]
+
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
         """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...]."""
         return values.flatten(0, 1)[Grid.of(batch).cell_T] if self.masked else values.squeeze(0)
@@ -170,14 +202,23 @@ class RewardModel(nn.Module):
 
         This path is the slowest and the most general: the architecture gets the attention mask that it expects.
         """
-        texts = batch.layout.texts
-        longest = max(len(rows) for rows in texts)
-        grid = torch.full((len(texts), longest), -1, dtype=torch.int64)
-        for place, rows in enumerate(texts):
-            grid[place, : len(rows)] = torch.tensor(rows)
-        grid = grid.to(batch.input_ids_T.device)
+        grid, cell_T = _rectangle(batch)
         real = grid >= 0
         input_ids = torch.where(real, batch.input_ids_T[grid.clamp(min=0)], self.pad_token_id)
         with long_texts(long_T, grid):
             hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
-        return hidden[real]
+        return hidden.flatten(0, 1).index_select(0, cell_T)
+
+
+def _rectangle(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """int64 [texts, longest]: the packed rows of each text, -1 behind its end; and the flat cells [T] with a token.
+
+    The cells are found on the host: a mask as an index would make it wait for the device.
+    """
+    texts = batch.layout.texts
+    longest = max(len(rows) for rows in texts)
+    grid = torch.full((len(texts), longest), -1, dtype=torch.int64)
+    for place, rows in enumerate(texts):
+        grid[place, : len(rows)] = torch.tensor(rows)
+    cell_T = torch.cat([torch.arange(len(rows)) + place * longest for place, rows in enumerate(texts)])
+    return grid.to(batch.input_ids_T.device), cell_T.to(batch.input_ids_T.device)

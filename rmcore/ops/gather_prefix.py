@@ -45,11 +45,28 @@ class GatherPlan(NamedTuple):
 
 def gather_plan(segments_S4: Tensor) -> GatherPlan:
     """The plan of a packed row, on the CPU. `segments_S4` (int32, CPU) tile the row, as in ragged_attention.py."""
-    query_start_S, query_end_S, prefix_start_S, prefix_end_S = segments_S4.numpy().astype(np.int64).T
-    queries_S = query_end_S - query_start_S
+    segments = segments_S4.numpy().astype(np.int64)
+    return _plan(segments, segments[:, 1] - segments[:, 0], tokens=int(segments[:, 1].max(initial=0)))
+
+
+def scored_plan(segments_S4: Tensor, rows_A: np.ndarray) -> GatherPlan:
+    """The plan for the rows `rows_A` as queries, in their order; each row sees what it sees in its segment.
+
+    Example: the segments [[0, 4, 0, 0], [4, 5, 0, 2]] and the rows [3, 4]: the keys are rows [0 1 2 3 | 0 1 4],
+    cu_q = [0, 1, 2], cu_k = [0, 4, 7].
+    """
+    segments = segments_S4.numpy().astype(np.int64)
+    own_A4 = segments[np.searchsorted(segments[:, 0], rows_A, side="right") - 1].copy()
+    own_A4[:, 1] = rows_A + 1
+    return _plan(own_A4, np.ones(len(rows_A), dtype=np.int64), tokens=int(segments[-1, 1]))
+
+
+def _plan(segments_S4: np.ndarray, queries_S: np.ndarray, tokens: int) -> GatherPlan:
+    """The keys of segments, which need not tile the `tokens` rows. The last `queries_S` rows of each are queries."""
+    query_start_S, query_end_S, prefix_start_S, prefix_end_S = segments_S4.T
     # A segment without queries gets no keys either: no kernel has to write their gradients.
     prefix_S = np.where(queries_S > 0, prefix_end_S - prefix_start_S, 0)
-    keys_S = prefix_S + queries_S
+    keys_S = prefix_S + query_end_S - query_start_S
     cu_q, cu_k = (np.concatenate([[0], np.cumsum(lengths)]) for lengths in (queries_S, keys_S))
     # The keys of a segment are its prefix rows, then its own rows. Key number `place` of a segment is therefore row
     # prefix_start + place while place < prefix, and row query_start + (place - prefix) afterwards.
@@ -58,7 +75,7 @@ def gather_plan(segments_S4: Tensor) -> GatherPlan:
     first_M = np.where(in_prefix_M, np.repeat(prefix_start_S, keys_S), np.repeat(query_start_S - prefix_S, keys_S))
     key_index = first_M + place_M
     # The inverse: keys sorted by their row, and where the keys of each row begin.
-    copy_offset = np.concatenate([[0], np.cumsum(np.bincount(key_index, minlength=cu_q[-1]))])
+    copy_offset = np.concatenate([[0], np.cumsum(np.bincount(key_index, minlength=tokens))])
     return GatherPlan(
         key_index=torch.from_numpy(key_index),
         copy_offset=torch.from_numpy(copy_offset),

@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rmcore.config import Config
 from rmcore.host.memory import keep_freed_memory, return_freed_memory
-from rmcore.model.attention import compile_layers
 from rmcore.model.reward_model import RewardModel
+from rmcore.parallel.ema import Ema
 from rmcore.parallel.optim import adamw_arguments, adamw_class, parameter_groups, trained_dtype, trained_in_bf16
 from rmcore.parallel.reduction import GradientReduction
 from rmcore.parallel.strategy import Shards, gradient_norms
@@ -44,6 +44,7 @@ class DataParallel:
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
     dtype: torch.dtype
+    ema: Ema | None = None
 
     def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
         assert shards is None, "every rank needs the whole model"
@@ -51,8 +52,6 @@ class DataParallel:
         self.dtype = trained_dtype(config)
         if world.device.type == "cpu":
             return_freed_memory() if _saves_memory(config) else keep_freed_memory()
-        if config.parallel.compile:
-            compile_layers(model.backbone)
         self._parameters = list(self._inner.parameters())
         self._reduction: GradientReduction | None = None
         in_bf16 = config.model.trains_bf16
@@ -64,7 +63,7 @@ class DataParallel:
                 self._reduction = GradientReduction([p for p in self._parameters if p.requires_grad], world.size)
         self._half = config.parallel.bf16 and not in_bf16  # bf16 weights need no casts
         self.model = self._inner if world.size == 1 or in_bf16 else self._replicate()
-        groups = parameter_groups(self._parameters, config.optim)
+        groups = parameter_groups(self.named_parameters(), config.optim)
         arguments = adamw_arguments(config.optim)
         adamw = adamw_class(config, self.named_parameters())
         self.adamw_is_split = config.parallel.traits.shards_optimizer and world.size > 1

@@ -46,11 +46,18 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from rmcore.config import Config
-from rmcore.model.attention import compile_layers
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
-from rmcore.parallel.optim import adamw_arguments, adamw_class, parameter_groups, trained_dtype, trained_in_bf16
+from rmcore.parallel.ema import Ema
+from rmcore.parallel.optim import (
+    LocalAdamW,
+    adamw_arguments,
+    adamw_class,
+    parameter_groups,
+    trained_dtype,
+    trained_in_bf16,
+)
 from rmcore.parallel.placement import held
 from rmcore.parallel.strategy import Shards, Weights, gradient_norms
 from rmcore.parallel.world import World, device_mesh
@@ -128,6 +135,7 @@ class FullySharded:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
+    ema: Ema | None = None
     adamw_is_split = False
     dtype: torch.dtype
 
@@ -140,8 +148,6 @@ class FullySharded:
             model = model.to(world.device)
         if config.model.trains_bf16:
             trained_in_bf16(model)
-        if config.parallel.compile:
-            compile_layers(model.backbone)
         self._sharded = shard(
             model,
             self.mesh,
@@ -157,8 +163,9 @@ class FullySharded:
             for parameter in self._parameters:
                 parameter.grad_dtype = None
                 parameter.register_post_accumulate_grad_hook(_keep_in_fp32)
-        adamw = adamw_class(config, dict(self.model.named_parameters()))
-        groups = parameter_groups(self._parameters, config.optim)
+        named = dict(self.model.named_parameters())
+        adamw = adamw_class(config, named, LocalAdamW)
+        groups = parameter_groups(named, config.optim)
         self.optimizer = self.adamw = adamw(groups, **adamw_arguments(config.optim))
 
     @contextmanager

@@ -9,6 +9,7 @@ import importlib
 
 from rmcore.config import Config
 from rmcore.model.reward_model import RewardModel
+from rmcore.parallel.ema import Ema
 from rmcore.parallel.strategy import Shards, Strategy
 from rmcore.parallel.world import World
 
@@ -21,4 +22,5 @@ def make_strategy(config: Config, model: RewardModel, world: World, shards: Shar
     """
     module, _, name = config.parallel.traits.implementation.partition(":")
     strategy: Strategy = getattr(importlib.import_module(module), name)(config, model, world, shards)
+    strategy.ema = Ema(strategy.named_parameters, config.optim.ema) if config.optim.ema is not None else None
     return strategy

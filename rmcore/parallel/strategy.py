@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from rmcore.parallel.ema import Ema
+
 Weights = dict[str, nn.Parameter]  # this rank's rows of each weight, as DTensors
 
 
@@ -39,6 +41,7 @@ class Strategy(Protocol):
             every parameter, or this rank's part of every parameter.
         dtype: of the trained weights; no checkpoint holds them in another one.
         grad_norms_W: L2 norm of each gradient, as far as this rank holds it; set by `clip_grad_norm`.
+        ema: the moving average of the weights, with optim.ema.
     """
 
     model: nn.Module
@@ -47,6 +50,7 @@ class Strategy(Protocol):
     adamw_is_split: bool
     dtype: torch.dtype
     grad_norms_W: Tensor
+    ema: Ema | None
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager:
         """Goes around the forward and backward of a micro batch. `enabled`: reduce gradients over ranks now (the last
@@ -72,9 +76,14 @@ class Strategy(Protocol):
         """
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of each gradient as far as this rank holds it, fp32 [W]; 0 where there is none."""
-    local = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-    norms = iter(torch._foreach_norm([grad for grad in local if grad is not None]))  # as nn.utils.get_total_norm does
+    grads = [None if p.grad is None else local(p.grad) for p in parameters]
+    norms = iter(torch._foreach_norm([grad for grad in grads if grad is not None]))  # as nn.utils.get_total_norm does
     zero = torch.zeros((), device=parameters[0].device)
-    return torch.stack([zero if grad is None else next(norms) for grad in local])
+    return torch.stack([zero if grad is None else next(norms) for grad in grads])

@@ -79,7 +79,8 @@ def start_world(timeout_seconds: float = 600.0, seed: int | None = None, *, init
         seed: the run's seed; this process's generators get `seed + rank`.
         init_method: a rendezvous instead of torchrun's (`file:///path` in tests); ranks come from the environment.
     Raises:
-        UserError: more processes on this host than GPUs; or a variable that is missing, not a number, or out of range.
+        UserError: more processes on this host than GPUs; two with the same GPU; a variable that is missing, not a
+            number, or out of range.
     """
     rank, size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     local_rank, local_size = environment_number("LOCAL_RANK", 0), environment_number("LOCAL_WORLD_SIZE", 1)
@@ -102,6 +103,8 @@ def start_world(timeout_seconds: float = 600.0, seed: int | None = None, *, init
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         store = None if init_method else fresh_store(rank, size, timeout)
+        if store is not None:
+            _claim_gpu(store, rank, local_size, device)
         dist.init_process_group(
             backend,
             init_method=init_method,
@@ -269,14 +272,38 @@ def _device(local_rank: int, local_size: int) -> torch.device:
         return torch.device("cpu")
     use_expandable_segments(os.environ)
     gpus = torch.cuda.device_count()
-    if local_size > gpus:
+    # Slurm's --gpus-per-task=1 shows each process one GPU, its own, as number 0; `_claim_gpu` checks that it is.
+    if local_size > gpus != 1:
         raise UserError(
             f"{local_size} processes on this host and {gpus} visible GPU(s): start torchrun with "
             f"--nproc_per_node {gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", 0 if gpus == 1 else local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _claim_gpu(store: dist.Store, rank: int, local_size: int, device: torch.device) -> None:
+    """Put this rank's GPU into the store. Raises UserError if another rank uses the same one."""
+    if device.type != "cuda" or local_size == 1:
+        return
+    gpu = torch.cuda.get_device_properties(device).uuid
+    owner = store.compare_set(f"rmcore/gpu/{gpu}", "", str(rank)).decode()
+    if owner != str(rank):
+        raise UserError(
+            f"ranks {owner} and {rank} see one and the same GPU, and {local_size} processes run on this host: start as "
+            "many as it has GPUs, and show each process all of them or one of its own; or hide the GPUs "
+            "(CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+
+
+def use_deterministic_algorithms(world: World) -> None:
+    """From now on a step on a GPU repeats bit for bit; PyTorch raises for an operation that has no such algorithm."""
+    if world.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+        torch.use_deterministic_algorithms(True)
+        # rmcore reads no memory that it did not write. (The attribute is one of a module that torch makes at run time.)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def use_expandable_segments(environment: MutableMapping[str, str]) -> None:

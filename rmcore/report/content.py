@@ -39,6 +39,7 @@ class Report:
         notes: lines about the data and how rewards were computed.
         history: the lines of metrics.jsonl.
         environment: versions, machine and command.
+        prompt_N: uint64, identifies the prompt of each comparison, to find it in the evaluation of another model.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Report:
     config_yaml: str
     history: Sequence[Mapping[str, Any]] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    prompt_N: np.ndarray | None = None
 
     @property
     def sets(self) -> list[str]:

@@ -29,13 +29,10 @@ Table = tuple[list[str], list[list[str]]]  # headings and cells
 
 def page(report: Report, pictures: Mapping[str, tuple[str, str]]) -> str:
     """The whole file. `pictures`: name -> (SVG, caption)."""
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, finalize=printable)
-    environment.filters |= {"number": shown, "shortened": shortened, "anchor": anchor}
-    rendered = environment.get_template("page.html.jinja").render(
+    return rendered(
+        "page.html.jinja",
+        pictures,
         report=report,
-        pictures={name: {"svg": Markup(svg), "caption": caption} for name, (svg, caption) in pictures.items()},
-        css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
-        version=__version__,
         tiles=list(tiles(report.metrics)),
         by_source=source_table(report),
         best_of=best_of_table(report),
@@ -43,7 +40,19 @@ def page(report: Report, pictures: Mapping[str, tuple[str, str]]) -> str:
         rewardbench=rewardbench_tables(report),
         drops=drop_table(report.drops),
     )
-    return rendered + "\n"
+
+
+def rendered(template: str, pictures: Mapping[str, tuple[str, str]], **values: Any) -> str:
+    """A template of this folder as a whole file; `values` are the variables that it uses, `report` among them."""
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, finalize=printable)
+    environment.filters |= {"number": shown, "shortened": shortened, "anchor": anchor}
+    text = environment.get_template(template).render(
+        pictures={name: {"svg": Markup(svg), "caption": caption} for name, (svg, caption) in pictures.items()},
+        css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
+        version=__version__,
+        **values,
+    )
+    return text + "\n"
 
 
 def printable(value: Any) -> Any:

@@ -30,8 +30,13 @@ CHUNK_ROWS = 1024  # most rows that are packed together, and whose rewards are o
 CHUNK_CHARACTERS = 2_000_000  # a chunk of long rows ends earlier, after about this many characters
 TABLE_ROWS = 1000  # rows per batch between Parquet and Python
 READERS = {".jsonl": json_line_rows, ".ndjson": json_line_rows, ".json": json_rows, ".csv": csv_rows}
-REWARD, REWARDS, BEST = "reward", "rewards", "best"
-_COLUMNS = {REWARD: pyarrow.float64(), REWARDS: pyarrow.list_(pyarrow.float64()), BEST: pyarrow.int64()}
+REWARD, REWARDS, BEST, MARGIN = "reward", "rewards", "best", "reward_margin"
+_COLUMNS = {
+    REWARD: pyarrow.float64(),
+    REWARDS: pyarrow.list_(pyarrow.float64()),
+    BEST: pyarrow.int64(),
+    MARGIN: pyarrow.float64(),
+}
 
 
 def check_input(path: Path) -> None:
@@ -105,12 +110,20 @@ def chunks(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
         yield chunk
 
 
-def with_rewards(row: Mapping[str, Any], rewards: list[float | None], single: bool) -> dict[str, Any]:
-    """The row with `reward`, or with `rewards` and `best` (the first of the highest; null if all are null)."""
+def with_rewards(
+    row: Mapping[str, Any], rewards: list[float | None], single: bool, pair: bool = False
+) -> dict[str, Any]:
+    """The row with `reward`, or with `rewards` and `best` (the first of the highest; null if all are null).
+
+    A pair also gets `reward_margin`, the reward of the chosen answer minus that of the rejected one.
+    """
     if single:
         return {**row, REWARD: rewards[0]}
     known = [reward for reward in rewards if reward is not None]
-    return {**row, REWARDS: rewards, BEST: rewards.index(max(known)) if known else None}
+    scored = {**row, REWARDS: rewards, BEST: rewards.index(max(known)) if known else None}
+    if pair:
+        scored[MARGIN] = known[0] - known[1] if len(known) == 2 else None
+    return scored
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
@@ -141,7 +154,7 @@ def _joined(rows: Iterable[PlacedRow], results: Iterable[Result]) -> Iterator[di
     for placed, result in itertools.zip_longest(rows, results):
         if placed is None or result is None:
             raise _Changed
-        yield with_rewards(placed[0], result["rewards"], result["single"])
+        yield with_rewards(placed[0], result["rewards"], result["single"], result.get("pair", False))
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -156,6 +169,7 @@ def _opened(path: Path) -> BinaryIO:
 def _write_parquet(target: Path, source: Path, results: Iterable[Result]) -> None:
     forms = {bool(result["single"]) for result in results}
     added = [name for name, single in ((REWARD, True), (REWARDS, False), (BEST, False)) if single in forms]
+    added += [MARGIN] if any(result.get("pair", False) for result in results) else []
     schema = _schema(source)
     kept = [field for field in schema if field.name not in added]
     whole = pyarrow.schema([*kept, *(pyarrow.field(name, _COLUMNS[name]) for name in added)])
@@ -198,7 +212,7 @@ def _scored_batches(
         found = list(itertools.islice(rest, table.num_rows))
         if len(found) < table.num_rows:
             raise _Changed
-        rows = [with_rewards({}, result["rewards"], result["single"]) for result in found]
+        rows = [with_rewards({}, r["rewards"], r["single"], r.get("pair", False)) for r in found]
         columns = [pyarrow.array([row.get(name) for row in rows], _COLUMNS[name]) for name in added]
         whole = [*kept, *(pyarrow.field(name, _COLUMNS[name]) for name in added)]
         yield pyarrow.RecordBatch.from_arrays([*table.columns, *columns], schema=pyarrow.schema(whole))

@@ -74,7 +74,7 @@ def score_parts(scorer: Scorer, source: Path, parts: Path, world: World) -> None
 def _write_part(part: Path, scorer: Scorer, chunk: list[PlacedRow]) -> None:
     scored = scorer.rewards(chunk)
     fault("score.part")
-    lines = [json.dumps({"rewards": row.rewards, "single": row.single}) for row in scored]
+    lines = [json.dumps({"rewards": row.rewards, "single": row.single, "pair": row.pair}) for row in scored]
     write_text_atomically(part, "\n".join(lines) + "\n")
 
 

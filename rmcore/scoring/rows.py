@@ -25,12 +25,13 @@ SENTENCE = ("The quick brown", "fox jumps", "over the lazy dog", "and, being ask
 
 
 class Rendered(NamedTuple):
-    """A row as the template writes it: one text per answer, and whether the row's form has only one text."""
+    """A row as the template writes it: one text per answer, and whether the row's form has only one text, or two."""
 
     prompt: str
     texts: list[str]
     single: bool
     unread: frozenset[str] = frozenset()  # what of the row's content is not in the texts
+    pair: bool = False  # the row has chosen and rejected
 
 
 def trial_rows() -> list[tuple[dict[str, Any], str]]:
@@ -43,10 +44,13 @@ def trial_rows() -> list[tuple[dict[str, Any], str]]:
     return rows
 
 
-def comparison_of(row: Mapping[str, Any], template: Template, where: str) -> tuple[Comparison, bool]:
+def comparison_of(
+    row: Mapping[str, Any], template: Template, where: str, *, typed: bool = False
+) -> tuple[Comparison, bool]:
     """A row as a comparison, and whether the row's form has only one answer.
 
     K answers are read as pairs of the first with each other one, so that the rules of training rows apply to them.
+    typed: the row does not come from a file: a text is text, also if it looks like the JSON text of turns.
     Raises UserError with the row's place for a row that cannot be read.
     """
     further = {name: value for name, value in row.items() if name not in JUDGED}
@@ -57,7 +61,7 @@ def comparison_of(row: Mapping[str, Any], template: Template, where: str) -> tup
         single = True
     elif "chosen" in row and "rejected" in row:
         further |= {name: row[name] for name in ("chosen", "rejected")}
-        return _pair(further, template, where), False
+        return _pair(further, template, where, typed), False
     else:
         found = next((name for name in (*MANY, *ONE) if name in row), None)
         if found is None or not any(name in row for name in PROMPT):
@@ -69,19 +73,21 @@ def comparison_of(row: Mapping[str, Any], template: Template, where: str) -> tup
         if not isinstance(answers, list) or not answers:
             raise UserError(f"{where}: {found} must be a list of answers, not {short(answers)}")
     first, *others = [{**further, "chosen": answers[0], "rejected": other} for other in answers[1:] or answers]
-    pairs = [_pair(first, template, where)]
+    pairs = [_pair(first, template, where, typed)]
     first_pair = pairs[0]
     if len(answers) == 1:
         return replace(first_pair, answers=first_pair.answers[:1], pairs=(), margin=(), weight=()), single
-    pairs += [_pair(other, template, where) for other in others]
+    pairs += [_pair(other, template, where, typed) for other in others]
     every = (first_pair.answers[0], *(pair.answers[1] for pair in pairs))
     return replace(first_pair, answers=every, pairs=(), margin=(), weight=()), single
 
 
-def _pair(row: Mapping[str, Any], template: Template, where: str) -> Comparison:
+def _pair(row: Mapping[str, Any], template: Template, where: str, typed: bool) -> Comparison:
     prompt = next((name for name in PROMPT if name in row), None)
     columns = {} if prompt is None else {"prompt": prompt}
-    format = detect_format([row], columns, origin=where)
+    # A typed text counts as such; in a file's cell, text may be the JSON text of turns.
+    kinds = {name: "text" if typed and isinstance(value, str) else value for name, value in row.items()}
+    format = detect_format([kinds], columns, origin=where)
     return comparison_from_row(
         row, format, wants_text=template.wants_text, source="", where=where, reads=template.reads
     )

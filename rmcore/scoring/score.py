@@ -81,7 +81,7 @@ def score_stream(scorer: Scorer, rows: str, stream: BinaryIO) -> tuple[int, int]
         if number == 0:
             scorer.choose_path(chunk)
         for (row, _), scored in zip(chunk, scorer.rewards(chunk), strict=True):
-            stream.write(json_line(with_rewards(row, scored.rewards, scored.single)))
+            stream.write(json_line(with_rewards(row, scored.rewards, scored.single, scored.pair)))
             unscored += scored.rewards.count(None)
         stream.flush()
         count += len(chunk)

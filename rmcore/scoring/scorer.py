@@ -42,10 +42,11 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text."""
+    """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text, or two."""
 
     rewards: list[float | None]
     single: bool
+    pair: bool = False
 
 
 class Scorer:
@@ -55,7 +56,8 @@ class Scorer:
         model: directory or hub id. The template and precision are those of its training (rmcore_config.yaml), unless
             `overrides` (key=value) change them; without that file the template is the tokenizer's own.
         normalise: return (reward - mean) / deviation, as stored in the model's config.json.
-        bf16: the bf16 instructions of all ranks that score together; None: those of this process's device.
+        bf16: the bf16 instructions of all ranks that score together; None: those of the device.
+        device: where rewards are computed; None: a GPU if there is one.
     Raises UserError for a model or settings that cannot be used.
 
     Call `choose_path` once before the first reward. Any thread may call `render` and `encode`; only one thread at a
@@ -63,10 +65,16 @@ class Scorer:
     """
 
     def __init__(
-        self, model: str, overrides: Sequence[str] = (), *, normalise: bool = False, bf16: Bf16 | None = None
+        self,
+        model: str,
+        overrides: Sequence[str] = (),
+        *,
+        normalise: bool = False,
+        bf16: Bf16 | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.name = model
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config, lines = with_precision(evaluation_config(model, "-", list(overrides)), bf16 or bf16_of(device))
         tokenizer = load_tokenizer(self.config)
         hf_config = load_model_config(self.config.model)
@@ -114,7 +122,10 @@ class Scorer:
         for one in rendered:
             self.unread.update(one.unread)
         found = iter(self.score([text for texts in encoded for text in texts]))
-        return [Scored([next(found) for _ in texts], one.single) for one, texts in zip(rendered, encoded, strict=True)]
+        return [
+            Scored([next(found) for _ in texts], one.single, one.pair)
+            for one, texts in zip(rendered, encoded, strict=True)
+        ]
 
     def _encoded(self, rows: Sequence[tuple[Mapping[str, Any], str]]) -> tuple[list[Rendered], list[list[Text]]]:
         rendered = [self.render(row, where) for row, where in rows]
@@ -160,8 +171,16 @@ class Scorer:
                 rewards_A[torch.from_numpy(np.concatenate(places))] = trained.model(batch).rewards_A.double().cpu()
         return rewards_A
 
-    def render(self, row: Mapping[str, Any], where: str) -> Rendered:
-        """The texts of a row. Raises UserError with its place for a row that cannot be read."""
+    @property
+    def device(self) -> torch.device:
+        """Where rewards are computed."""
+        return self._trained.device
+
+    def render(self, row: Mapping[str, Any], where: str, *, typed: bool = False) -> Rendered:
+        """The texts of a row. Raises UserError with its place for a row that cannot be read.
+
+        typed: the row does not come from a file: a text is text, also if it looks like the JSON text of turns.
+        """
         row = {name: value for name, value in row.items() if value is not None}  # rows of a table have every column
         if "text" in row or "texts" in row:
             single = "texts" not in row
@@ -169,10 +188,11 @@ class Scorer:
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
                 raise UserError(f"{where}: {'text must be text' if single else 'texts must be a list of texts'}")
             return Rendered("", [self.as_rendered(text) for text in texts], single)
-        comparison, single = comparison_of(row, self.template, where)
+        comparison, single = comparison_of(row, self.template, where, typed=typed)
         prompt, written = self.template.render(comparison)
         missing = {f"{what} (not in the rendered text)" for what, _ in self.template.missing(comparison, written)}
-        return Rendered(prompt, list(written), single, comparison.unread | missing)
+        pair = not single and "chosen" in row and "rejected" in row
+        return Rendered(prompt, list(written), single, comparison.unread | missing, pair)
 
     def as_rendered(self, text: str) -> str:
         """A whole text stays as it is, with the BOS of the template in front, and EOS behind it if that is `none`."""

@@ -7,11 +7,12 @@ POST /get_reward   OpenRLHF's remote reward model (utils/remote_rm_utils.py): wh
      /classify     vLLM's (entrypoints/pooling/classify/protocol.py): `input`, whole texts, or `messages`
      /score        vLLM's (entrypoints/pooling/scoring/protocol.py): prompt text_1 and answers text_2, rendered here
      /rewards      the rows of `rmcore score`
-GET  /health, /metrics (Prometheus)
+GET  /health, /metrics (Prometheus), /openapi.json (the shapes of all requests and answers)
 
-A request is answered as a whole or refused as a whole, with {"error": one sentence} and 400 (not JSON), 403 (a Host
-header of another machine), 408 (its body came too slowly), 413 (too large), 422 (invalid for the endpoint, too many or
-too long texts), 503 (the queue is full), 504 (not done in time), 500 (the model failed, or a reward is NaN).
+A request is answered as a whole or refused as a whole, with {"error": one sentence} and 400 (not JSON), 401 (without
+the bearer token of the service), 403 (a Host header of another machine), 408 (its body came too slowly), 413 (too
+large), 422 (invalid for the endpoint, too many or too long texts), 503 (the queue is full), 504 (not done in time), 500
+(the model failed, or a reward is NaN).
 
 What a request would take is counted on its raw rows first. Then it is rendered and tokenised in small steps, in turns
 with other requests, and dropped when its time is over.
@@ -28,18 +29,29 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from rmcore import __version__
 from rmcore.config import UserError
 from rmcore.data.tokens.sandbox import until
 from rmcore.scoring.files import with_rewards
 from rmcore.scoring.rows import Rendered
 from rmcore.scoring.scorer import Scorer, Text
+from rmcore.serving.answers import (
+    HEALTH,
+    METRICS,
+    ClassifyAnswer,
+    GetRewardAnswer,
+    RewardsAnswer,
+    ScoreAnswer,
+    responses,
+)
 from rmcore.serving.batcher import Batcher, Full, Late, Stopping
 from rmcore.serving.limits import Guard, Limits, Refused, check_rows, check_text, error_answer
 from rmcore.serving.prometheus import Metrics
@@ -223,10 +235,11 @@ def _chunks(rows: Sequence[Rendered]) -> Iterator[list[Rendered]]:
         yield chunk
 
 
-def create_app(service: Service, local: bool = False) -> FastAPI:
+def create_app(service: Service, local: bool = False, token: str | None = None) -> FastAPI:
     """The application. At its end (lifespan) it answers the waiting requests and ends the model's thread.
 
-    `local`: only requests with the Host header of a loopback address are answered.
+    `local`: only requests with the Host header of a loopback address are answered. `token`: every request but /health
+    needs the header `Authorization: Bearer TOKEN`.
     """
 
     @asynccontextmanager
@@ -234,7 +247,7 @@ def create_app(service: Service, local: bool = False) -> FastAPI:
         yield
         await run_in_threadpool(service.batcher.stop)
 
-    app = FastAPI(title="rmcore", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="rmcore", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
@@ -256,20 +269,25 @@ def create_app(service: Service, local: bool = False) -> FastAPI:
     async def failed(_: Request, error: Exception) -> JSONResponse:
         return error_answer(500, f"the model failed: {type(error).__name__}")
 
-    _add_endpoints(app, service)
+    _add_endpoints(app, service, token)
     app.middleware("http")(service.metrics.measure)
-    app.add_middleware(Guard, limits=service.limits, refused=service.metrics.count, local=local)
+    app.add_middleware(Guard, limits=service.limits, refused=service.metrics.count, local=local, token=token)
     return app
 
 
-def _add_endpoints(app: FastAPI, service: Service) -> None:
-    @app.post("/get_reward")
+def _add_endpoints(app: FastAPI, service: Service, token: str | None) -> None:
+    # The guard compares the token, before it reads a body; this only puts it on the page.
+    guarded = [] if token is None else [Depends(HTTPBearer(auto_error=False))]
+
+    @app.post("/get_reward", responses=responses(GetRewardAnswer), response_model=None, dependencies=guarded)
     async def get_reward(asked: GetReward) -> dict[str, Any]:
+        """Rewards of whole texts, which the client has rendered (OpenRLHF's remote reward model)."""
         found, _ = await service.rewards(service.whole(asked.query, asked.prompts))
         return {"rewards": [reward for row in found for reward in row.rewards]}
 
-    @app.post("/classify")
+    @app.post("/classify", responses=responses(ClassifyAnswer), response_model=None, dependencies=guarded)
     async def classify(asked: Classify) -> dict[str, Any]:
+        """Rewards of whole texts (`input`) or of one conversation (`messages`), one of the two; vLLM's shape."""
         if (asked.input is None) == (asked.messages is None):
             raise Refused(422, "give input (texts) or messages (turns)")
         if asked.messages is not None:
@@ -283,8 +301,9 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         ]
         return _listed(service.name, "classify", data, tokens)
 
-    @app.post("/score")
+    @app.post("/score", responses=responses(ScoreAnswer), response_model=None, dependencies=guarded)
     async def score(asked: ScorePairs) -> dict[str, Any]:
+        """Rewards of a prompt and its answers, rendered here: text_1 and text_2, or queries and documents (vLLM's)."""
         prompts, answers = asked.text_1 or asked.queries, asked.text_2 or asked.documents
         if not prompts or not answers:
             raise Refused(422, "give text_1 (prompt) and text_2 (answers), or queries and documents")
@@ -294,18 +313,21 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         data = [{"index": index, "object": "score", "score": reward} for index, reward in enumerate(rewards)]
         return _listed(service.name, "score", data, tokens)
 
-    @app.post("/rewards")
+    @app.post("/rewards", responses=responses(RewardsAnswer), response_model=None, dependencies=guarded)
     async def rewards(asked: Rows) -> dict[str, Any]:
+        """Rewards of rows as `rmcore score` reads them."""
         found, _ = await service.rewards([Asked(row, f"row {number}") for number, row in enumerate(asked.rows)])
         return {"rows": [with_rewards({}, list(row.rewards), row.single) for row in found]}
 
-    @app.get("/health")
+    @app.get("/health", responses=HEALTH, response_model=None)
     async def health() -> JSONResponse:
+        """Whether the service answers; needs no token."""
         alive = service.batcher.alive
         return JSONResponse({"status": "ok" if alive else "stopping", "model": service.name}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=METRICS, response_class=PlainTextResponse, dependencies=guarded)
     async def metrics() -> PlainTextResponse:
+        """Counts and times of requests, batches, texts and tokens."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -8,6 +8,7 @@ characters, before it is rendered.
 """
 
 import asyncio
+import hmac
 import ipaddress
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from rmcore.scoring.rows import MANY
 
 UNKNOWN = 2**31 - 1  # tokens of a text, where neither the model nor the user limits them
 ALWAYS = ("/health", "/metrics")  # answered however many requests are under way
+OPEN = "/health"  # answered without the token, for load balancers
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,19 @@ class Guard:
 
     It reads each body before the application receives it. With `local`, requests must have the Host header of a
     loopback address: a web page that a browser of this machine shows could otherwise reach the service under a name of
-    its own (DNS rebinding).
+    its own (DNS rebinding). With a `token`, every request but /health must have it in its Authorization header.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, refused: Callable[[str, int], None], local: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        refused: Callable[[str, int], None],
+        local: bool = False,
+        token: str | None = None,
+    ) -> None:
         self.app, self.limits, self.refused, self.local = app, limits, refused, local
+        self.token = None if token is None else token.encode()
         self.requests = self.held = 0  # requests under way, and the bytes of their bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,6 +203,11 @@ class Guard:
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         if self.local and host and not is_loopback(_host_name(host)):
             raise Refused(403, "the Host header must be localhost or a loopback address, on which this service listens")
+        if self.token is not None and scope["path"] != OPEN:
+            kind, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            # compare_digest takes as long for a token that is wrong at its end as for one that is wrong at once.
+            if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.token):
+                raise Refused(401, "this service needs the header `Authorization: Bearer TOKEN` with its token")
         if admitted and self.requests > self.limits.requests:
             raise Refused(503, "too many requests are under way: try again later")
 
@@ -244,8 +259,11 @@ def _host_name(header: str) -> str:
 
 
 def error_answer(status: int, why: str, close: bool = False) -> JSONResponse:
-    """{"error": why}, of bounded length. With `close` the connection is closed; 503 has a Retry-After header."""
+    """{"error": why}, of bounded length. With `close` the connection is closed.
+
+    503 has a Retry-After header, 401 the scheme of authentication.
+    """
     connection = {"Connection": "close"} if close else {}
-    again = {"Retry-After": "1"} if status == 503 else {}
+    again = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
     shown = one_line(why.encode("utf-8", "backslashreplace").decode(), 400)
     return JSONResponse({"error": shown}, status, headers={**connection, **again})

@@ -1,4 +1,4 @@
-"""Prints the progress of a run on rank 0: a progress bar on a terminal, plain lines in a file.
+"""Prints the progress of a run on rank 0: a progress bar on a terminal or in a notebook, plain lines in a file.
 
 Input: metrics by name at a moment of the run, sample rows, lines of text. Output: text on a rich `Console`.
 Example of a plain line: step 10/28 episode 640 epoch 0.357 loss 0.6931 accuracy 0.531 lr 2.70e-06 ... eta 0:01:23
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -31,7 +32,7 @@ class Screen:
         self.console, self._steps, self._start_step = console, steps, start_step
         self._started = time.monotonic()
         self._progress: Progress | None = None
-        if not console.is_terminal:
+        if not console.is_terminal and not has_widgets(console):
             console.width = max(console.width, FILE_WIDTH)
         else:
             self._progress = Progress(
@@ -87,6 +88,11 @@ class Screen:
     def close(self) -> None:
         if self._progress:
             self._progress.stop()
+
+
+def has_widgets(console: Console) -> bool:
+    """Whether this is a notebook that can show a progress bar, for which rich needs ipywidgets."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 def _short(text: str) -> str:

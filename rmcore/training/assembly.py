@@ -31,9 +31,10 @@ from rmcore.data.inspection.first_example import show_first_example
 from rmcore.data.prepare import PreparedData, describe
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
 from rmcore.evaluation.criterion import Criterion, check_best_metric
+from rmcore.evaluation.own_metrics import check_functions
 from rmcore.evaluation.trained import on_one_day
 from rmcore.host.terminal import visible
-from rmcore.model.backbone import recompute_activations
+from rmcore.model.compiled import speed_up
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.lora import count_weights
 from rmcore.model.reward_model import SHARED, RewardModel
@@ -41,7 +42,7 @@ from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.ops.blockwise import check_bitsandbytes
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.precision import bf16_of_all, with_precision
-from rmcore.parallel.world import World, first_error
+from rmcore.parallel.world import World, first_error, use_deterministic_algorithms
 from rmcore.training.agreement import agree, check_same_plan, plan_facts
 from rmcore.training.loading import ShardedModel, load
 from rmcore.training.outcome import OUT_OF_MEMORY_FILE
@@ -52,7 +53,10 @@ from rmcore.training.run_data import prepared
 def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     """Raises UserError, on all ranks, for anything in config, data or model files that cannot be trained."""
     start = start or Start()
+    if config.parallel.deterministic:
+        use_deterministic_algorithms(world)
     first_error(world, "looking at run.best_metric", lambda: Criterion.of(config))  # before the data, which take long
+    first_error(world, "importing functions", lambda: check_functions(config))
     stored = start.manifest.config["parallel"].get("precision") if start.manifest else None
     config, precision_lines = with_precision(config, bf16_of_all(world), stored)
     if config.parallel.fp8:
@@ -83,7 +87,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
 
     # The strategy wraps the model, and a checkpoint fills it.
     model = loaded.to_train()
-    recompute_activations(model.backbone, budget.recompute)
+    speed_up(model.backbone, recompute=budget.recompute, compiled=config.parallel.compile)
     converted = use_fp8(model.backbone) if config.parallel.fp8 else 0
     strategy = make_strategy(config, model, world, loaded.shards)
     restore(start, strategy, world)

@@ -7,8 +7,9 @@ prints "lost touch with other ranks at step 7, phase backward: rank 1 last seen 
 failure is in the store, so rank 1's thread ends its process too.
 
 A thread on every rank writes the rank's place into the process group's store twice per second. It works while a
-collective waits. Phases of a step: data (waiting for a micro batch), compute (forward), backward (with its gradient
-sync), update, boundary; evaluate and save where they are due.
+collective waits. When a collective times out, NCCL ends the process without an exception, so on GPUs the thread reports
+a phase that has lasted nearly that long. Phases of a step: data (waiting for a micro batch), compute (forward),
+backward (with its gradient sync), update, boundary; evaluate and save where they are due.
 """
 
 import json
@@ -37,6 +38,8 @@ from rmcore.tracking.tracker import Tracker
 BEAT_SECONDS = 0.5  # between two beats
 LISTEN_SECONDS = 3.0  # within this time a live rank beats, and a failed rank publishes its message
 GRACE_SECONDS = 15.0  # for a rank to leave by itself after another one failed
+NCCL_SECONDS = 20.0  # before NCCL would end the process, its hang is reported
+STEP_PHASES = ("data", "compute", "backward", "update", "boundary")  # none lasts as long as a collective may wait
 SLOW, SLOW_SECONDS = 1.5, 0.05  # a slow rank takes SLOW times as long as the median rank, and SLOW_SECONDS longer
 
 
@@ -55,10 +58,13 @@ class Place:
 
 
 class Heartbeat:
-    """The places of this rank and of the others; use it in a `with` around the run. One rank publishes nothing."""
+    """The places of this rank and of the others; use it in a `with` around the run. One rank publishes nothing.
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    prints: print the reason of a failure; a program that gets it as an exception prints it itself.
+    """
+
+    def __init__(self, world: World, *, prints: bool = True) -> None:
+        self._world, self.prints = world, prints
         self.step, self.phase, self._since = 0, "start", time.monotonic()
         self.tokens = 0  # of the micro batch under way
         self._own_seconds, self._steps = 0.0, 0
@@ -172,7 +178,8 @@ class Heartbeat:
 
     def _print(self, message: str) -> None:
         self._printed = True
-        print_text(f"rmcore.train: {message}", sys.stderr)
+        if self.prints:
+            print_text(f"rmcore.train: {message}", sys.stderr)
         if self.run_dir is not None:
             record_status(self.run_dir, "failed", step=self.step, reason=message)
 
@@ -212,12 +219,16 @@ class Heartbeat:
     def _beat(self) -> None:
         """The thread: publish this rank's place. End the process if another rank failed and this one does not leave."""
         assert self._store is not None
-        beats, heard = 0, 0.0
+        beats, heard, reported = 0, 0.0, False
         try:
             while not self._end.wait(BEAT_SECONDS):
                 beats += 1
                 place = [beats, self.step, self.phase, time.monotonic() - self._since, socket.gethostname()]
                 self._store.set(f"place/{self._world.rank}", json.dumps(place))
+                if not reported and self._hangs():
+                    reported = True
+                    stuck = RuntimeError(f"NCCL: nothing has moved for {time.monotonic() - self._since:.0f} s")
+                    threading.Thread(target=self._publish, args=(stuck,), name="rmcore-failure", daemon=True).start()
                 if self._store.check(["failure"]):
                     heard = heard or time.monotonic()
                     if self.is_main:
@@ -226,6 +237,13 @@ class Heartbeat:
                         os._exit(1)
         except (RuntimeError, dist.DistError):
             return  # the process that held the store has ended; the collectives will fail by themselves
+
+    def _hangs(self) -> bool:
+        """Whether NCCL is about to end this process, because the step is stuck."""
+        limit = self._world.timeout_seconds
+        limit = max(limit - NCCL_SECONDS, limit / 2)
+        stuck = self.phase in STEP_PHASES and time.monotonic() - self._since > limit
+        return stuck and self._world.device.type == "cuda"
 
 
 def _is_collective(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ Example: 100 steps and run.evals=4 -> evaluations after steps 25, 50, 75 and 100
 
 from rmcore.data.batches.step_plan import Step
 from rmcore.evaluation.evaluate import Evaluations, evaluate, own_objective
+from rmcore.evaluation.own_metrics import add_own_metrics
 from rmcore.evaluation.samples import sample_rows
 from rmcore.tracking.tracker import Tracker
 from rmcore.training.patience import Patience
@@ -27,24 +28,27 @@ def evaluate_run(run: Run, tracker: Tracker, step: Step, signals: Signals) -> Ev
     """
     strategy = run.strategy
     try:
-        found = {
-            name: evaluate(
-                strategy.model,
-                data,
-                run.world,
-                token_budget=run.token_budget,
-                share=run.share,
-                objective=own_objective(run.config.loss),
-                rewardbench=run.data.rewardbench.get(name),
-                autocast=strategy.autocast,
-                between=lambda: give_up_if_stopped(run.world, signals),
-            )
-            for name, data in run.data.evals.items()
-        }
+        with run.chosen_weights():
+            found = {
+                name: evaluate(
+                    strategy.model,
+                    data,
+                    run.world,
+                    token_budget=run.token_budget,
+                    share=run.share,
+                    objective=own_objective(run.config.loss),
+                    rewardbench=run.data.rewardbench.get(name),
+                    autocast=strategy.autocast,
+                    between=lambda: give_up_if_stopped(run.world, signals),
+                )
+                for name, data in run.data.evals.items()
+            }
     except EvaluationGivenUp:
         return None
     if not found:
         return None
+    for name, data in run.data.evals.items():
+        add_own_metrics(found[name], data, run.config.run.metrics)
     evaluations = Evaluations(found)
     tracker.log(moment_after(step), evaluations.logged())
     for name, data in run.data.evals.items():

@@ -22,10 +22,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rmcore.checkpoint.resume import Start
+from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.host.memory import return_freed_memory
 from rmcore.model.backbone import check_finite, load_model
 from rmcore.model.classifier import text_model, text_prefix, towers
+from rmcore.model.language_head import language_head
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, store_base
 from rmcore.model.objectives import Objective
@@ -102,6 +104,8 @@ def _opened(config: Config, tokenizer: PreTrainedTokenizerFast) -> LazyModel | s
     """What a model in parts is built from; or the reason why this model must be loaded whole."""
     if config.model.lora.rank is not None:
         return "LoRA puts layers of its own into the model"
+    if config.loss.sft:
+        return "loss.sft loads the language-model head with it"
     try:
         return open_lazy_model(
             config.model, seed=config.run.seed, vocabulary=len(tokenizer), pad_token_id=_pad_token_id(tokenizer)
@@ -147,14 +151,30 @@ def _load_whole(
         base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
         start.check_base(base)
         first_error(world, "storing the base", lambda: store_base(backbone, config.model.lora))
-    model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id).to(world.device)
+    head = None
+    if config.loss.sft:
+        head = first_error(
+            world, "loading the language-model head", lambda: language_head(config.model, hf_model, seed)
+        )
+    model = _reward_model(hf_model, Objective.of(config.loss), pad_token_id, bool(config.loss.sft), head)
+    if config.loss.sft and model.long_rope.threshold is not None:
+        raise UserError("loss.sft and longrope exclude each other: long and short texts are packed in another way")
+    model = model.to(world.device)
     untrained = towers(hf_model) if world.is_main else {}
     return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, notes, untrained)
 
 
-def _reward_model(hf_model: PreTrainedModel, objective: Objective, pad_token_id: int) -> RewardModel:
+def _reward_model(
+    hf_model: PreTrainedModel,
+    objective: Objective,
+    pad_token_id: int,
+    sft: bool = False,
+    lm_head: nn.Linear | None = None,
+) -> RewardModel:
     score = cast(nn.Linear, hf_model.score)
-    return RewardModel(text_model(hf_model), score, pad_token_id=pad_token_id, objective=objective)
+    return RewardModel(
+        text_model(hf_model), score, pad_token_id=pad_token_id, objective=objective, sft=sft, lm_head=lm_head
+    )
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -26,6 +26,7 @@ from rmcore.parallel.world import World, all_reduce_sum
 # The sums on the device, in this order; for the reduction the counts of the host follow in the same vector.
 DEVICE_SUMS = ("loss", "counted", "weight", "correct", "chosen", "rejected", "grad_norm", "skipped")
 HOST_SUMS = ("pairs", "computed_tokens", "logical_tokens", "steps", "seconds")
+LANGUAGE_SUMS = ("language_loss", "language_tokens")  # with loss.sft, behind the others
 EVERY_RANK_THE_SAME = (
     "grad_norm",
     "skipped",
@@ -47,6 +48,8 @@ class Paired(Protocol):
     def computed_tokens(self) -> int: ...
     @property
     def logical_tokens(self) -> int: ...
+    @property
+    def language_token_M(self) -> Tensor | None: ...
 
 
 class Rewarded(Protocol):
@@ -58,6 +61,8 @@ class Rewarded(Protocol):
     def counted(self) -> Tensor: ...
     @property
     def rewards_A(self) -> Tensor: ...
+    @property
+    def language_sum(self) -> Tensor | None: ...
 
 
 class Metrics:
@@ -67,14 +72,21 @@ class Metrics:
         world: this process.
         flops_per_token: training FLOPs of one computed token (`model_flops_per_token`), needed for `mfu`. `mfu` is
             reported only on devices whose peak is known.
+        language: also the language-modelling loss of the chosen answers.
         earlier: the sums of an incomplete log interval from a checkpoint (`interval`).
     """
 
     def __init__(
-        self, world: World, flops_per_token: float | None = None, earlier: Sequence[float | None] = ()
+        self,
+        world: World,
+        flops_per_token: float | None = None,
+        earlier: Sequence[float | None] = (),
+        language: bool = False,
     ) -> None:
         self._world = world
-        same_version = len(earlier) == len(DEVICE_SUMS + HOST_SUMS)  # a former version may have summed other things
+        self._language = torch.zeros(2 if language else 0, dtype=torch.float64, device=world.device)
+        self._names = DEVICE_SUMS + HOST_SUMS + (LANGUAGE_SUMS if language else ())
+        same_version = len(earlier) == len(self._names)  # a former version may have summed other things
         self._earlier = [math.nan if value is None else value for value in earlier] if same_version else []
         self._sums = torch.zeros(len(DEVICE_SUMS), dtype=torch.float64, device=world.device)
         self._flops_per_token = flops_per_token
@@ -98,6 +110,9 @@ class Metrics:
                 (weight_P * rejected_P).sum(),
             ]
         )
+        if len(self._language) and output.language_sum is not None and batch.language_token_M is not None:
+            self._language[0] += output.language_sum.detach().double()
+            self._language[1] += batch.language_token_M.numel()
         self._pairs += batch.winner_P.numel()
         self._computed_tokens += batch.computed_tokens
         self._logical_tokens += batch.logical_tokens
@@ -134,6 +149,7 @@ class Metrics:
         if self._flops_per_token and self._peak and "tokens_per_second" in metrics:
             metrics["mfu"] = metrics["tokens_per_second"] * self._flops_per_token / (self._peak * world.size)
         self._sums.zero_()
+        self._language.zero_()
         self._pairs = self._computed_tokens = self._logical_tokens = self._steps = 0
         self._paused_seconds = 0.0
         self._started = waited
@@ -149,8 +165,8 @@ class Metrics:
         seconds = now - self._started - self._paused_seconds
         host = [self._pairs, self._computed_tokens, self._logical_tokens, self._steps, seconds]
         host_sums = torch.tensor(host, dtype=torch.float64).to(self._sums.device)
-        values = all_reduce_sum(world, torch.cat([self._sums, host_sums])).tolist()
-        total = dict(zip(DEVICE_SUMS + HOST_SUMS, values, strict=True))
+        values = all_reduce_sum(world, torch.cat([self._sums, host_sums, self._language])).tolist()
+        total = dict(zip(self._names, values, strict=True))
         for name, value in zip(total, self._earlier, strict=False):
             total[name] += value * world.size if name in EVERY_RANK_THE_SAME else value
         return total
@@ -167,6 +183,8 @@ def _metrics(total: dict[str, float], ranks: int) -> dict[str, float]:
         metrics["train/rm/reward_margin"] = (total["chosen"] - total["rejected"]) / weight
     if total["counted"]:
         metrics["train/rm/loss"] = total["loss"] / total["counted"]
+    if total.get("language_tokens"):
+        metrics["train/rm/sft_loss"] = total["language_loss"] / total["language_tokens"]
     if steps:
         metrics["train/skipped_steps"] = total["skipped"] / ranks
         if steps > total["skipped"]:

@@ -46,7 +46,8 @@ def recorded(run_dir: str, heartbeat: Heartbeat, signals: Signals) -> Iterator[N
     except Stopped as stop:
         if heartbeat.is_main:
             step = stop.step or heartbeat.step  # 0: the signal came outside the loop, where everything is saved
-            print_text(f"rmcore.train: {stop} at step {step}; run the same command again to resume", sys.stderr)
+            if heartbeat.prints:
+                print_text(f"rmcore.train: {stop} at step {step}; run the same command again to resume", sys.stderr)
             record_status(run_dir, "preempted", step=step, episode=stop.episode, reason=str(stop))
         raise Ending(STOPPED) from None
     except Exception as error:

@@ -27,6 +27,7 @@ from rmcore.host.cores import usable_cores
 from rmcore.host.faults import fault
 from rmcore.host.memory import available_memory
 from rmcore.model.classifier import is_made
+from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.lazy_model import open_exported
 from rmcore.model.lora import merged
 from rmcore.parallel.fsdp import materialise, shard
@@ -114,7 +115,8 @@ def export_dtype(config: Config) -> torch.dtype:
 
 def written(run: Run, package: Package, directory: Path) -> Path | None:
     """Write the files on rank 0, with the weights that all ranks gather; a collective. Returns their directory."""
-    shapes, tensors = run.strategy.shapes(), run.strategy.whole_tensors()
+    shapes, whole = exported_shapes(run.strategy), run.strategy.whole_tensors()
+    tensors = ((name, tensor) for name, tensor in whole if name != LM_HEAD)
     try:
         if not run.world.is_main:
             return None
@@ -123,8 +125,13 @@ def written(run: Run, package: Package, directory: Path) -> Path | None:
         plain = merged(dict(tensors), run.adapted)
         return write_model({n: tuple(t.shape) for n, t in plain.items()}, plain.items(), package, directory)
     finally:
-        for _ in tensors:  # the other ranks gather all weights, so this rank must too, even if its disk failed
+        for _ in whole:  # the other ranks gather all weights, so this rank must too, even if its disk failed
             pass
+
+
+def exported_shapes(strategy: Strategy) -> dict[str, tuple[int, ...]]:
+    """The shape of every whole weight that an export holds: all but the language-model head, which loss.sft trains."""
+    return {name: shape for name, shape in strategy.shapes().items() if name != LM_HEAD}
 
 
 def _too_large(strategy: Strategy) -> bool:

@@ -21,7 +21,16 @@ from rmcore.hf_export.probe import probe_texts
 from rmcore.hf_export.rehearsal import Sizes, passed, refused
 from rmcore.model.lora import merged_shapes, visible_changes
 from rmcore.parallel.world import broadcast_json, first_error, second_group
-from rmcore.training.publish import PATIENCE, checked, export_dtype, make_probe, model_directory, package_of, written
+from rmcore.training.publish import (
+    PATIENCE,
+    checked,
+    export_dtype,
+    exported_shapes,
+    make_probe,
+    model_directory,
+    package_of,
+    written,
+)
 from rmcore.training.run import Run
 
 T = TypeVar("T")
@@ -54,7 +63,7 @@ def rehearse(run: Run, sizes: Sizes) -> str:
             shutil.rmtree(left, ignore_errors=True)
     package = together(lambda: package_of(run, None))
     if not broadcast_json(world, sizes.small):
-        shapes = merged_shapes(run.strategy.shapes(), run.adapted)
+        shapes = merged_shapes(exported_shapes(run.strategy), run.adapted)
         texts = probe_texts(run.data.eval or run.data.train)
         together(lambda: check_without_weights(shapes, package, directory, texts) if world.is_main else None)
         return passed(None, began)

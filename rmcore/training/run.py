@@ -6,6 +6,7 @@ Example: a run that resumes from step 8 has `position.step == 8`, and `plan.step
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -60,6 +61,11 @@ class Run:
         """Steps, pairs and epochs that were done before this process started."""
         manifest = self.start.manifest
         return Moment(manifest.step, manifest.episode, manifest.epoch) if manifest else Moment(0, 0, 0.0)
+
+    def chosen_weights(self) -> AbstractContextManager[None]:
+        """Within, the model has the weights that run.weights selects for evaluation and export."""
+        ema = self.strategy.ema if self.config.run.weights == "ema" else None
+        return ema.in_place() if ema else nullcontext()
 
 
 def moment_after(step: Step) -> Moment:

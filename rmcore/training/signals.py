@@ -15,6 +15,7 @@ again.
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,18 +48,31 @@ def give_up_if_stopped(world: World, signals: "Signals") -> None:
 
 
 class Signals:
-    """The signals of this process. `received`: the number of a signal that came while deferred, 0 for none."""
+    """The signals of this process. `received`: the number of a signal that came while deferred, 0 for none.
 
-    def __init__(self) -> None:
+    guest: the run is part of a program or a notebook. Only SIGINT and SIGTERM are caught, and only if the program does
+    not handle them itself; a second signal raises KeyboardInterrupt and does not end the process.
+    """
+
+    def __init__(self, *, guest: bool = False) -> None:
         self.received = 0
+        self._guest = guest
         self._first = 0.0
         self._deferred = False
 
     @contextmanager
     def watched(self) -> Iterator["Signals"]:
-        """Catch signals inside; the former handlers are restored afterwards. Only for the main thread of a process."""
+        """Catch signals inside; the former handlers are restored afterwards. Only for the main thread of a process.
+
+        In another thread of a program nothing is caught, because Python handles signals in the main thread.
+        """
         under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         caught = [number for number in CAUGHT if not (under_nohup and number == signal.SIGHUP)]
+        if self._guest:
+            is_main = threading.current_thread() is threading.main_thread()
+            free = (signal.SIG_DFL, signal.default_int_handler)
+            guests = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+            caught = [number for number in guests if signal.getsignal(number) in free]
         former = {number: signal.signal(number, self._handle) for number in caught}
         try:
             yield self
@@ -90,6 +104,8 @@ class Signals:
         now = time.monotonic()
         if self.received and now - self._first < TWICE:
             return
+        if self.received and self._guest:
+            raise KeyboardInterrupt
         if self.received:
             print_text("rmcore.train: a second signal: leaving at once", sys.stderr)
             os._exit(128 + number)

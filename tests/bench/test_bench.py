@@ -26,6 +26,12 @@ def test_the_gpu_script_runs_every_section_without_a_gpu(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     sections = json.loads(out.read_text())["sections"]
+    lines = [json.loads(line)["what"] for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert lines[0] == "machine" and {"section ops", "tiny hh zero2", "section profile"} <= set(lines)
+    for name, off in sections["ops"].items():
+        bound = 2e-2 if "bfloat16" in name else 1e-5
+        assert name == "seconds" or max(off.values()) < bound, (name, off)
+    assert "rmcore" in sections["profile"]["table"]
     assert all(sections["exactness"][family]["within_twice_bf16"] for family in ("gpt_neox", "llama"))
     for name, run in sections["train"].items():
         if name.startswith("tiny"):
@@ -33,7 +39,7 @@ def test_the_gpu_script_runs_every_section_without_a_gpu(tmp_path):
             assert run["pairs_per_s"] > 0
     # The same pairs: a padded trainer computes the logical tokens and padding, rmcore fewer than the logical tokens.
     assert (
-        sections["train"]["tiny hh rmcore"]["logical_over_computed"]
+        sections["train"]["tiny hh ddp"]["logical_over_computed"]
         > 1
         > sections["train"]["tiny hh padded"]["logical_over_computed"]
     )

@@ -3,6 +3,7 @@
 import json
 import stat
 from pathlib import Path
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import pytest
@@ -14,6 +15,7 @@ from rmcore.checkpoint import directory
 from rmcore.checkpoint.changes import changes
 from rmcore.checkpoint.manifest import Manifest, check_file, read_manifest, write_manifest
 from rmcore.checkpoint.shards import Damaged, hash_file, read_slices, write_shard
+from rmcore.checkpoint.state import through_buffers
 from rmcore.config import load_config
 from tests.harness.configs import NEEDED
 from tests.harness.crash import Fault, run
@@ -22,6 +24,29 @@ from tests.harness.small_run import arguments, metrics, reference, same
 
 # A save waits for the one before it: at the third, of step 6, that of step 4 is complete.
 KILLED_AT_6 = [Fault("save.copy", "kill", 1, 3)]
+
+
+class Late:
+    """A copy to a buffer that is done when the host waits for it, and not before."""
+
+    def __init__(self, order: list[str]) -> None:
+        self.order, self.number = order, sum(entry.startswith("fill") for entry in order)
+        order.append(f"fill {self.number}")
+
+    def synchronize(self) -> None:
+        self.order.append(f"wait {self.number}")
+
+
+def test_a_gpu_copies_its_state_through_two_small_buffers() -> None:
+    """Each part of 8 or 16 elements is waited for before its buffer is filled again, and all bytes arrive."""
+    sources = [torch.randn(40), torch.randn(3), torch.randn(33).bfloat16()]
+    copies = [(torch.full_like(source, torch.nan), source) for source in sources]
+    order: list[str] = []
+    through_buffers(copies, [torch.empty(32, dtype=torch.uint8) for _ in range(2)], lambda: cast(Any, Late(order)))
+    assert all(torch.equal(host, source) for host, source in copies)
+    parts = 5 + 1 + 3
+    in_turn = [entry for n in range(1, parts) for entry in (f"fill {n}", f"wait {n - 1}")]
+    assert order == ["fill 0", *in_turn, f"wait {parts - 1}"]
 
 
 @pytest.mark.distributed

@@ -50,7 +50,7 @@ def test_the_card_has_data_metrics_command_and_config(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "rows were kept" in card and "Fingerprint of the tokenised data" in card
     assert "| all |" in card and "rmcore.train rmcore_config.yaml" in card and "template: none" in card
-    assert "Limits" in card and "vllm" in card.lower()
+    assert "Limits" in card and 'LLM(model="path/to/this/directory", runner="pooling", dtype="float32")' in card
     own = (folder / "model" / "README.md").read_text().splitlines()  # it also has a line per source
     assert [line for line in own if line in card.splitlines()] == card.splitlines()
 

@@ -35,6 +35,8 @@ data.train.split | text | train
 data.train.revision | text | null | null
 data.train.amount | whole number >= 1 | number > 0, <= 100 | null | null
 data.train.columns | mapping of text to text | {}
+data.train.keep | text | null | null
+data.train.format | module:function | null | null
 data.train.set | text | null | null
 data.eval | source or list of sources | null
 data.template | text | tokenizer
@@ -55,30 +57,40 @@ batch.pairs | whole number >= 1 | 64
 batch.tokens | whole number >= 1 | auto | auto
 batch.shrink | true | false | false
 optim.lr | number > 0 | 3e-06
-optim.schedule | linear | cosine | constant | linear
+optim.head_lr | number > 0 | null | null
+optim.schedule | linear | cosine | wsd | constant | linear
 optim.warmup_steps | whole number >= 0 | 0
+optim.warmup_ratio | number >= 0, < 1 | 0
+optim.decay_ratio | number > 0, <= 1 | 0.1
+optim.min_lr_ratio | number >= 0, < 1 | 0
 optim.betas | list of 2: number >= 0, < 1 | [0.9, 0.999]
 optim.eps | number > 0 | 1e-05
 optim.weight_decay | number >= 0 | 0
 optim.states | fp32 | bf16 | int8 | fp32
+optim.ema | number > 0, < 1 | null | null
 optim.max_grad_norm | number >= 0 | 1
-loss.name | bradley_terry | hinge | rao_kupper | davidson | plackett_luce | regression | bradley_terry
+loss.name | bradley_terry | hinge | rao_kupper | davidson | plackett_luce | regression | module:function | bradley_terry
 loss.centering | number >= 0 | 0
 loss.label_smoothing | number >= 0, < 0.5 | 0
 loss.margin | none | data | number >= 0 | none
+loss.sft | number >= 0 | 0
+loss.length_decorrelation | number >= 0 | 0
 loss.tie_rate | number > 0, < 1 | 0.25
+loss.router_aux | number >= 0 | 0
 parallel.strategy | ddp | zero1 | zero2 | zero3 | hsdp | ddp
 parallel.precision | auto | bf16 | fp32 | auto
 parallel.recompute | auto | none | selective | full | auto
 parallel.compile | true | false | false
 parallel.offload | true | false | false
 parallel.fp8 | true | false | false
+parallel.deterministic | true | false | false
 parallel.timeout_seconds | whole number >= 1 | 600
 run.dir | text | runs/default
 run.epochs | whole number >= 1 | 1
 run.max_steps | whole number >= 1 | null | null
 run.seed | whole number >= 0, < 2147483648 | 1
 run.evals | whole number >= 0 | 1
+run.metrics | list of module:function | []
 run.save_every | whole number >= 1 | null | null
 run.save_minutes | number > 0 | null | 30
 run.background_save | true | false | true
@@ -88,6 +100,7 @@ run.best_metric | text | null | null
 run.patience | whole number >= 1 | null | null
 run.resume | text | auto
 run.allow_changes | list of text | []
+run.weights | trained | ema | trained
 run.max_bad_steps | whole number >= 1 | 3
 log.every | whole number >= 1 | 10
 log.tensorboard | true | false | true

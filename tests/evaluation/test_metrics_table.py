@@ -58,7 +58,8 @@ def test_a_run_logs_what_the_table_says(log: list[dict[str, float]]) -> None:
     for line in steps:
         missing = {metric.log_name for metric in TRAINING} - line.keys()
         assert line.keys() - POSITION <= {metric.log_name for metric in TRAINING}
-        assert missing == {"mfu"}, "only on a GPU whose peak is known"
+        keys = {f"train/rm/{name}" for name in ("head_lr", "sft_loss", "length_correlation")}
+        assert missing == {*keys, "mfu"}, "without their keys; only on a GPU whose peak is known"
     logged = {metric.log_name for metric in EVALUATION if metric.logged}
     assert evaluations[0].keys() - POSITION <= logged
     missing = logged - evaluations[0].keys()
@@ -68,7 +69,12 @@ def test_a_run_logs_what_the_table_says(log: list[dict[str, float]]) -> None:
 def test_the_table_says_which_metrics_may_be_missing(log: list[dict[str, float]]) -> None:
     often = {metric.log_name for metric in (*TRAINING, *EVALUATION) if metric.logged and not metric.sometimes}
     assert often <= set().union(*log)
-    assert {metric.name for metric in TRAINING if metric.sometimes} == {"mfu"}
+    assert {metric.name for metric in TRAINING if metric.sometimes} == {
+        "head_lr",
+        "sft_loss",
+        "length_correlation",
+        "mfu",
+    }
 
 
 def evaluation(best_of_k: bool = False) -> dict:

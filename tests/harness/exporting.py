@@ -17,6 +17,7 @@ from rmcore.data.tokens.templates import load_template
 from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
 from rmcore.model.backbone import turn_dropout_off
+from rmcore.model.classifier import text_model
 from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from tests.harness.oracle import FAMILIES
 
@@ -48,9 +49,9 @@ def texts(tokenizer: Any) -> TokenizedComparisons:
 
 def engine(model: PreTrainedModel, data: TokenizedComparisons, path: str) -> tuple[dict[str, torch.Tensor], Probe]:
     """The weights under the engine's names, and its rewards for every text, as a run gives them to the export."""
-    assert isinstance(model.base_model, PreTrainedModel) and isinstance(model.score, torch.nn.Linear)
-    pad = model.config.pad_token_id
-    reward_model = RewardModel(model.base_model, model.score, pad_token_id=pad)
+    assert isinstance(model.score, torch.nn.Linear)
+    pad = model.config.get_text_config().pad_token_id
+    reward_model = RewardModel(text_model(model), model.score, pad_token_id=pad)
     reward_model.use(path)
     with torch.no_grad():
         rewards = reward_model(build_batch(data, range(len(data)), share=path == SHARED)).rewards_A
@@ -61,9 +62,9 @@ def engine(model: PreTrainedModel, data: TokenizedComparisons, path: str) -> tup
 def export(
     directory: Path, family: str = "llama", template: str = "simple_chat", tokenizer: Any = None, **changes: Any
 ) -> Probe:
-    """Export a tiny model; `changes` replace arguments of `export_model`. Returns the probe."""
+    """Export `model` or a tiny one of the family; `changes` replace arguments of `export_model`. Returns the probe."""
     tokenizer = tokenizer or byte_tokenizer()
-    model = classifier(family, tokenizer)
+    model = changes.pop("model", None) or classifier(family, tokenizer)
     state, probe = engine(model, texts(tokenizer), PADDED if family == "bloom" else SHARED)
     state, probe = changes.pop("state", state), changes.pop("probe", probe)
     arguments: dict[str, Any] = {

@@ -26,15 +26,18 @@ WAIT = 120.0  # seconds for a process to start or end where many share the cores
 class Served:
     """A service in a process of its own."""
 
-    def __init__(self, *arguments: str, model: str = MODEL, settings: Sequence[str] = SETTINGS) -> None:
-        command = [sys.executable, "-m", "rmcore.serve", model, "--port", "0", *arguments, *settings]
+    def __init__(
+        self, *arguments: str, model: str = MODEL, settings: Sequence[str] = SETTINGS, port: int | None = 0
+    ) -> None:
+        place = [] if port is None else ["--port", str(port)]
+        command = [sys.executable, "-m", "rmcore.serve", model, *place, *arguments, *settings]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert self.process.stdout is not None and self.process.stderr is not None
         for line in self.process.stdout:
-            if " on http://" in line:
+            if " on http://" in line or " on unix:" in line:
                 self.address = line.split(" on ")[1].strip()
                 return
         raise AssertionError(self.process.stderr.read())

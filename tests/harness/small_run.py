@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from rmcore.data.synthetic import synthetic_rows
 from tests.harness.crash import Outcome, run
@@ -60,6 +61,20 @@ def reference(folder: Path, *more: str, size: int = 2) -> Outcome:
     outcome = run(folder / f"reference-{size}", arguments(folder, *more), size)
     assert outcome.codes == [0] * size, outcome.text
     return outcome
+
+
+def stored_weights(checkpoint: Path, kind: str = "weight") -> dict[str, np.ndarray]:
+    """The weights of a checkpoint, flattened, or its averages (`ema`, `exp_avg`), read without rmcore."""
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for path in checkpoint.glob("rank-*"):
+        with safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118
+                name, _, start = key.partition("@")
+                parts.setdefault(name, []).append((int(start), file.get_tensor(key)))
+    whole = {
+        name: np.concatenate([part for _, part in sorted(found, key=lambda p: p[0])]) for name, found in parts.items()
+    }
+    return {name.removeprefix(f"{kind}/"): tensor for name, tensor in whole.items() if name.startswith(f"{kind}/")}
 
 
 def metrics(outcome: Outcome) -> list[dict[str, float]]:

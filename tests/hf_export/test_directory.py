@@ -17,10 +17,12 @@ from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from rmcore.bench.models import tiny_config
 from rmcore.config import UserError, load_config
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.templates import load_template
 from rmcore.hf_export.parity import ExportError, Probe, check_export, check_tokenizer, reloaded
+from rmcore.model.classifier import architecture, classifier_class
 from rmcore.model.reward_model import SHARED
 from tests.harness.exporting import classifier, engine, export, texts
 from tests.harness.paths import ROOT
@@ -85,6 +87,19 @@ def test_the_pipeline_gives_the_reward_itself(tmp_path: Path) -> None:
     assert scorer("Hello there")[0] == {"label": "reward", "score": pytest.approx(reward, abs=1e-6)}
 
 
+@pytest.mark.parametrize(
+    "family, written",
+    [
+        ("gemma3_text", "Gemma3ForSequenceClassification"),  # after Gemma3ForCausalLM; transformers: Gemma3Text...
+        ("olmoe", "OlmoeForSequenceClassification"),  # made here
+        ("gpt2", "GPT2ForSequenceClassification"),  # GPT2LMHeadModel
+    ],
+)
+def test_servers_find_the_decoder_by_the_name_of_the_class(family: str, written: str) -> None:
+    config = tiny_config(family)
+    assert architecture(config, classifier_class(config)) == written
+
+
 def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     export(tmp_path / "model", max_shard_size="50KB")
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
@@ -93,7 +108,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
 def test_servers_find_what_they_read(family: str, tmp_path: Path) -> None:
-    """What vLLM and SGLang read of the directory, according to their sources in 2026; neither can run in this test.
+    """What vLLM and SGLang read of the directory, according to their sources in 2026; tests/peers/vllm.py runs vLLM.
 
     vLLM: an architecture that ends in ForSequenceClassification makes a pooling model with task classify
     (vllm/config/model.py); `score.weight` is read into a linear layer without bias of `num_labels` outputs and applied
@@ -104,8 +119,8 @@ def test_servers_find_what_they_read(family: str, tmp_path: Path) -> None:
     """
     export(tmp_path / "model", family)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    [architecture] = config["architectures"]
-    assert architecture.endswith("ForSequenceClassification")
+    [name] = config["architectures"]
+    assert name.endswith("ForSequenceClassification")
     assert AutoConfig.from_pretrained(tmp_path / "model").num_labels == 1
     assert config["problem_type"] == "regression"
     path, _, name = config["sentence_transformers"]["activation_fn"].rpartition(".")
@@ -190,11 +205,13 @@ def test_a_tokenizer_that_adds_bos_by_itself(template: str, tmp_path: Path) -> N
     tokenizer = byte_tokenizer()
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos[0]} $A", pair=f"{bos[0]} $A $B", special_tokens=[bos]
+        single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]} $B", special_tokens=[bos]
     )
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     export(tmp_path / "model", template=template, tokenizer=tokenizer)
     exported = AutoTokenizer.from_pretrained(tmp_path / "model")
+    # vLLM's score task tokenises a prompt and an answer as a pair.
+    assert exported("on", "ce").input_ids == exported("once").input_ids
     turns = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon"}]
     if template == "none":
         assert exported.chat_template is None

@@ -25,6 +25,7 @@ DOZEN = {
     "gemma3": "shared",
     "llama4": None,
     "deepseek_v3": None,
+    "deepseek_v32": "shared",
     "gemma2": None,
     "bloom": None,
     "mamba2": None,
@@ -81,6 +82,7 @@ def test_towers_are_neither_trained_nor_lost(family: str, tmp_path: Path) -> Non
     base = stored(family, tmp_path / "base")
     model = load_model(ModelConfig(name=str(base)), **{**ARGUMENTS, "vocabulary": 259})
     untrained = towers(model)
+    assert text_model(model).training, "transformers recomputes activations in training mode only"
     assert untrained and len(decoder_layers(model)) == 4
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if n.startswith((text_prefix(model), "score."))}
@@ -134,3 +136,19 @@ def test_layers_of_several_classes_are_one_list() -> None:
     config.num_labels = 1
     layers = decoder_layers(model_on_meta(config))
     assert len(layers) == 4 and len({type(layer) for layer in layers}) > 1
+
+
+@pytest.mark.parametrize("family", some("phimoe", "dbrx"))
+def test_routers_draw_nothing_at_random_in_training(family: str, tmp_path: Path) -> None:
+    """PhiMoE samples its experts, and DBRX multiplies their inputs by noise, where a module is in training mode."""
+    config = tiny_config(family)
+    if family == "dbrx":
+        config.ffn_config.moe_jitter_eps = 0.5
+    set_padding(config, 0)
+    decoder_class(type(config))._from_config(config).save_pretrained(tmp_path)
+    model = load_model(ModelConfig(name=str(tmp_path)), **ARGUMENTS)
+    assert text_model(model).training, "transformers recomputes activations in training mode only"
+    ids = torch.arange(3, 203).view(2, 100)
+    first, second = (model(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, model.eval()(input_ids=ids).logits)

@@ -1,11 +1,12 @@
 """The gather of shared keys and values equals indexing and autograd, in PyTorch and in Triton (interpreted)."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 from rmcore.ops import gather_prefix
-from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
+from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv, scored_plan
 from tests.harness.segments import comparisons_strategy, segments_of
 from tests.harness.triton_interpreter import triton_kernel
 
@@ -28,6 +29,15 @@ def test_the_plan_of_the_docstring():
     assert plan.cu_q.tolist() == [0, 4, 5] and plan.cu_k.tolist() == [0, 4, 7]
     assert (plan.max_q, plan.max_k) == (4, 4)
     assert plan.copies[plan.copy_offset[0] : plan.copy_offset[1]].tolist() == [0, 4]
+
+
+def test_the_plan_of_scored_rows():
+    """The end of each answer, and one that ends within the prompt of the others (row 1)."""
+    plan = scored_plan(torch.tensor([[0, 4, 0, 0], [4, 5, 0, 2]], dtype=torch.int32), np.array([3, 4, 1]))
+    assert plan.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 0, 1]
+    assert plan.cu_q.tolist() == [0, 1, 2, 3] and plan.cu_k.tolist() == [0, 4, 7, 9]
+    assert (plan.max_q, plan.max_k) == (1, 4)
+    assert plan.copies[plan.copy_offset[1] : plan.copy_offset[2]].tolist() == [1, 5, 8]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

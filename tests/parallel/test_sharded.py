@@ -13,58 +13,13 @@ from rmcore.model.backbone import decoder_layers
 from rmcore.model.meta_model import model_on_meta
 from tests.harness.oracle import FAMILIES, GROUPED, SMALL
 from tests.harness.ranks import run_ranks
+from tests.harness.walks import STEPS_OF_SEVEN, assert_close, walk
 
 BASE = [
+    *STEPS_OF_SEVEN,
     "model.name=synthetic",
-    "model.init=random",
-    "data.train.path=synthetic",
-    "data.template=none",
-    "data.max_tokens=512",
-    "data.limit=28",
-    "data.eval_fraction=0.25",
-    "optim.lr=1e-3",
     "optim.max_grad_norm=0.05",  # below the norms of these steps: every one is clipped
-    "batch.pairs=7",
-    "batch.tokens=400",
-    "parallel.precision=fp32",
-    "run.save_minutes=null",
-    "log.every=1",
-    "log.samples=0",
-    "log.tensorboard=false",
 ]
-
-
-def walk(rendezvous: str, variants: list[list[str]]) -> list[list[dict[str, float]]]:
-    """For each variant, one after the other: the metrics of every step and evaluation of a whole training."""
-    from rmcore.parallel.world import running_world
-    from rmcore.tracking.tracker import Tracker
-    from rmcore.train import train
-    from rmcore.training.assembly import assemble
-
-    class Kept(Tracker):
-        def __init__(self) -> None:
-            super().__init__()
-            self.figures: list[dict[str, float]] = []
-
-        def log(self, at: Any, figures: Any) -> None:
-            names = ("train/rm/loss", "grad_norm", "eval/rm/loss")
-            self.figures.append({name: figures[name] for name in names if name in figures})
-
-    torch.set_num_threads(1)
-    walks = []
-    with running_world(120.0, 1, init_method=rendezvous) as world:
-        for variant in variants:
-            run = assemble(load_config(None, [*BASE, *variant]), world)
-            tracker = Kept()
-            train(run, tracker)
-            walks.append(tracker.figures)
-    return walks
-
-
-def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]], tolerance: float) -> None:
-    assert len(ours) == len(theirs) > 2
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, abs=tolerance, rel=tolerance)
 
 
 @pytest.mark.distributed
@@ -74,16 +29,17 @@ def test_recompute_offload_and_clipping_on_two_by_two_ranks(tmp_path: Path) -> N
     hsdp, zero3 = "parallel.strategy=hsdp", "parallel.strategy=zero3"
     variants = [[hsdp], [hsdp, "parallel.recompute=selective"], [zero3, "parallel.recompute=full"]]
     variants += [[hsdp, "parallel.offload=true"], ["parallel.strategy=zero2", "parallel.offload=true"]]
-    results = run_ranks(walk, 4, tmp_path / "four", variants, hosts=2)
-    (alone,) = run_ranks(walk, 1, tmp_path / "one", [[], ["optim.max_grad_norm=0"]])
-    clipped, free = alone.value
+    results = run_ranks(walk, 4, tmp_path / "four", [[*BASE, *variant] for variant in variants], hosts=2)
+    (alone,) = run_ranks(walk, 1, tmp_path / "one", [BASE, [*BASE, "optim.max_grad_norm=0"]])
+    clipped, free = (metrics for _, metrics in alone.value)
     assert all(step["grad_norm"] > 0.1 for step in clipped if "grad_norm" in step), "every step is clipped"
     assert abs(clipped[-1]["eval/rm/loss"] - free[-1]["eval/rm/loss"]) > 1e-4, "clipping shows"
-    for variant, ours in zip(variants, results[0].value, strict=True):
+    found = [metrics for _, metrics in results[0].value]
+    for variant, ours in zip(variants, found, strict=True):
         print(variant)
         assert_close(ours, clipped, 1e-5)
-    assert_close(results[0].value[1], results[0].value[0], 1e-7)
-    assert_close(results[0].value[3], results[0].value[0], 1e-7)
+    assert_close(found[1], found[0], 1e-7)
+    assert_close(found[3], found[0], 1e-7)
 
 
 def sent_in_bf16(rendezvous: str, strategy: str) -> dict[str, list[str]]:

@@ -1,7 +1,9 @@
 """The process group and its collectives, on real gloo ranks."""
 
+import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import rmcore.parallel.world as world_module
 from rmcore.config import UserError
 from rmcore.parallel.world import (
     RankError,
+    World,
     all_gather_json,
     all_reduce_sum,
     broadcast_json,
@@ -140,6 +144,45 @@ def test_an_impossible_environment_is_refused(
     with pytest.raises(UserError, match=words):
         start_world(30)
     assert not dist.is_initialized()
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, uuid: str = "a") -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+
+
+def test_a_process_that_sees_one_gpu_uses_it_unless_another_rank_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Slurm each of 4 tasks of a host may see one GPU of its own; without isolation all see the same one."""
+    store = dist.HashStore()
+    for rank, uuid in enumerate("abcd"):
+        with_gpus(monkeypatch, 1, uuid)
+        device = world_module._device(rank, 4)
+        assert device == torch.device("cuda", 0)
+        world_module._claim_gpu(store, rank, 4, device)
+        world_module._claim_gpu(store, rank, 4, device)  # the own claim is no obstacle
+    with_gpus(monkeypatch, 1, "b")
+    with pytest.raises(UserError, match="ranks 1 and 5 see one and the same GPU, and 4 processes"):
+        world_module._claim_gpu(store, 5, 4, torch.device("cuda", 0))
+    with_gpus(monkeypatch, 4)
+    assert [world_module._device(rank, 4).index for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="5 processes on this host and 4 visible GPU"):
+        world_module._device(4, 5)
+
+
+def test_deterministic_algorithms_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        for device, expected in (("cpu", False), ("cuda", True)):
+            world_module.use_deterministic_algorithms(World(0, 1, 0, 1, torch.device(device)))
+            assert torch.are_deterministic_algorithms_enabled() == expected
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,18 @@ def test_a_sink_that_fails_is_reported_once_and_stops_no_other(tmp_path: Path) -
         "warning: Broken: OSError: [Errno 28] No space left on device; the training continues",
         "warning: Broken failed 3 times",
     ]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_notebook_shows_a_bar_where_it_can_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """Rich takes a notebook for no terminal; its bar needs ipywidgets there."""
+    monkeypatch.setattr("rmcore.tracking.console.find_spec", lambda name: object() if installed else None)
+    console = Console(file=io.StringIO(), force_jupyter=True, width=200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package itself is not installed here
+        screen = Screen(console, 10, 0)
+        screen.metrics(moment(1), TRAIN)
+        screen.close()
+    assert (screen._progress is not None) == installed

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from rmcore.checkpoint import directory
 from rmcore.config import UserError, load_config
 from rmcore.evaluation.criterion import Criterion, Progress
 from rmcore.hf_export.from_checkpoint import find_checkpoint
 from tests.harness.crash import Fault, Outcome, copy_of, run
-from tests.harness.small_run import arguments, metrics, reference, same
+from tests.harness.small_run import arguments, metrics, reference, same, stored_weights
 
 # A learning rate of 3e-2 overshoots: the loss of the evaluations rises again before the eighth step.
 STEERED = ["run.evals=8", "run.save_every=3", "run.keep=1", "optim.lr=3e-2", "log.every=3", "log.samples=0"]
@@ -28,20 +27,6 @@ def steered(folder: Path, *more: str) -> list[str]:
 
 def losses(outcome: Outcome) -> dict[int, float]:
     return {line["step"]: line["eval/rm/loss"] for line in metrics(outcome) if "eval/rm/loss" in line}
-
-
-def stored_weights(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The weights of a checkpoint, read without rmcore."""
-    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for path in checkpoint.glob("rank-*"):
-        with safe_open(path, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118
-                name, _, start = key.partition("@")
-                parts.setdefault(name, []).append((int(start), file.get_tensor(key)))
-    whole = {
-        name: np.concatenate([part for _, part in sorted(found, key=lambda p: p[0])]) for name, found in parts.items()
-    }
-    return {name.removeprefix("weight/"): tensor for name, tensor in whole.items() if name.startswith("weight/")}
 
 
 PATIENT = ("run.patience=2", "run.best_metric=eval/rm/loss")

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmcore.data.batches.answers import chosen_answers, first_answer_token
 from rmcore.data.labels import LABEL_FIELDS, OFFSETS
 from rmcore.data.tokens.comparisons import TokenizedComparison, TokenizedComparisons
-from rmcore.ops.gather_prefix import GatherPlan, gather_plan
+from rmcore.ops.gather_prefix import GatherPlan, gather_plan, scored_plan
 
 
 class Comparisons(Protocol):
@@ -38,6 +39,7 @@ class AttentionLayout:
     segments_S4: Tensor
     gather: GatherPlan | None = None  # for CUDA: which rows are the keys of each segment
     device_segments_S4: Tensor | None = None  # for CUDA: the segments where kernels can read them
+    scored: GatherPlan | None = None  # for CUDA: which rows are the keys of each scored row
 
     @cached_property
     def texts(self) -> list[list[int]]:
@@ -55,7 +57,9 @@ class AttentionLayout:
         """The same layout with the tensors for CUDA changed; the segments for the host stay."""
         if self.gather is None or self.device_segments_S4 is None:
             return self
-        return replace(self, gather=self.gather.mapped(change), device_segments_S4=change(self.device_segments_S4))
+        scored = self.scored.mapped(change) if self.scored else None
+        device_segments_S4 = change(self.device_segments_S4)
+        return replace(self, gather=self.gather.mapped(change), device_segments_S4=device_segments_S4, scored=scored)
 
     def segments_on(self, device: torch.device) -> Tensor:
         """The segments in the memory of `device`. Raises ValueError if the batch was not made for that device."""
@@ -101,7 +105,8 @@ class RaggedBatch(Judged):
 
     `last_token_index_A` are packed rows, `last_rows_A` the same on the host. `comparisons_C` and `answers_C` (on the
     host): which comparisons these are, and how many answers each has. `logical_tokens`: what a batch of separate texts
-    would compute.
+    would compute. `length_A` (fp32): tokens of each answer behind the prompt. `language_row_M`, `language_token_M`
+    (only with loss.sft): packed rows, and the token of a chosen answer (rmcore.data.batches.answers) that follows each.
     """
 
     input_ids_T: Tensor
@@ -112,6 +117,9 @@ class RaggedBatch(Judged):
     comparisons_C: np.ndarray
     answers_C: np.ndarray
     logical_tokens: int
+    length_A: Tensor
+    language_row_M: Tensor | None = None
+    language_token_M: Tensor | None = None
 
     @property
     def computed_tokens(self) -> int:
@@ -128,7 +136,10 @@ class RaggedBatch(Judged):
         return replace(self, layout=self.layout.mapped(change), **tensors)
 
     def with_varlen(self) -> "RaggedBatch":
-        return replace(self, layout=self.layout.for_varlen())
+        """The batch with the index tensors that CUDA attention reads. Without answers row 0 counts as scored."""
+        rows_A = self.last_rows_A if len(self.last_rows_A) else np.zeros(1, dtype=np.int64)
+        layout = self.layout.for_varlen()
+        return replace(self, layout=replace(layout, scored=scored_plan(layout.segments_S4, rows_A)))
 
     def pin_memory(self) -> "RaggedBatch":
         return self.mapped(Tensor.pin_memory)
@@ -142,26 +153,43 @@ class RaggedBatch(Judged):
         return (self.with_varlen() if device.type == "cuda" else self).to(device)
 
 
-def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: bool = True) -> RaggedBatch:
+def build_batch(
+    data: Comparisons, numbers: Sequence[int] | np.ndarray, share: bool = True, language: bool = False
+) -> RaggedBatch:
     """Packs the comparisons `numbers` of `data` into one row, with their prefixes shared or (share=False) repeated.
 
-    Without comparisons the batch is one token that no answer and no pair reads. Its loss is 0 and its gradients are
-    zeros, so a rank that has nothing to do in this micro batch still takes part in every collective.
+    `language`: with the tokens of the chosen answers. Without comparisons the batch is one token that no answer and no
+    pair reads. Its loss is 0 and its gradients are zeros, so a rank that has nothing to do in this micro batch still
+    takes part in every collective.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[tuple[int, int, int, int]] = []
     last: list[int] = []
+    lengths: list[int] = []
+    language_rows: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    language_tokens: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     row = logical = 0
     items = [data.comparison(int(number)) for number in numbers]
     answers_C = np.array([len(item.tails) for item in items], dtype=np.int64)
+
+    def note_tokens(item: TokenizedComparison, answer: int, rows: np.ndarray) -> None:
+        """`rows`: the packed rows of the answer's text. Each token of the answer is predicted at the row before it."""
+        first = first_answer_token(item)
+        language_rows.append(rows[first - 1 : -1])
+        language_tokens.append(item.text(answer)[first:])
+
     for item in items:
         prefix_start, prefix_length = row, len(item.prefix)
+        chosen = set(chosen_answers(item.pairs).tolist()) if language else ()
         for k, tail in enumerate(item.tails):
             logical += prefix_length + len(tail)
+            lengths.append(prefix_length + len(tail) - min(item.prompt_length, prefix_length))
             own = k > 0 and share  # the segment of this answer is only its tail, and sees the prefix of the first
             if own and len(tail) == 0:  # the answer is a prefix of the others: its last token is in the shared part
                 last.append(prefix_start + prefix_length - 1)
+                if k in chosen:
+                    note_tokens(item, k, np.arange(prefix_start, prefix_start + prefix_length))
                 continue
             start = row
             if not own:
@@ -174,6 +202,10 @@ def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: b
             prefix = (prefix_start, prefix_start + prefix_length) if own else (start, start)
             segments.append((start, row, *prefix))
             last.append(row - 1)
+            if k in chosen:
+                before = prefix_start if own else start
+                own_rows = np.arange(row - len(tail), row)
+                note_tokens(item, k, np.concatenate([np.arange(before, before + prefix_length), own_rows]))
     if not segments:
         ids, positions, segments = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)], [(0, 1, 0, 0)]
     return RaggedBatch(
@@ -187,6 +219,9 @@ def build_batch(data: Comparisons, numbers: Sequence[int] | np.ndarray, share: b
         comparisons_C=np.asarray(numbers, dtype=np.int64),
         answers_C=answers_C,
         logical_tokens=logical,
+        length_A=torch.from_numpy(np.array(lengths, dtype=np.float32)),
+        language_row_M=_int64(np.concatenate(language_rows)) if language else None,
+        language_token_M=_int64(np.concatenate(language_tokens)) if language else None,
     )
 
 

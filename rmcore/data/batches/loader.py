@@ -24,15 +24,23 @@ AHEAD = 4  # micro batches built before they are needed
 class Loader:
     """Iterates over (step, its micro batches on this rank).
 
-    `share=False` packs without sharing the prompt, for architectures that cannot share. An error of the building thread
-    is raised when the batch is read. `close()` ends the thread; a loader that is read to its end, or used in a `with`,
-    closes itself.
+    `share=False` packs without sharing the prompt, for architectures that cannot share. `language` adds the tokens of
+    the chosen answers. An error of the building thread is raised when the batch is read. `close()` ends the thread; a
+    loader that is read to its end, or used in a `with`, closes itself.
     """
 
     def __init__(
-        self, data: Comparisons, steps: Iterable[Step], rank: int, device: torch.device, *, share: bool = True
+        self,
+        data: Comparisons,
+        steps: Iterable[Step],
+        rank: int,
+        device: torch.device,
+        *,
+        share: bool = True,
+        language: bool = False,
     ) -> None:
         self._data, self._steps, self._rank, self._device, self._share = data, steps, rank, device, share
+        self._language = language
         self._queue: queue.Queue = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rmcore-loader", daemon=True)
@@ -76,7 +84,7 @@ class Loader:
             for step in self._steps:
                 self._put(step)
                 for numbers in step.ranks[self._rank]:
-                    batch = build_batch(self._data, numbers, self._share)
+                    batch = build_batch(self._data, numbers, self._share, self._language)
                     if self._device.type == "cuda":
                         batch = batch.with_varlen().pin_memory()
                     self._put(batch)

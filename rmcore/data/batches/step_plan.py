@@ -18,6 +18,7 @@ from heapq import heappop, heappush, heapreplace
 import numpy as np
 
 from rmcore.config import Config, UserError
+from rmcore.data.batches.answers import chosen_tokens_N
 from rmcore.data.batches.counting import counted_N, size_N
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 
@@ -27,7 +28,8 @@ class Step:
     """One optimizer update: `ranks[rank][micro_batch]` is an int64 array of comparison numbers.
 
     `index` counts from 0 over the run. `episode` is the number of pairs seen when this step is done. `global_weight` is
-    the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it.
+    the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it. `language_tokens` counts
+    the tokens of its chosen answers with loss.sft, in the same way.
     """
 
     index: int
@@ -35,6 +37,7 @@ class Step:
     episode: int
     global_weight: float
     ranks: tuple[tuple[np.ndarray, ...], ...]
+    language_tokens: float = 0.0
 
 
 HELD_AT_MOST = 2**26  # comparisons; a longer order is not held as an array, which would take half a minute to shuffle
@@ -90,6 +93,7 @@ class Plan:
         weight_N: sum of the pair weights of each comparison.
         pairs_per_step: global batch. A comparison is never cut; it belongs to the step of its first pair.
         token_budget: most tokens in a micro batch.
+        language_N: tokens of the chosen answers of each comparison, with loss.sft.
     Raises:
         ValueError: no comparisons, or a comparison longer than the budget.
     """
@@ -108,6 +112,7 @@ class Plan:
         epochs: int = 1,
         shuffle: bool = True,
         max_steps: int | None = None,
+        language_N: np.ndarray | None = None,
     ) -> None:
         if len(tokens_N) == 0:
             raise ValueError("a plan needs at least one comparison")
@@ -115,6 +120,7 @@ class Plan:
             raise ValueError(f"the longest comparison has {longest} tokens, a micro batch at most {token_budget}")
         self.tokens_N, self.cost_N, self.pairs_N, self.weight_N = tokens_N, cost_N, pairs_N, weight_N
         self.pairs_per_step, self.token_budget, self.world_size = pairs_per_step, token_budget, world_size
+        self.language_N = language_N
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.pairs_per_epoch = int(pairs_N.sum())
         self._uniform = bool((pairs_N == pairs_N[0]).all())
@@ -129,13 +135,16 @@ class Plan:
     ) -> "Plan":
         """The steps of the run that `config` describes. `tokens_N`: from `computed_tokens`.
 
-        Raises UserError if the longest comparison exceeds the budget.
+        Raises UserError if the longest comparison exceeds the budget, or loss.sft has no token to train on.
         """
         if (longest := int(tokens_N.max())) > token_budget:
             raise UserError(
                 f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never "
                 f"cut: set batch.tokens to {longest} or more, or lower data.max_tokens"
             )
+        language_N = chosen_tokens_N(data) if config.loss.sft else None
+        if language_N is not None and not language_N.any():
+            raise UserError("loss.sft: no answer of data.train is chosen over another; set loss.sft=0")
         counts = config.loss.traits.counts
         return cls(
             tokens_N,
@@ -149,6 +158,7 @@ class Plan:
             epochs=config.run.epochs,
             shuffle=config.data.shuffle,
             max_steps=config.run.max_steps,
+            language_N=language_N,
         )
 
     def steps_from(self, position: int) -> Iterator[Step]:
@@ -170,6 +180,7 @@ class Plan:
             episode=seen,
             global_weight=float(self.weight_N[chosen].sum(dtype=np.float64)),
             ranks=cut(chosen, self.tokens_N[chosen], self.cost_N[chosen], self.token_budget, self.world_size),
+            language_tokens=0.0 if self.language_N is None else float(self.language_N[chosen].sum()),
         )
 
     def order(self, epoch: int) -> np.ndarray:

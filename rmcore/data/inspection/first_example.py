@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from rmcore.data.tokens.comparisons import TokenizedComparison
@@ -58,19 +59,16 @@ def token_texts(ids: np.ndarray | Sequence[int], tokenizer: PreTrainedTokenizerF
 
 def _show(console: Console, title: str, pieces: list[str], first: int, scored: str | None, shade: str = "") -> None:
     """Prints tokens after a title. `scored`: the answer whose scored token is the last of them, if any."""
-
-    def write(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, end="", markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    write(f"{title}: ", "bold" if console.is_terminal else None)
+    line = Text()  # printed at once: a notebook shows each print as a block of its own
+    line.append(f"{title}: ", "bold" if console.is_terminal else None)
     for number, piece in enumerate(pieces):
         if scored is None or number < len(pieces) - 1:
-            write(_printable(piece), shade + STYLES[(first + number) % 2])
+            line.append(_printable(piece), shade + STYLES[(first + number) % 2])
         elif console.is_terminal and not console.no_color:
-            write(repr(piece)[1:-1], SCORED_STYLE.get(scored, SCORED_STYLE["chosen"]))
+            line.append(repr(piece)[1:-1], SCORED_STYLE.get(scored, SCORED_STYLE["chosen"]))
         else:
-            write(f"[[{repr(piece)[1:-1]}]]")
-    write("\n")
+            line.append(f"[[{repr(piece)[1:-1]}]]")
+    console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _printable(text: str) -> str:

@@ -10,7 +10,7 @@ import itertools
 import json
 import mmap
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from rmcore.data.reading.files import (
     looks_local,
     read_files,
 )
+from rmcore.data.reading.keep import Kept, keep_rows
 from rmcore.data.synthetic import SPLIT_ROWS, synthetic_rows
 from rmcore.host.hub_access import offline_if_unreachable
+from rmcore.host.imports import imported, source_hash
 
 _HEAD = 20  # rows that detect_format looks at
 _ROWS_A_READ = 256
@@ -54,6 +56,9 @@ class Source:
     _rows: datasets.Dataset = field(repr=False)
     _index: numpy.ndarray = field(repr=False)  # int64, row numbers of _rows
     _maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)  # the memory of _rows, if they come from our cache
+    keep: str | None = None  # the expression that selected the rows
+    dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows) that it did not select
+    _format: Callable[[dict[str, Any]], Any] | None = field(default=None, repr=False)  # data.*.format
 
     def __len__(self) -> int:
         return len(self._index)
@@ -83,10 +88,26 @@ class Source:
         index = [int(self._index[number]) for number in numbers]
         columns = self._rows[index]
         where = columns.pop(WHERE, None) or [f"{self.origin} row {number + 1}" for number in index]
+        rows: Iterator[dict[str, Any]]
         if JSON in columns:
-            return [(json.loads(text), place) for text, place in zip(columns[JSON], where, strict=True)]
-        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        return list(zip(rows, where, strict=True))
+            rows = map(json.loads, columns[JSON])
+        else:
+            rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return [(self._formatted(row, place), place) for row, place in zip(rows, where, strict=True)]
+
+    def _formatted(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """The row by the user's function, if there is one. Raises UserError if that fails or gives no row."""
+        if self._format is None:
+            return row
+        try:
+            made = self._format(row)
+        except Exception as error:
+            raise UserError(
+                f"{where}: {self.key}.format failed: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        if not isinstance(made, Mapping):
+            raise UserError(f"{where}: {self.key}.format must return a row (a dict), not {type(made).__name__}")
+        return dict(made)
 
 
 def load_sources(
@@ -100,7 +121,7 @@ def load_sources(
     whole: bool = False,
     also: Collection[str] = (),
 ) -> list[Source]:
-    """One Source per config, with `amount`, the split and `limit` applied.
+    """One Source per config, with the split, `keep`, `amount` and `limit` applied.
 
     amount: a whole number takes that many rows, a fraction that share of the rows (above 1 it repeats rows). Which rows
     are taken depends only on `seed` and the content. limit: at most so many rows over all sources, in proportion, the
@@ -125,6 +146,8 @@ def load_sources(
 
 
 def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: bool, also: Collection[str]) -> Source:
+    format = None if config.format is None else imported(config.format, f"{key}.format")
+    whole = whole or format is not None  # it may read any column
     columns = None if whole else config.columns
     parts = [_split(config, part.strip(), columns, seed, cache_dir, key) for part in config.split.split("+")]
     firsts = itertools.accumulate((len(part.rows) for part in parts), initial=0)
@@ -135,19 +158,23 @@ def _load(config: SourceConfig, seed: int, cache_dir: Path, key: str, whole: boo
         rows = parts[0].rows if len(parts) == 1 else datasets.concatenate_datasets([part.rows for part in parts])
     except ValueError as error:
         raise UserError(f"{key}.split: {config.split}: columns differ: {_first_line(error)}") from None
+    kept = Kept(index) if config.keep is None else keep_rows(rows, index, config.keep, config.path, key)
     contents = [part.content for part in parts]
     content = contents[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(contents).encode())
     source = Source(
         label=_label(config.path),
         origin=config.path,
         key=key,
-        fingerprint=content,
+        fingerprint=content if format is None else content + source_hash(format),
         columns=config.columns,
         _rows=rows if whole else _needed(rows, config.columns, also),
-        _index=index,
+        _index=kept.rows,
+        keep=config.keep,
+        dropped=kept.dropped,
         _maps=tuple(pages for part in parts for pages in part.maps),
+        _format=format,
     )
-    return _chosen(source, _taken(index, config, seed, content, key))
+    return _chosen(source, _taken(kept.rows, config, seed, content, key))
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,9 @@ class Work:
         self._hashes = RowHashes()
         self._before = sum(count for _, count in selection.dropped)
         self.total = self._before + (rows if selection.order is None else len(selection.order))
-        self._counts = Counts(dropped=Counter(dict(selection.dropped)))
+        self._counts = Counts()
+        for reason, count in selection.dropped:  # of several sources
+            self._counts.dropped[reason] += count
         self.names: dict[str, int] = {}  # source -> index
         self.unread: Counter[str] = Counter()  # columns and message keys with content that is not read -> rows
 

@@ -85,6 +85,7 @@ class TokenizedComparison:
     score: np.ndarray = field(
         default_factory=lambda: np.zeros(0, dtype=np.float32)
     )  # float32 [A] (NaN: none), or empty
+    prompt_length: int = 0  # tokens of the rendered prompt
 
     def text(self, answer: int) -> np.ndarray:
         """All tokens of one answer's text, the shared prefix first."""
@@ -149,7 +150,7 @@ class TokenizedComparisons:
         for label in LABEL_FIELDS:
             columns = [getattr(self, array)[places[label.of]] for array in label.arrays]
             labels[label.view] = np.array(columns, dtype=np.int64).T if label.is_pair else columns[0]
-        return TokenizedComparison(prefix, tails, **labels)
+        return TokenizedComparison(prefix, tails, **labels, prompt_length=int(self.prompt_length[number]))
 
     @property
     def tokens_N(self) -> np.ndarray:

@@ -21,7 +21,7 @@ from rmcore.config import Config, UserError
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.encoder import plain_backend_json
 from rmcore.host.hub_access import offline_if_unreachable
-from rmcore.host.model_directory import check_model_directory
+from rmcore.host.model_directory import check_model_directory, refuse_missing_directory
 
 # Tokens that vocabularies have for padding, in order of preference; then the names of tokens reserved for the user.
 PADDING_NAMES = (
@@ -84,8 +84,7 @@ def load_tokenizer(config: Config, say: Callable[[str], object] | None = None) -
 
 def _from_files(config: Config) -> PreTrainedTokenizerFast:
     name = config.model.name
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
-        raise UserError(f"model.name={name}: there is no such directory (looked in {os.getcwd()})")
+    refuse_missing_directory(name)
     check_model_directory(name)
     local = os.path.isdir(name)
     try:

@@ -1,0 +1,20 @@
+// Entry points of the driver that PyTorch looks up when it starts and does not call: each returns "not supported".
+#define ABSENT(name) \
+  int name(void) { return 801; }
+ABSENT(cuCtxFromGreenCtx)
+ABSENT(cuCtxPopCurrent)
+ABSENT(cuCtxPushCurrent)
+ABSENT(cuDevResourceGenerateDesc)
+ABSENT(cuDevSmResourceSplitByCount)
+ABSENT(cuDeviceGetDevResource)
+ABSENT(cuGreenCtxCreate)
+ABSENT(cuGreenCtxDestroy)
+ABSENT(cuGreenCtxStreamCreate)
+ABSENT(cuMemGetAllocationPropertiesFromHandle)
+ABSENT(cuMemRetainAllocationHandle)
+ABSENT(cuMemsetD32Async)
+ABSENT(cuMulticastAddDevice)
+ABSENT(cuMulticastBindMem)
+ABSENT(cuMulticastCreate)
+ABSENT(cuMulticastUnbind)
+ABSENT(cuStreamWriteValue32)

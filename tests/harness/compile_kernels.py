@@ -1,0 +1,103 @@
+"""python -m tests.harness.compile_kernels SM...: compiles the Triton kernels for GPUs of these compute capabilities.
+
+Input: capabilities, e.g. 80 90 100. No GPU is needed: Triton brings NVIDIA's assembler.
+Output: one JSON line per kernel: its name, the capability, registers per thread, and bytes that spill to memory.
+Example: {"kernel": "_score", "sm": 90, "registers": 64, "spilled": 0}.
+
+The variants are those that the ops launch: the wrappers run on CPU tensors, and each launch is recorded in place of
+being made. Triton specialises a kernel for the dtype of each pointer, for integers that are 1 and for those that 16
+divides; the same rule is applied here.
+"""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from rmcore.data.batches.batch import build_batch
+from rmcore.ops import gather_prefix_triton, pairwise_triton
+from rmcore.ops.gather_prefix import gather_plan
+from tests.harness.oracle import odd_items
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+
+
+def launches() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+    """Each kernel that the ops launch, with its arguments: small and large models, key heads apart and side by side."""
+    found: list[tuple[JITFunction, dict[str, Any]]] = []
+
+    def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        found.append((kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named))
+
+    real, JITFunction.run = JITFunction.run, record
+    try:
+        batch = build_batch(odd_items(), range(8))
+        tokens, answers = batch.computed_tokens, batch.last_token_index_A.numel()
+        for dtype in (torch.bfloat16, torch.float32):
+            for size in (128, 2560, 16384):
+                hidden, head = torch.zeros(tokens, size, dtype=dtype), torch.zeros(size)
+                pairs = batch.winner_P, batch.loser_P, batch.margin_P, batch.weight_P
+                pairwise_triton.forward(hidden, head, batch.last_token_index_A, *pairs, 0.1, 0.01)
+                scored = hidden.new_zeros(answers, size)
+                pairwise_triton.backward(torch.zeros(answers), scored, head, batch.last_token_index_A, tokens)
+            plan = gather_plan(batch.layout.segments_S4)
+            for heads, size in ((8, 128), (32, 80)):
+                key = torch.zeros(heads, tokens, size, dtype=dtype).transpose(0, 1)  # as the rotation leaves it
+                gather_prefix_triton.forward(key, key, *plan[:3])
+                copies = key.new_zeros(plan.copies.numel(), heads, size)
+                gather_prefix_triton.backward(copies, copies, plan.copy_offset, plan.copies)
+    finally:
+        JITFunction.run = real
+    yield from found
+
+
+def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for place, parameter in enumerate(kernel.params):
+        value, special = arguments[parameter.name], not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and special):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+            continue
+        kinds = {Tensor: lambda x: POINTERS[x.dtype], float: lambda _: "fp32", int: lambda _: "i32"}
+        signature[parameter.name] = next(name(value) for kind, name in kinds.items() if isinstance(value, kind))
+        # Every tensor that the ops pass begins an allocation, or at a multiple of 16 bytes in one.
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and special):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def compiled(kernel: JITFunction, arguments: dict[str, Any], capability: int) -> dict[str, Any]:
+    """Registers and spilled bytes of a kernel, as the assembler reports them."""
+    log = io.StringIO()
+    with redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32))
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
+    assert registers is not None and len(spills) == 2, log.getvalue()
+    spilled = sum(map(int, spills))
+    return {"kernel": kernel.__name__, "sm": capability, "registers": int(registers[1]), "spilled": spilled}
+
+
+if __name__ == "__main__":
+    for capability in map(int, sys.argv[1:]):
+        seen = set()
+        for kernel, arguments in launches():
+            source = source_of(kernel, arguments)
+            key = kernel.__name__, json.dumps([source.signature, str(source.constants), str(source.attrs)])
+            if key not in seen:
+                seen.add(key)
+                print(json.dumps(compiled(kernel, arguments, capability)), flush=True)
