@@ -68,7 +68,10 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     regularisers = Regularisers(run)
     step, rates = plan.step(max(0, run.position.step - 1)), dict[str, float]()
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
-    loader = Loader(run.data.train, steps, world.rank, world.device, share=run.share, language=config.loss.sft > 0)
+    language = config.loss.sft > 0
+    loader = Loader(
+        run.data.train, steps, world.group, world.device, share=run.share, language=language, multiple=world.context
+    )
 
     def log_interval() -> None:
         bad_steps.report(step.index + 1, logged=True)

@@ -13,6 +13,7 @@ ratio: `rmcore.bench plan` compares the peaks with predictions.
 
 import json
 import math
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -54,13 +55,18 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--pairs", type=int, default=8, help="pairs per step, over all ranks")
     p.add_argument("--tokens", type=int, default=512, help="budget of a micro batch")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of the run")
+    p.add_argument("--context", type=int, default=1, help="ranks that compute each row together")
+    p.add_argument("--recompute", default="none", choices=["none", "selective", "full", "offload"])
+    p.add_argument("--comparison", type=int, help="tokens of each comparison; default: the embedded task")
     p.add_argument("--models", help="directory that keeps the written model; default: a temporary one")
     p.add_argument("--out", help="result file; default: rmcore/bench/results/memory.json")
     options = p.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as scratch:
         model = Path(options.models or scratch) / options.shape
         if not (model / "tokenizer.json").exists():
-            write_model(model, options.shape)
+            write_model(model, options.shape, options.comparison or 0)
+        if options.comparison:
+            write_comparisons(Path(scratch), options.comparison, options.steps * options.pairs)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, "--nproc_per_node", str(options.ranks), *own_child("rmcore.bench.memory")[1:]]
         settings = {key: value for key, value in vars(options).items() if key not in ("out", "models")}
@@ -76,8 +82,28 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def write_model(directory: Path, shape: str) -> None:
-    """Writes a base model with random bf16 weights, in files of at most 400 MB, with a tokenizer of bytes."""
+def write_comparisons(directory: Path, tokens: int, rows: int) -> None:
+    """Writes pairs.jsonl: comparisons of so many computed tokens (bytes), in two answers of 256 and their prompt.
+
+    One more row is short: on it the self-test compares gradients, in seconds.
+    """
+    draw = random.Random(1)
+    letters = "abcdefgh "
+    with (directory / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        for row in range(rows + 1):
+            lengths = (tokens - 512, 255, 255) if row else (64, 64, 64)
+            prompt, chosen, rejected = (
+                first + "".join(draw.choices(letters, k=length - 1))
+                for first, length in zip("pcr", lengths, strict=True)
+            )
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+
+
+def write_model(directory: Path, shape: str, positions: int) -> None:
+    """Writes a base model with random bf16 weights, in files of at most 400 MB, with a tokenizer of bytes.
+
+    positions: at least so many, or 2,048.
+    """
     hidden, layers, heads, intermediate = SHAPES[shape]
     tokenizer = byte_tokenizer()
     more: dict[str, Any] = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -88,7 +114,7 @@ def write_model(directory: Path, shape: str) -> None:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=intermediate,
-        max_position_embeddings=2048,
+        max_position_embeddings=max(2048, positions),
         architectures=["GPTNeoXForCausalLM"],
         **more,
     )
@@ -111,13 +137,14 @@ def write_model(directory: Path, shape: str) -> None:
 
 def overrides_of(settings: dict[str, Any]) -> list[str]:
     """The config of the run that is measured."""
-    directory = settings["directory"]
+    directory, comparison = settings["directory"], settings.get("comparison")
+    data = ["data.train.path=synthetic", "data.template=simple_chat", "data.max_tokens=256"]
+    if comparison:
+        data = [f"data.train.path={directory}/pairs.jsonl", "data.template=none", f"data.max_tokens={comparison}"]
     return [
         f"model.name={settings['model']}",
-        "data.train.path=synthetic",
-        "data.template=simple_chat",
-        "data.max_tokens=256",
-        f"data.limit={settings['steps'] * settings['pairs']}",
+        *data,
+        f"data.limit={settings['steps'] * settings['pairs'] + bool(comparison)}",
         f"data.cache={directory}/cache",
         f"batch.pairs={settings['pairs']}",
         f"batch.tokens={settings['tokens']}",
@@ -129,6 +156,8 @@ def overrides_of(settings: dict[str, Any]) -> list[str]:
         "log.tensorboard=false",
         f"parallel.strategy={settings['strategy']}",
         f"parallel.precision={settings['precision']}",
+        f"parallel.context={settings.get('context', 1)}",
+        f"parallel.recompute={settings.get('recompute', 'none')}",
         *settings.get("set", []),
     ]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rmcore.bench.measure import machine, own_child, parser, run_child, write_results
-from rmcore.bench.memory import overrides_of
+from rmcore.bench.memory import overrides_of, write_comparisons
 from rmcore.bench.train_rmcore import config_of
 from rmcore.config import Config, load_config
 from rmcore.cost.report import as_dict
@@ -89,6 +89,8 @@ def many_ranks(file: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as directory:
         shape = Path(directory, "config.json")
         shape.write_text(json.dumps(SHAPES[f"EleutherAI/{settings['shape']}"]), encoding="utf-8")
+        if settings.get("comparison"):
+            write_comparisons(Path(directory), settings["comparison"], settings["steps"] * settings["pairs"])
         overrides = overrides_of({**settings, "model": "synthetic", "directory": directory})
         flags = ["--gpus", str(settings["ranks"]), "--nodes", "1", "--rate", "0.1", "--model-config", str(shape)]
         plan = predicted(load_config(None, overrides), *flags)

@@ -60,8 +60,16 @@ class ParallelConfig(Section):
         description="of the model's arithmetic; weights and loss are fp32. auto: bf16 if the devices of all ranks have "
         "instructions for it, else fp32; a resumed run keeps its precision",
     )
-    recompute: Literal["auto", "none", "selective", "full"] = Field(
-        "auto", description="activation checkpointing: less memory, more time"
+    recompute: Literal["auto", "none", "selective", "full", "offload"] = Field(
+        "auto",
+        description="activation checkpointing: less memory, more time; offload: full, and what is kept of each layer "
+        "waits in host memory",
+    )
+    context: int = Field(
+        1,
+        ge=1,
+        description="ranks that compute each packed row together, for comparisons that are too long for one: each rank "
+        "holds the activations of its part of the row; the number of ranks must be a multiple",
     )
     compile: bool = Field(False, description="torch.compile the model")
     offload: bool = Field(
@@ -94,6 +102,9 @@ class ParallelConfig(Section):
             raise conflict(
                 "parallel.offload", f"needs parallel.strategy {', '.join(others)} or {last}, not {self.strategy}"
             )
+        for key, chosen in (("recompute=offload", self.recompute == "offload"), ("context", self.context > 1)):
+            if self.compile and chosen:
+                raise conflict("parallel.compile", f"and parallel.{key} exclude each other: this is untested")
         if self.fp8 and self.precision == "fp32":
             raise conflict("parallel.fp8", "needs parallel.precision=bf16: what is not in FP8 runs in bf16")
         return self

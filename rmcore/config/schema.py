@@ -411,6 +411,7 @@ class Config(Section):
             raise conflict("model.lora.base", "and parallel.compile exclude each other: this combination is untested")
         for key, value in (
             ("parallel.fp8", self.parallel.fp8),
+            ("parallel.context", self.parallel.context > 1),
             ("optim.ema", self.optim.ema is not None),
             ("loss.sft", bool(self.loss.sft)),
         ):
@@ -420,6 +421,11 @@ class Config(Section):
             raise conflict("run.weights", "of ema needs optim.ema, the decay of the average")
         if self.loss.sft and self.model.lora.rank is not None:
             raise conflict("loss.sft", "and model.lora exclude each other: this combination is untested")
+        if self.parallel.context > 1 and self.model.attention == "padded":
+            raise conflict("parallel.context", "needs a packed row: model.attention cannot be padded")
+        for key in ("sft", "length_decorrelation", "router_aux"):
+            if self.parallel.context > 1 and getattr(self.loss, key):
+                raise conflict("parallel.context", f"and loss.{key} exclude each other: this combination is untested")
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         if self.loss.router_aux and self.parallel.compile:

@@ -67,6 +67,20 @@ def _collectives(config: Config, model: Sizes, ranks: int, hosts: int, micro_bat
         yield _ring("all-reduce gradients between hosts", 2 * gradients / local, hosts, 1, BACKWARD)
 
 
+def exchange(model: Sizes, precision: str, tokens: float, context: int, local: int, passes: int) -> list[Collective]:
+    """What a rank sends in a step to the ranks of its context group, for its `tokens` (rmcore/model/row_split.py).
+
+    local: ranks per host; neighboring ranks form a group. passes: 2, forward and backward; 3 with recompute.
+    Keys and values are counted with as many heads as queries, which is more than grouped queries send.
+    """
+    if context == 1:
+        return []
+    layer = 4 * tokens * model.width * (2.0 if precision == "bf16" else 4.0)  # queries, keys, values, output
+    here = min(context, local)
+    sent = passes * model.layers * layer / context
+    return [Collective("exchange heads", sent * (here - 1), sent * (context - here), NOTHING)]
+
+
 def _ring(what: str, size: float, ranks: int, local: int, behind: str, times: int = 1) -> Collective:
     """A ring over `ranks`, `local` of them on each host. `size`: bytes of the tensor, twice that for an all-reduce."""
     sent = size * (ranks - 1) / ranks

@@ -40,9 +40,9 @@ from rmcore.model.meta_model import set_padding
 from rmcore.model.pruning import OUTPUT, QUERY, attention_of
 from rmcore.model.reward_model import SHARED, RewardModel
 
-RECOMPUTES = ("none", "selective", "full")  # the fastest first
+RECOMPUTES = ("none", "selective", "full", "offload")  # the fastest first
 # Bytes per token, layer and unit of width in bf16: an estimate that others checked against llm.c.
-RULE_OF_THUMB = {"none": 30.0, "selective": 18.0, "full": 2.0}
+RULE_OF_THUMB = {"none": 30.0, "selective": 18.0, "full": 2.0, "offload": 2.0}
 PREFIX, TAIL = 2**17, 2**16  # tokens of the dry run's comparisons: so many that activations outweigh gradients
 FULL = LoraConfig()  # no LoRA
 # fp32 weights that products cast to bf16 (autocast); bf16 copies of the weights (FSDP2); fp32 throughout.
@@ -97,8 +97,11 @@ class DryRun:
     def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True) -> TokenBytes:
         """Activation bytes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute` (one of RECOMPUTES).
 
-        cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer.
+        cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer; and what
+            `offload` moves to host memory is not on the device.
         """
+        if recompute == "offload" and not cuda:
+            return self.token_bytes(arithmetic, "full", cuda=False)
         key = arithmetic, recompute, cuda and arithmetic != FP32
         if key not in self._known:
             self._known[key] = self._count(*key)
@@ -118,9 +121,12 @@ class DryRun:
         else:
             width = half / 2.0 * self.hf_config.get_text_config().hidden_size
             live = 0.0 if recompute == "none" else RULE_OF_THUMB["none"]
-            return TokenBytes(layers * width * RULE_OF_THUMB[recompute], width * live, counted=False)
+            kept_layers = 2 if recompute == "offload" else layers
+            return TokenBytes(kept_layers * width * RULE_OF_THUMB[recompute], width * live, counted=False)
 
-        kept = two[0] + (layers - 2) * (three[0] - two[0])
+        # Of the inputs that `offload` moves away, at most two are on the device at any moment.
+        kept_layers = min(layers, 3) if recompute == "offload" else layers
+        kept = two[0] + (kept_layers - 2) * (three[0] - two[0])
         return TokenBytes(kept, max(two[1], three[1]), counted=True)
 
     def _slope(self, layers: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool) -> tuple[float, float]:

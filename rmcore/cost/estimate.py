@@ -18,7 +18,7 @@ import numpy as np
 
 from rmcore.config import Config
 from rmcore.config.parallel import TRAITS
-from rmcore.cost.communication import BACKWARD, FORWARD, Collective, collectives
+from rmcore.cost.communication import BACKWARD, FORWARD, Collective, collectives, exchange
 from rmcore.cost.data_size import DataSize
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import flops_of_pair, recompute_share
@@ -121,6 +121,9 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     if machine.is_cpu and machine.memory_rate:
         compute += ACTIVATION_TRAFFIC * per_token.kept * step_tokens / machine.memory_rate / (1 - idle)
     sent = collectives(config, sizes, setting.gpus, setting.hosts, micro_batches)
+    context, passes = parallel.context, 2 if budget.recompute == "none" else 3
+    local = setting.gpus // setting.hosts
+    sent += exchange(sizes, parallel.precision, step_tokens, context, local, passes)
     own = sizes.trained / (ranks if parallel.traits.shards_optimizer else 1)
     update = own * stored(config, sizes).update  # bytes of memory traffic
 
@@ -150,7 +153,7 @@ def _exposed(sent: list[Collective], machine: Machine, compute: float, recompute
     compute: seconds of one micro batch, forward and backward. A collective that runs once in a step does so in a micro
     batch in which the repeated ones run as well.
     """
-    forward = compute / (4 if recompute == "full" else 3)
+    forward = compute / (4 if recompute in ("full", "offload") else 3)
     windows = {FORWARD: forward, BACKWARD: compute - forward}
     exposed = sum(one.seconds(machine) * one.times for one in sent if one.behind not in windows)
     for behind, window in windows.items():
@@ -165,14 +168,16 @@ def _exposed(sent: list[Collective], machine: Machine, compute: float, recompute
 def _balance(config: Config, data: DataSize, setting: Setting, budget: int) -> tuple[int, float, int]:
     """(micro batches of a step on each rank, idle share, tokens of the largest micro batch).
 
-    Where the rows are known, they come from SAMPLED_STEPS steps of the run's own plan; else from the means.
+    Where the rows are known, they come from SAMPLED_STEPS steps of the run's own plan; else from the means. The ranks
+    of a context group count as one.
     """
+    groups = setting.gpus // config.parallel.context
     if data.rows is None:
-        pairs = math.ceil(config.batch.pairs / setting.gpus)  # of the busiest rank
+        pairs = math.ceil(config.batch.pairs / groups)  # of the busiest group
         micro_batches = max(1, math.ceil(pairs * data.tokens / budget))
         largest = min(budget, max(data.longest, math.ceil(pairs / micro_batches) * data.tokens))
-        return micro_batches, 1 - config.batch.pairs / setting.gpus / pairs, math.ceil(largest)
-    plan = data.rows.plan(config, setting.gpus, budget)
+        return micro_batches, 1 - config.batch.pairs / groups / pairs, math.ceil(largest)
+    plan = data.rows.plan(config, groups, budget)
     micro_batches, busiest, mean, largest = 0, 0.0, 0.0, 0.0
     sampled = np.unique(np.linspace(0, plan.steps - 1, min(SAMPLED_STEPS, plan.steps)).astype(int))
     for index in sampled:

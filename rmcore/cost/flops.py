@@ -39,8 +39,11 @@ def flops_of_pair(model: DryRun, data: DataSize) -> float:
 
 
 def recompute_share(recompute: str, model: DryRun, data: DataSize) -> float:
-    """FLOPs that recompute adds, as a share of `flops_of_pair`: a forward (full), attention's (selective), or none."""
+    """FLOPs that recompute adds, as a share of `flops_of_pair`: a forward (full, offload), attention's (selective), or
+    none.
+    """
     sizes = model.sizes
     attention = 4.0 * sizes.width * (sizes.layers - 1) * data.visible
-    again = {"none": 0.0, "selective": attention, "full": attention + 2.0 * data.tokens * sizes.products}
+    forward = attention + 2.0 * data.tokens * sizes.products
+    again = {"none": 0.0, "selective": attention, "full": forward, "offload": forward}
     return again[recompute] / flops_of_pair(model, data)

@@ -18,7 +18,8 @@ all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp1
 - buffers, at the start of the backward: next to the activations, a layer's gradients (w B), two fp32 buffers of the
   reduce-scatter (2 * 4 B) and one of the all-gather (w B). At its end: the embedding's gradient, w R and 4 R (ddp:
   4 R). The larger of the two moments counts. gloo scatters a copy: 4 B or 4 R more.
-- activations: tokens * (kept + working), counted by a dry run. There are no logits.
+- activations: tokens * (kept + working), counted by a dry run. There are no logits. Of a row that N ranks compute
+  together (`parallel.context`), each has 1/N of the tokens.
 README.md has this as a table, and compares it with measurements.
 """
 
@@ -41,7 +42,7 @@ UNEVEN = 1.25  # the busiest rank of a step has at most this many times the mean
 
 @dataclass(frozen=True)
 class Budget:
-    """`tokens`: the most tokens of a micro batch; `recompute`: none, selective or full."""
+    """`tokens`: the most tokens of a micro batch; `recompute`: none, selective, full or offload."""
 
     tokens: int
     recompute: str
@@ -96,14 +97,14 @@ def memory_of_step(
 ) -> Memory:
     """Bytes by part, as the module's docstring derives them.
 
-    tokens: of the largest micro batch. ranks: that share one state (hsdp: those of a host). deferred: the step has
-    several micro batches. gloo: the backend is gloo, which copies what it scatters.
+    tokens: of the largest micro batch, over all ranks of a context group. ranks: that share one state (hsdp: those of a
+    host). deferred: the step has several micro batches. gloo: the backend is gloo, which copies what it scatters.
     """
     parallel, kept = config.parallel, stored(config, model)
     traits, width = parallel.traits, 2.0 if parallel.bf16 else 4.0
     everything, layer, root = float(model.total + model.adapters), float(model.layer), float(model.root)
     share = model.trained / everything  # of the parameters that have gradients
-    activations = tokens * per_token.total
+    activations = tokens / parallel.context * per_token.total
     if not traits.shards_weights:
         largest = max(1.0 / ranks, model.embedding / everything if share == 1.0 else 0.0)  # zero1: whole parameters
         averages = kept.averages * (largest if traits.shards_optimizer else 1.0)
@@ -156,7 +157,8 @@ def choose_budget(
 
 def cpu_budget(config: Config, longest: int) -> Budget:
     """`choose_budget` for a CPU, whatever its memory."""
-    tokens = max(longest, CPU_TOKENS) if config.batch.tokens == "auto" else config.batch.tokens
+    configured, own = config.batch.tokens, config.parallel.context * CPU_TOKENS
+    tokens = max(longest, own) if configured == "auto" else configured
     return Budget(tokens, config.parallel.recompute.replace("auto", "none"))
 
 
@@ -168,8 +170,8 @@ def gpu_budget(
     Takes the fastest recompute with which ENOUGH_TOKENS (or the configured budget) fit, and then as many tokens as fit.
     """
     configured = None if config.batch.tokens == "auto" else config.batch.tokens
-    recompute = config.parallel.recompute
-    wanted = max(longest, configured or ENOUGH_TOKENS)
+    recompute, context = config.parallel.recompute, config.parallel.context
+    wanted = max(longest, configured or context * ENOUGH_TOKENS)
     sizes, fits = trained_sizes(config, model), dict[str, int]()
     for name in RECOMPUTES if recompute == "auto" else (recompute,):
         per_token = model.token_bytes(arithmetic_of(config), name)
@@ -177,7 +179,7 @@ def gpu_budget(
         if fits[name] >= wanted:
             break
     best = max(fits, key=lambda name: (min(fits[name], wanted), fits[name]))
-    return Budget(configured or max(longest, min(fits[best], MOST_TOKENS)), best)
+    return Budget(configured or max(longest, min(fits[best], context * MOST_TOKENS)), best)
 
 
 def largest_budget(
@@ -192,10 +194,10 @@ def largest_budget(
 
     def largest(deferred: bool) -> int:
         state = memory_of_step(config, model, per_token, tokens=0, ranks=ranks, deferred=deferred).state
-        return int((RESERVE * device_memory - state) / per_token.total)
+        return int((RESERVE * device_memory - state) / per_token.total * config.parallel.context)
 
     # A step that is one micro batch needs no room for deferred gradients.
     one_micro_batch = largest(deferred=False)
-    if step_tokens is not None and UNEVEN * step_tokens <= min(one_micro_batch, MOST_TOKENS):
+    if step_tokens is not None and UNEVEN * step_tokens <= min(one_micro_batch / parallel.context, MOST_TOKENS):
         return one_micro_batch
     return largest(deferred=True)

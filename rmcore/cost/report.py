@@ -60,7 +60,10 @@ def _memory(run: RunEstimate, one: Estimate) -> Iterator[str]:
         memory = one.room / GIB
         verdict = f"; {RESERVE * memory:.1f} may be used ({RESERVE:.0%} of {memory:.1f}): "
         verdict += "it fits" if one.fits else "IT DOES NOT FIT"
-    yield f"memory     {one.strategy}, recompute {one.recompute}: {sum(parts.values()):.2f} GiB per rank{verdict}"
+    ways = f"{one.strategy}, recompute {one.recompute}"
+    if (context := run.config.parallel.context) > 1:
+        ways += f", each row over {context} ranks"
+    yield f"memory     {ways}: {sum(parts.values()):.2f} GiB per rank{verdict}"
     yield "           " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
     if run.saves_from_copy and not run.setting.machine.is_cpu:
         copy = run.copy_bytes(one) * (one.gpus // one.hosts) / GIB

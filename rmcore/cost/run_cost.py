@@ -77,6 +77,9 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     the pairs.
     Raises UserError for a model whose shape cannot be found and for data flags out of range.
     """
+    context = config.parallel.context
+    if options.gpus % context:
+        raise UserError(f"--gpus {options.gpus} cannot form the groups of parallel.context={context}: give a multiple")
     config, precision_lines = with_precision(
         config, bf16_of(torch.device("cpu")) if options.gpu == "cpu" else Bf16("GPU")
     )
@@ -105,7 +108,7 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     best, strategies = cheapest(config, model, data, setting)
     strategy = config.parallel.strategy
     configured = next((one for one in strategies if one.strategy == strategy), None)
-    counts = (options.gpus,) if machine.is_cpu else GPU_COUNTS
+    counts = (options.gpus,) if machine.is_cpu else [count for count in GPU_COUNTS if count % context == 0]
     settings = [Setting(machine, count, max(1, count // GPUS_PER_HOST), mfu) for count in counts]
     return RunEstimate(
         config=config,

@@ -91,12 +91,13 @@ def evaluate(
         between: called before each micro batch, equally often on every rank; it may raise to end the evaluation.
     """
     answer_offset = np.asarray(data.answer_offset)
-    steps = deal(micro_batches(computed_tokens(data, share), token_budget), world.size)
+    steps = deal(micro_batches(computed_tokens(data, share), token_budget), world.groups)
     rewards: list[torch.Tensor] = []
     places: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     was_training = model.training
     model.eval()
-    with torch.no_grad(), Loader(data, steps, world.rank, world.device, share=share) as loader:
+    loader = Loader(data, steps, world.group, world.device, share=share, multiple=world.context)
+    with torch.no_grad(), loader:
         for _, batches in loader:
             between()
             for batch, _ in batches:
@@ -105,10 +106,11 @@ def evaluate(
                 places += [np.arange(answer_offset[n], answer_offset[n + 1]) for n in batch.comparisons_C]
     model.train(was_training)
 
-    # Each rank writes its rewards into zeros, so that the sum over the ranks is every reward once.
+    # Each rank writes its rewards into zeros, so that the sum over the ranks is every reward once. Of the ranks that
+    # compute a row together, the first one does.
     answers = int(answer_offset[-1])
     rewards_and_counts = torch.zeros(2, answers, dtype=torch.float64, device=world.device)
-    if rewards:
+    if rewards and world.leads_group:
         index = torch.from_numpy(np.concatenate(places)).to(world.device)
         rewards_and_counts[0, index] = torch.cat(rewards)
         rewards_and_counts[1].index_add_(0, index, torch.ones_like(index, dtype=torch.float64))

@@ -9,23 +9,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmcore.data.batches.batch import build_batch
+from rmcore.data.batches.batch import Comparisons, build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template
 from rmcore.hf_export.parity import Probe
-from rmcore.model.selftest import trial_comparisons
+from rmcore.model.selftest import BEYOND_LONGEST, Shortened, trial_comparisons
 from rmcore.scoring.rows import comparison_of, trial_rows
 from rmcore.scoring.scorer import pack
 
 
 @torch.no_grad()
 def probe_of(
-    model: nn.Module, data: TokenizedComparisons, device: torch.device, share: bool, precision: torch.dtype
+    model: nn.Module,
+    data: TokenizedComparisons,
+    device: torch.device,
+    share: bool,
+    precision: torch.dtype,
+    multiple: int = 1,
 ) -> Probe:
-    """The texts of the longest comparison of `data` and of a few others, with the rewards of `model`."""
-    numbers, texts = _texts(data)
-    batch = build_batch(data, numbers, share).on(device)
+    """The texts of the longest comparison of `data` and of a few others, with the rewards of `model`.
+
+    multiple: ranks that compute a row together; the texts are then cut to what one rank computes with ease.
+    """
+    numbers = trial_comparisons(data.tokens_N)
+    comparisons = data if multiple == 1 else Shortened(data, BEYOND_LONGEST)
+    texts = _texts(comparisons, numbers)
+    batch = build_batch(comparisons, numbers, share, multiple=multiple).on(device)
     was_training = model.training
     model.eval()
     rewards_A = model(batch).rewards_A
@@ -35,7 +45,7 @@ def probe_of(
 
 def probe_texts(data: TokenizedComparisons) -> list[list[int]]:
     """The token ids of the texts of `probe_of`, without their rewards."""
-    return _texts(data)[1]
+    return _texts(data, trial_comparisons(data.tokens_N))
 
 
 def built_in(template: Template, tokenizer: Any, positions: int | None) -> TokenizedComparisons:
@@ -45,7 +55,6 @@ def built_in(template: Template, tokenizer: Any, positions: int | None) -> Token
     return pack([[ids[:positions] for ids in encoder.encode(pair)] for pair in pairs])
 
 
-def _texts(data: TokenizedComparisons) -> tuple[list[int], list[list[int]]]:
-    numbers = trial_comparisons(data.tokens_N)
+def _texts(data: Comparisons, numbers: list[int]) -> list[list[int]]:
     items = [data.comparison(number) for number in numbers]
-    return numbers, [item.text(answer).tolist() for item in items for answer in range(len(item.tails))]
+    return [item.text(answer).tolist() for item in items for answer in range(len(item.tails))]

@@ -21,8 +21,9 @@ from transformers import AttentionInterface
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
-from rmcore.model.layout_context import current_layout
+from rmcore.model.layout_context import current_layout, current_part
 from rmcore.model.pruning import current_scored_rows
+from rmcore.model.row_split import SplitHeads
 from rmcore.model.varlen import UnsupportedAttention, takes_varlen, varlen_attention
 from rmcore.ops.ragged_attention import ragged_attention
 
@@ -62,15 +63,24 @@ def attention_forward(
         layout = chunked(layout, chunk)
     # squeeze, not [0]: the backward of an index fills a tensor with zeros and copies the gradient into it.
     query_THK, key_TGK, value_TGV = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    split = None
+    if part := current_part():  # this rank has some rows of all heads; the kernels below get all rows of some heads
+        split = SplitHeads(part.ranks, query_THK.shape[1], key_TGK.shape[1])
+        if value.is_cuda and terms.plain:  # rotary embeddings make fp32 of half precision, and the kernels undo it
+            query_THK, key_TGK = query_THK.to(value.dtype), key_TGK.to(value.dtype)
+        key_TGK, value_TGV = split.keys(key_TGK), split.keys(value_TGV)
+        terms = terms._replace(sinks_H=split.per_head(s_aux))
     if scored := current_scored_rows():
-        out_THV = scored.attend(query_THK, key_TGK, value_TGV, layout, terms)
-    elif (plan := layout.gather) is not None and takes_varlen(key, value, terms):
+        return scored.attend(query_THK, key_TGK, value_TGV, layout, terms, split).unsqueeze(0), None
+    if split:
+        query_THK = split.queries(query_THK)
+    if (plan := layout.gather) is not None and takes_varlen(key_TGK, value_TGV, terms):
         out_THV = varlen_attention(query_THK, key_TGK, value_TGV, plan, terms)
     elif query.is_cuda:
         out_THV = composed_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
     else:
         out_THV = ragged_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
-    return out_THV.unsqueeze(0), None
+    return (split.back(out_THV) if split else out_THV).unsqueeze(0), None
 
 
 def _chunk(module: nn.Module) -> int | None:
@@ -89,10 +99,13 @@ def _temperature(module: Any, layout: AttentionLayout, query: Tensor) -> Tensor 
     These layers scale a query by its number in the row, which is its position only in a row of one text. The scale is
     1 for the first `floor_scale` tokens (8192).
     """
-    if query.shape[2] < module.floor_scale:
+    part = current_part()  # the layer numbers the rows of this rank
+    if query.shape[2] * (part.ranks.size if part else 1) < module.floor_scale:
         return 1.0
-    row_T = torch.arange(query.shape[2])
     position_T = torch.cat([torch.arange(d - c, d - c + b - a) for a, b, c, d in layout.segments_S4.tolist()])
+    if part:
+        position_T = position_T[part.rows]
+    row_T = torch.arange(query.shape[2])
     wrong_T, right_T = (
         torch.log1p(torch.floor((place.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
         for place in (row_T, position_T)

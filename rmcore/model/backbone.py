@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory
+from rmcore.model.activation_offload import offload_inputs
 from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
 from rmcore.model.found_weights import SCORE, check_found, listed
 from rmcore.model.layout_context import recompute_contexts
@@ -248,6 +249,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
     """Activation checkpointing per layer: `full` keeps only the input of a layer, `selective` also matmul outputs.
 
+    `offload` keeps the inputs in host memory (rmcore.model.activation_offload).
+
     The last layer keeps its activations: its backward comes first, so its activations would have to be in memory then
     in any case.
     """
@@ -260,6 +263,8 @@ def recompute_activations(backbone: PreTrainedModel, how: str) -> None:
     else:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     setattr(decoder_layers(backbone)[-1], "gradient_checkpointing", False)  # noqa: B010 (a plain bool, not a module)
+    if how == "offload":
+        offload_inputs(backbone)
 
 
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}

@@ -1,7 +1,7 @@
 """The layout of the packed row that a forward computes, for functions that run deep inside a Hugging Face model.
 
 Input: `with packed_layout(layout):` around the model's forward. Output: `current_layout()` within it; or, if the model
-computes a grid in place of a packed row, `current_grid()`.
+computes a grid in place of a packed row, `current_grid()`; and `current_part()`, if the row is split over ranks.
 Example: StableLM's layers do not hand unknown keywords to their attention; `attention_forward` reads the layout here.
 
 The value belongs to the thread (or task) that set it: two threads with a model each do not see the layout of the other.
@@ -17,9 +17,11 @@ import torch
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.grid import Grid
+from rmcore.model.row_split import RowPart
 
 Layout = AttentionLayout | Grid | None
 _LAYOUT: ContextVar[Layout] = ContextVar("rmcore_layout", default=None)
+_PART: ContextVar[RowPart | None] = ContextVar("rmcore_row_part", default=None)
 
 
 class _Traced:
@@ -42,19 +44,28 @@ def current() -> Layout:
 
 
 @contextmanager
-def packed_layout(layout: Layout) -> Iterator[None]:
-    """Within, `current_layout()` or `current_grid()` returns `layout`; None: the batch is neither."""
-    token = _LAYOUT.set(layout)
+def packed_layout(layout: Layout, part: RowPart | None = None) -> Iterator[None]:
+    """Within, `current_layout()` or `current_grid()` returns `layout`; None: the batch is neither.
+
+    `part`: the rows of the layout that this rank computes; None: all of them.
+    """
+    token, token_of_part = _LAYOUT.set(layout), _PART.set(part)
     try:
         yield
     finally:
         _LAYOUT.reset(token)
+        _PART.reset(token_of_part)
 
 
 def current_layout() -> AttentionLayout | None:
     """The layout of the packed row that this thread computes, or None outside a packed forward."""
     layout = current()
     return layout if isinstance(layout, AttentionLayout) else None
+
+
+def current_part() -> RowPart | None:
+    """The rows of `current_layout()` that this rank computes, or None if it computes all of them."""
+    return None if torch.compiler.is_compiling() else _PART.get()  # a split row is never compiled
 
 
 def current_grid() -> Grid | None:
@@ -71,10 +82,10 @@ def recompute_contexts(
     contexts: another `context_fn`, whose two contexts apply too.
     """
     forward, again = contexts() if contexts else (nullcontext(), nullcontext())
-    return forward, _with_layout(_LAYOUT.get(), again)
+    return forward, _with_layout(_LAYOUT.get(), _PART.get(), again)
 
 
 @contextmanager
-def _with_layout(layout: Layout, inner: AbstractContextManager) -> Iterator[None]:
-    with packed_layout(layout), inner:
+def _with_layout(layout: Layout, part: RowPart | None, inner: AbstractContextManager) -> Iterator[None]:
+    with packed_layout(layout, part), inner:
         yield

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rmcore.config import UserError
 from rmcore.data.batches.batch import AttentionLayout, RaggedBatch
 
 # Whether each token belongs to a long text, bool, in the shape of the position ids that the backbone gets.
@@ -94,14 +95,36 @@ def unshared(batch: RaggedBatch, texts: list[list[int]]) -> RaggedBatch:
     )
 
 
+def check_split(backbone: nn.Module, longest: int) -> None:
+    """Raises UserError if the rotation of a text of `longest` tokens depends on its length.
+
+    A rank that computes some rows of a text (rmcore.model.row_split) does not see the length.
+    """
+    for module in backbone.modules():
+        for kind in _rotations(module):
+            config: Any = module.config
+            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            if kind.get("rope_type") in ("longrope", "dynamic") and longest > limit:
+                raise UserError(
+                    f"parallel.context: the rotary embedding of this model ({kind['rope_type']}) depends on the length "
+                    f"of texts of more than {limit:,} tokens, which a rank with a part of the row does not see; lower "
+                    f"data.max_tokens to {limit}, or set parallel.context=1"
+                )
+
+
 def _threshold(module: nn.Module) -> int | None:
     """Most tokens of a short text, if the module is a rotary embedding with longrope."""
-    parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
-    if "Rotary" not in type(module).__name__ or not isinstance(parameters, dict):
-        return None
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    kinds = _rotations(module)
     found = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     return int(found[0]) if found else None
+
+
+def _rotations(module: Any) -> list[dict[str, Any]]:
+    """The parameters of each kind of layer, if the module is a rotary embedding."""
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+    if "Rotary" not in type(module).__name__ or not isinstance(parameters, dict):
+        return []
+    return [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
 
 
 def _both_sides(threshold: int) -> Any:

@@ -33,6 +33,8 @@ from transformers import PreTrainedModel
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
 from rmcore.model.backbone import decoder_layers
+from rmcore.model.layout_context import current_part
+from rmcore.model.row_split import SplitHeads
 from rmcore.model.varlen import takes_varlen, varlen_attention
 
 # The names that transformers' decoders give to the parts.
@@ -43,34 +45,53 @@ QUERY = ("q_proj", "q_b_proj")
 
 @dataclass
 class ScoredRows:
-    """What the attention of the last layer computes: only the rows `rows_A` of the packed row attend."""
+    """What the attention of the last layer computes: only the rows `rows_A` attend.
+
+    They are counted in the packed row, or in this rank's part of it (rmcore.model.row_split).
+    """
 
     rows_A: Tensor
     attended: tuple[Tensor, Tensor] | None = None  # the result [A, H, V], and the same spread over T rows
 
     def attend(
-        self, query_THK: Tensor, key_TGK: Tensor, value_TGV: Tensor, layout: AttentionLayout, terms: Terms
+        self,
+        query_THK: Tensor,
+        key_TGK: Tensor,
+        value_TGV: Tensor,
+        layout: AttentionLayout,
+        terms: Terms,
+        split: SplitHeads | None = None,
     ) -> Tensor:
-        """Attention from the scored rows, spread over the T rows: [T, H, V]; see `scored_attention`."""
+        """Attention from the scored rows, spread over the T rows: [T, H, V]; see `scored_attention`.
+
+        split: keys and values are all rows of this rank's heads, and the queries are this rank's rows of all heads.
+        """
         query_AHK = query_THK.index_select(0, self.rows_A)
-        if layout.scored is not None and takes_varlen(key_TGK, value_TGV, terms):
+        if split:
+            query_AHK = split.queries(query_AHK)
+        if split is None and layout.scored is not None and takes_varlen(key_TGK, value_TGV, terms):
             out_AHV = varlen_attention(query_AHK, key_TGK, value_TGV, layout.scored, terms)
         else:
             visible_AT, behind_AT = self.visible(key_TGK.shape[0], layout, terms.window)
             out_AHV = scored_attention(query_AHK, key_TGK, value_TGV, visible_AT, behind_AT, terms)
-        self.attended = out_AHV, spread(out_AHV, self.rows_A, key_TGK.shape[0])
+        if split:
+            out_AHV = split.back(out_AHV)
+        self.attended = out_AHV, spread(out_AHV, self.rows_A, query_THK.shape[0])
         return self.attended[1]
 
     def visible(self, tokens: int, layout: AttentionLayout, window: int) -> tuple[Tensor, Tensor]:
         """The rows that each scored row sees, bool [A, T]: its segment's prefix, and the segment up to itself.
 
-        And how far back along the text each of them is [A, T], 0 for the scored row itself.
+        And how far back along the text each of them is [A, T], 0 for the scored row itself. Where the row is split, A
+        are the scored rows of all ranks.
         """
-        segments_S4 = layout.segments_on(self.rows_A.device)
+        part = current_part()
+        rows_A = part.scored_Na if part else self.rows_A
+        segments_S4 = layout.segments_on(rows_A.device)
         starts_S = segments_S4[:, 0].contiguous()
-        own_A4 = segments_S4[torch.searchsorted(starts_S, self.rows_A.to(starts_S.dtype), right=True) - 1]
+        own_A4 = segments_S4[torch.searchsorted(starts_S, rows_A.to(starts_S.dtype), right=True) - 1]
         start_A, prefix_start_A, prefix_end_A = (own_A4[:, column : column + 1] for column in (0, 2, 3))
-        row_T, last_A = torch.arange(tokens, device=self.rows_A.device), self.rows_A[:, None]
+        row_T, last_A = torch.arange(tokens, device=rows_A.device), rows_A[:, None]
         in_prefix_AT = (row_T >= prefix_start_A) & (row_T < prefix_end_A)
         in_own_AT = (row_T >= start_A) & (row_T <= last_A)
         # Within the segment the difference of the rows; for the prefix, the rows of the segment up to the scored one,

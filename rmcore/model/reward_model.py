@@ -29,6 +29,7 @@ from rmcore.model.objectives import Objective
 from rmcore.model.pruning import Pruning, ScoredRows, only_rows
 from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.model.router_balance import Routed, RouterBalance, balance_A
+from rmcore.model.row_split import ContextGroup, RowPart
 from rmcore.ops.pairwise import pairwise_loss
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
@@ -57,7 +58,13 @@ class RewardModel(nn.Module):
         path: see `use`.
         sft: compute the language-modelling loss of batches that hold the tokens of chosen answers.
         lm_head: its head; None if the token embedding is the head.
+
+    Attributes:
+        context: the ranks that compute each packed row together; None: this rank computes whole rows. All of them get
+            the same batches, whose rows are a multiple of their number (`build_batch`), and return the same output.
     """
+
+    context: ContextGroup | None = None
 
     def __init__(
         self,
@@ -90,6 +97,11 @@ class RewardModel(nn.Module):
         """Whether the last layer may be pruned, and has the parts for it; the self-test checks exactness."""
         return self._pruning is not None and not self.sft  # the language-modelling loss reads other rows, too
 
+    @property
+    def multiple(self) -> int:
+        """What the tokens of a packed row must be a multiple of."""
+        return 1 if self.context is None else self.context.size
+
     def use(self, path: str, *, pruned: bool = False, masked: bool = False) -> None:
         """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
 
@@ -102,17 +114,19 @@ class RewardModel(nn.Module):
         if self.masked:
             prepare(self.backbone)
 
-    @staticmethod
-    def ways(paths: Sequence[str]) -> list[dict[str, Any]]:
-        """The arguments of `use` to try, fastest first."""
-        return [
+    def ways(self, paths: Sequence[str]) -> list[dict[str, Any]]:
+        """The arguments of `use` to try, fastest first. A row that is split over ranks has no rectangle."""
+        ways = [
             {"path": path, "pruned": pruned, "masked": masked}
             for path in paths
             for masked in ([False, True] if path == SHARED else [False])
             for pruned in (True, False)
         ]
+        return [way for way in ways if self.context is None or not (way["path"] == PADDED or way["masked"])]
 
     def forward(self, batch: RaggedBatch) -> Output:
+        if self.context is not None:
+            return self._split(batch, self.context)
         batch, long_T = self.long_rope.separated(batch)
         by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
         recorded: AbstractContextManager[list[Routed]] = nullcontext([])
@@ -153,11 +167,27 @@ class RewardModel(nn.Module):
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
         with packed_layout(batch.layout), self._only(batch.last_token_index_A), long_texts(long_T):
-            return self.backbone(
-                input_ids=batch.input_ids_T.unsqueeze(0),
-                position_ids=batch.position_ids_T.unsqueeze(0),
-                use_cache=False,
-            ).last_hidden_state.squeeze(0)
+            return self._hidden(batch.input_ids_T, batch.position_ids_T)
+
+    def _hidden(self, input_ids_T: Tensor, position_ids_T: Tensor) -> Tensor:
+        found = self.backbone(input_ids=input_ids_T[None], position_ids=position_ids_T[None], use_cache=False)
+        return found.last_hidden_state.squeeze(0)
+
+    def _split(self, batch: RaggedBatch, ranks: ContextGroup) -> Output:
+        """The forward of this rank's part of the row; a collective of the group. The output is that of the whole row.
+
+        Each rank applies the score head to its own tokens. The rewards of all ranks make the loss, on every rank.
+        """
+        part = RowPart.of(batch, ranks)
+        with packed_layout(batch.layout, part), self._only(part.scored_a):
+            hidden_tD = self._hidden(batch.input_ids_T[part.rows], batch.position_ids_T[part.rows])
+        own_a = part.scored_a
+        if self._returns_scored_rows:  # hidden_tD has only these rows, in this order
+            own_a = torch.arange(own_a.numel(), device=own_a.device)
+        no_pair, no_number = own_a[:0], batch.margin_P[:0]
+        rewards_a = pairwise_loss(hidden_tD, self.score.weight[0], own_a, no_pair, no_pair, no_number, no_number)[1]
+        rewards_A = part.rewards(rewards_a)
+        return Output(self.objective.loss_sum(rewards_A, batch), rewards_A, self.objective.counted(batch))
 
     def masked_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same through the model's own attention, on a rectangle of whole comparisons, with masks."""
@@ -188,7 +218,12 @@ class RewardModel(nn.Module):
         return values[_rectangle(batch)[1]]
 
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
-        """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...]."""
+        """[T, ...] from values of the tokens as the backbone gets them: [1, T, ...], or the grid [R, L, ...].
+
+        Where the row is split over ranks, a collective.
+        """
+        if self.context is not None:
+            return RowPart.of(batch, self.context).whole(values.squeeze(0))
         return values.flatten(0, 1)[Grid.of(batch).cell_T] if self.masked else values.squeeze(0)
 
     def reward_alone(self, text_T: Tensor) -> Tensor:

@@ -9,10 +9,14 @@ last layer on scored tokens only"). Jamba, which has state-space layers -> ("pad
 from the plain forward's by 8.3e-02 ...").
 
 A wrong fast path never trains: rmcore takes a slower one, or stops.
+
+Where ranks compute parts of a row (`RewardModel.context`), they run the test together, on comparisons that one rank can
+compute whole (`Shortened`).
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from rmcore.config import UserError
 from rmcore.data.batches.batch import Comparisons, build_batch
+from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
 from rmcore.model.rounding import UNIT_ROUNDOFF, all_roundings, floor
@@ -28,6 +33,7 @@ from rmcore.model.rounding import UNIT_ROUNDOFF, all_roundings, floor
 # Two exact fp32 paths may always differ by this, relative to the norm of a gradient. A wrong kernel changes a gradient
 # by a large part of itself.
 GRADIENT_FLOOR = 1e-4
+BEYOND_LONGEST = 8192  # tokens of the comparisons to try, in addition to the longest
 GRADIENT_TOKENS = 512  # of the comparisons whose gradients are computed, so that it takes seconds on a CPU, too
 
 
@@ -54,6 +60,8 @@ def choose_path(
     Raises:
         UserError: none of the paths to try is exact.
     """
+    if model.context is not None:
+        data = Shortened(data, max(BEYOND_LONGEST, _longest(data, numbers) // model.context.size))
     model.use(PADDED)
     try:
         oracle = rewards_alone(model, data, numbers, device)
@@ -75,7 +83,7 @@ def choose_path(
         if pruned != way["pruned"]:
             continue
         name = ", ".join([path, *["by masks"] * model.masked, *["last layer on scored tokens"] * pruned])
-        batch = build_batch(data, numbers, share=path == SHARED).on(device)
+        batch = build_batch(data, numbers, path == SHARED, multiple=model.multiple).on(device)
         try:
             with torch.no_grad(), half or nullcontext():
                 rewards = model(batch).rewards_A.double().cpu()
@@ -90,15 +98,16 @@ def choose_path(
                     refused.append(f"{name}: {fault}")
                     continue
                 found += f" and gradients to {error:.1e}" if gradients else ""
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # an architecture may raise anything for a path; the next one is tried
             refused.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
         part = ", by masks" * model.masked + ", last layer on scored tokens only" * pruned
         return path, "; ".join([f"attention {path}: {found}{part}", *(f"not {reason}" for reason in refused)])
+    split = f" and parallel.context={model.context.size}" if model.context else ""
     raise UserError(
-        f"{type(model.backbone).__name__}: no path is exact with model.attention={wanted}: " + "; ".join(refused)
+        f"{type(model.backbone).__name__}: no path is exact with model.attention={wanted}{split}: " + "; ".join(refused)
     )
 
 
@@ -136,7 +145,9 @@ class BackwardTest:
         compare: bool,
     ) -> None:
         self._model, self._data, self._device, self._half = model, data, device, half
-        self._numbers = _shortest(data, numbers)
+        if model.context is not None:
+            self._data = Shortened(data, GRADIENT_TOKENS)
+        self._numbers = _shortest(self._data, numbers)
         self._oracle = self._alone() if compare else None
         if self._oracle is None:
             return
@@ -150,7 +161,7 @@ class BackwardTest:
 
     def run(self, path: str) -> tuple[str, float]:
         """What is wrong with the path that the model uses, "" if nothing is; and its largest relative error."""
-        batch = build_batch(self._data, self._numbers, share=path == SHARED).on(self._device)
+        batch = build_batch(self._data, self._numbers, path == SHARED, multiple=self._model.multiple).on(self._device)
         batch, _ = self._model.long_rope.separated(batch)  # the texts as the backbone gets them
         largest = 0.0
         for answer, rows in enumerate(batch.answer_rows()):
@@ -176,7 +187,23 @@ class BackwardTest:
         return gradients
 
 
-def trial_comparisons(tokens_N: np.ndarray, count: int = 4, limit: int = 8192) -> list[int]:
+class Shortened:
+    """Comparisons of which each is cut to at most `tokens` computed tokens: its prompt and answers in proportion."""
+
+    def __init__(self, data: Comparisons, tokens: int) -> None:
+        self._data, self._tokens = data, tokens
+
+    def comparison(self, number: int) -> TokenizedComparison:
+        item = self._data.comparison(number)
+        share = self._tokens / max(1, len(item.prefix) + sum(map(len, item.tails)))
+        if share >= 1:
+            return item
+        # Of each part at least a token stays, so that no text becomes empty.
+        prefix, *tails = (part[: max(1, int(share * len(part)))] for part in (item.prefix, *item.tails))
+        return replace(item, prefix=prefix, tails=tails)
+
+
+def trial_comparisons(tokens_N: np.ndarray, count: int = 4, limit: int = BEYOND_LONGEST) -> list[int]:
     """The longest comparison and a few others spread over the data, with at most `limit` tokens beyond the longest."""
     chosen = [int(np.argmax(tokens_N))]
     total = 0
@@ -185,6 +212,12 @@ def trial_comparisons(tokens_N: np.ndarray, count: int = 4, limit: int = 8192) -
         if number not in chosen and total <= limit:
             chosen.append(number)
     return chosen
+
+
+def _longest(data: Comparisons, numbers: list[int]) -> int:
+    """Most computed tokens of one of the comparisons, with its prompt shared."""
+    items = (data.comparison(number) for number in numbers)
+    return max(len(item.prefix) + sum(map(len, item.tails)) for item in items)
 
 
 def _texts(data: Comparisons, numbers: list[int], device: torch.device) -> Iterator[Tensor]:

@@ -40,7 +40,10 @@ LEAVE_SECONDS = 5.0  # longest wait for a failed group to close; a longer one wo
 
 @dataclass(frozen=True)
 class World:
-    """This process: `rank` of `size` processes, `local_rank` of `local_size` on this host, and its device."""
+    """This process: `rank` of `size` processes, `local_rank` of `local_size` on this host, and its device.
+
+    `context` neighboring ranks form a group that computes the same packed rows together; see rmcore.parallel.context.
+    """
 
     rank: int
     size: int
@@ -48,11 +51,27 @@ class World:
     local_size: int
     device: torch.device
     timeout_seconds: float = 600.0  # of a collective
+    context: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this process prints and writes for all."""
         return self.rank == 0
+
+    @property
+    def groups(self) -> int:
+        """How many groups of ranks compute different rows; without `parallel.context` each rank is one."""
+        return self.size // self.context
+
+    @property
+    def group(self) -> int:
+        """The number of this rank's group: which rows of the plan it computes."""
+        return self.rank // self.context
+
+    @property
+    def leads_group(self) -> bool:
+        """Whether this rank counts what its group computes: all of its ranks have the same rewards."""
+        return self.rank % self.context == 0
 
     @property
     def reads_wait(self) -> bool:

@@ -36,10 +36,12 @@ from rmcore.evaluation.trained import on_one_day
 from rmcore.host.terminal import visible
 from rmcore.model.compiled import speed_up
 from rmcore.model.fp8 import check_fp8, use_fp8
+from rmcore.model.long_rope import check_split
 from rmcore.model.lora import count_weights
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.ops.blockwise import check_bitsandbytes
+from rmcore.parallel.context import context_group, with_context
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.precision import bf16_of_all, with_precision
 from rmcore.parallel.world import World, first_error, use_deterministic_algorithms
@@ -55,6 +57,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     start = start or Start()
     if config.parallel.deterministic:
         use_deterministic_algorithms(world)
+    world = with_context(world, config.parallel.context)
     first_error(world, "looking at run.best_metric", lambda: Criterion.of(config))  # before the data, which take long
     first_error(world, "importing functions", lambda: check_functions(config))
     stored = start.manifest.config["parallel"].get("precision") if start.manifest else None
@@ -71,6 +74,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
 
     # The model is loaded, or built in parts. The self-test finds the fastest path that is exact for it.
     loaded = load(config, world, tokenizer, start)
+    loaded.tested.context = context_group(world)
     parameters = count_weights(loaded.tested)
     trained = sum(p.numel() for p in loaded.tested.parameters() if p.requires_grad)
     path, self_test_line = first_error(
@@ -82,7 +86,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     tokens_N = computed_tokens(data.train, share)
     budget = agree(world, _own_budget(config, loaded.hf_config, data, tokens_N, share, world))
     check_same_plan(world, plan_facts(config, data, budget, path))
-    plan_of = partial(Plan.of, config, data.train, tokens_N, token_budget=budget.tokens, world_size=world.size)
+    plan_of = partial(Plan.of, config, data.train, tokens_N, token_budget=budget.tokens, world_size=world.groups)
     plan = first_error(world, "planning", plan_of)
 
     # The strategy wraps the model, and a checkpoint fills it.
@@ -101,7 +105,9 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
         *_remote_code(config),
         f"{plan.steps} steps of {config.batch.pairs} {config.loss.traits.unit} on {world.size} x {world.device.type}, "
         f"{config.parallel.strategy}, {config.parallel.precision}, micro batches of at most {budget.tokens:,} tokens, "
-        f"recompute {budget.recompute}" + (f", {converted} linear layers in FP8" if converted else ""),
+        f"recompute {budget.recompute}"
+        + (f", each row over {world.context} ranks" if world.context > 1 else "")
+        + (f", {converted} linear layers in FP8" if converted else ""),
     )
     return Run(
         config=config,
@@ -132,6 +138,8 @@ def self_test(config: Config, model: RewardModel, data: TokenizedComparisons, de
     half = None
     if device.type == "cuda" and config.parallel.bf16:
         half = torch.autocast("cuda", dtype=torch.bfloat16)
+    if model.context is not None:
+        check_split(model.backbone, config.data.max_tokens)
     numbers = trial_comparisons(computed_tokens(data, share=True))
     return choose_path(model, data, numbers, device, config.model.attention, half, gradients=True)
 

@@ -80,6 +80,7 @@ class ShardedModel:
         """A second model on meta, on the path that the self-test chose. The tested model is given up."""
         skeleton = self.parts.build()
         model = _reward_model(skeleton, self.tested.objective, self.tested.pad_token_id)
+        model.context = self.tested.context
         model.use(self.tested.path, pruned=self.tested.pruned, masked=self.tested.masked)
         self.hf_config = skeleton.config
         del self.tested

@@ -96,7 +96,12 @@ class Metrics:
         self._started = time.perf_counter()
 
     def add(self, output: Rewarded, batch: Paired) -> None:
-        """Add the pairs, losses, rewards and tokens of one micro batch, which may have no pairs."""
+        """Add the pairs, losses, rewards and tokens of one micro batch, which may have no pairs.
+
+        Of the ranks that compute a row together, the first one does.
+        """
+        if not self._world.leads_group:
+            return
         rewards_A = output.rewards_A.detach().double()
         chosen_P, rejected_P = rewards_A[batch.winner_P], rewards_A[batch.loser_P]
         weight_P = batch.weight_P.double()

@@ -182,7 +182,8 @@ def make_probe(run: Run) -> Probe:
     precision = torch.bfloat16 if run.config.parallel.bf16 else torch.float32
     precision = torch.float8_e4m3fn if run.config.parallel.fp8 else precision
     with run.strategy.autocast():
-        return probe_of(run.strategy.model, run.data.eval or run.data.train, run.world.device, run.share, precision)
+        data, world = run.data.eval or run.data.train, run.world
+        return probe_of(run.strategy.model, data, world.device, run.share, precision, world.context)
 
 
 def exported_shards(directory: Path, config: Config, world: World) -> PreTrainedModel:

@@ -56,6 +56,10 @@ def test_the_embedded_task_is_read_and_printed(capsys: pytest.CaptureFixture[str
         (["model.name=nobody/nothing", "data.train.path=x.jsonl"], "--model-config FILE"),
         (["configs/hh.yaml", "--gpu", "h1000"], "--gpu h1000 is unknown; known are a100"),
         (["configs/hh.yaml", "--gpus", "9", "--nodes", "2"], "do not divide"),
+        (
+            ["configs/hh.yaml", "parallel.context=3", "--gpus", "8"],
+            "--gpus 8 cannot form the groups of parallel.context",
+        ),
         (["configs/hh.yaml", "--mfu", "40", "--pairs", "0"], "--pairs must be more than 0; --mfu is a share"),
         (["configs/hh.yaml", "--model-config", "no.json"], "--model-config no.json cannot be read"),
     ],

@@ -79,7 +79,8 @@ loss.tie_rate | number > 0, < 1 | 0.25
 loss.router_aux | number >= 0 | 0
 parallel.strategy | ddp | zero1 | zero2 | zero3 | hsdp | ddp
 parallel.precision | auto | bf16 | fp32 | auto
-parallel.recompute | auto | none | selective | full | auto
+parallel.recompute | auto | none | selective | full | offload | auto
+parallel.context | whole number >= 1 | 1
 parallel.compile | true | false | false
 parallel.offload | true | false | false
 parallel.fp8 | true | false | false

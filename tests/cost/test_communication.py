@@ -4,7 +4,7 @@ import pytest
 from transformers import GPTNeoXConfig
 
 from rmcore.config import Config
-from rmcore.cost.communication import collectives
+from rmcore.cost.communication import collectives, exchange
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.machines import gpu
 
@@ -34,3 +34,16 @@ def test_a_ring_sends_what_rings_send() -> None:
     assert sent("hsdp", 16, 2) == (pytest.approx((2 + 2 + 4) * 7 / 8), pytest.approx(2 * 4 / 8 / 2))
     slow = collectives(of("ddp"), sizes, 16, 2, 1)[0]
     assert slow.seconds(gpu("h100")) == pytest.approx(8 * n * 15 / 16 / 8 / 50e9 / 0.8)
+
+
+def test_context_groups_exchange_heads() -> None:
+    """Queries, keys, values and output of each layer, in both passes: each rank sends all but its own part."""
+    sizes = DryRun(
+        GPTNeoXConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2, vocab_size=128)
+    ).sizes
+    layer = 4 * 1000 * 64 * 2
+    assert exchange(sizes, "bf16", 1000, 1, 8, 2) == []
+    (within,) = exchange(sizes, "bf16", 1000, 4, 8, 2)
+    assert (within.within, within.between) == (2 * 2 * layer * 3 / 4, 0)
+    (across,) = exchange(sizes, "bf16", 1000, 16, 8, 3)
+    assert (across.within, across.between) == (2 * 3 * layer * 7 / 16, 2 * 3 * layer * 8 / 16)

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, Llam
 from rmcore.config.lora import LoraConfig
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, DryRun, LiveBytes, TokenBytes
-from rmcore.cost.memory import gpu_budget, memory_of_step
+from rmcore.cost.memory import cpu_budget, gpu_budget, memory_of_step
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import recompute_activations
@@ -92,7 +92,7 @@ def test_a_model_that_fails_on_fake_tensors_gets_the_rule_of_thumb(monkeypatch: 
     assert DryRun(NEOX).token_bytes(FP32, "full") == TokenBytes(2 * 2.0 * 192 * 5, 2 * 30.0 * 192, counted=False)
 
 
-def config_of(**parallel: str) -> Config:
+def config_of(**parallel: str | int) -> Config:
     values = {"model": {"name": "m"}, "data": {"train": {"path": "p"}}, "parallel": {"precision": "bf16", **parallel}}
     return Config.model_validate(values)
 
@@ -141,7 +141,8 @@ def test_the_budget_grows_with_the_memory_and_recompute_is_used_when_needed() ->
     assert (small.recompute, large.recompute) != ("none", "selective")
     assert 512 <= small.tokens < large.tokens or small.recompute != large.recompute
     tight = gpu_budget(config_of(), dry, 30_000, 0.2e9, 1)
-    assert tight.recompute == "full"
+    assert tight.recompute == "offload"
+    assert gpu_budget(config_of(recompute="full"), dry, 30_000, 0.2e9, 1).tokens == tight.tokens == 30_000
     # a step that is one micro batch needs no room for gradients that are accumulated unsharded
     one = gpu_budget(config_of(strategy="zero2", recompute="none"), dry, 512, 0.06e9, 8, step_tokens=600)
     many = gpu_budget(config_of(strategy="zero2", recompute="none"), dry, 512, 0.06e9, 8)
@@ -215,3 +216,25 @@ def test_a_dry_run_counts_the_activations_of_lora() -> None:
     kept, peak = ((b - a) / 1600 for a, b in zip(*found, strict=True))
     assert predicted.counted
     assert predicted.kept == pytest.approx(kept, rel=0.04) and predicted.total == pytest.approx(peak, rel=0.1)
+
+
+def test_offload_keeps_the_inputs_of_two_layers_on_the_device() -> None:
+    """fp32, five layers: of the four inputs that `full` keeps, two remain. A CPU keeps all: they are in its memory."""
+    dry = DryRun(NEOX)
+    full, offload = (dry.token_bytes(FP32, how) for how in ("full", "offload"))
+    assert full.kept - offload.kept == pytest.approx(2 * 192 * 4, rel=0.02)
+    assert offload.working == full.working
+    assert dry.token_bytes(FP32, "offload", cuda=False) == dry.token_bytes(FP32, "full", cuda=False)
+
+
+def test_ranks_of_a_context_group_share_the_activations_of_a_row() -> None:
+    sizes, none = DryRun(NEOX).sizes, TokenBytes(100.0, 20.0, counted=True)
+    one, four = (
+        memory_of_step(config_of(context=n), sizes, none, tokens=1000, ranks=4, deferred=False) for n in (1, 4)
+    )
+    assert (one.activations, four.activations) == (120_000, 30_000)
+    assert (one.weights, one.gradients, one.optimizer) == (four.weights, four.gradients, four.optimizer)
+    dry = DryRun(NEOX)
+    alone, together = (gpu_budget(config_of(context=n, recompute="full"), dry, 512, 0.2e9, 4) for n in (1, 4))
+    assert together.tokens == pytest.approx(4 * alone.tokens, abs=8)
+    assert cpu_budget(config_of(context=4), 512).tokens == 4 * cpu_budget(config_of(), 512).tokens

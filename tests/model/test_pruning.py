@@ -54,7 +54,7 @@ def test_pruned_equals_the_padded_oracle(family, path):
         assert_close(gradient, expected[name], BOUND[torch.float64], name)
 
 
-@pytest.mark.parametrize("how", ["full", "selective"])
+@pytest.mark.parametrize("how", ["full", "selective", "offload"])
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_recompute_changes_no_gradient(family, how):
     batch = build_batch(odd_items(), range(8))

@@ -161,7 +161,7 @@ def test_the_same_seed_repeats_a_walk_and_another_one_does_not() -> None:
     "more, shown",
     [
         (["model.weights=bf16", "parallel.precision=fp32"], "model.weights is bf16, which needs parallel.precision"),
-        (["model.weights=bf16", "parallel.fp8=true"], "model.weights and parallel.fp8 exclude each other"),
+        (["model.weights=bf16", "parallel.fp8=true"], "model.weights of bf16 and parallel.fp8 exclude each other"),
     ],
 )
 def test_what_bf16_weights_do_not_go_with(tmp_path: Path, more: list[str], shown: str) -> None:

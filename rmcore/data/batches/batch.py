@@ -154,13 +154,20 @@ class RaggedBatch(Judged):
 
 
 def build_batch(
-    data: Comparisons, numbers: Sequence[int] | np.ndarray, share: bool = True, language: bool = False
+    data: Comparisons,
+    numbers: Sequence[int] | np.ndarray,
+    share: bool = True,
+    *,
+    language: bool = False,
+    multiple: int = 1,
 ) -> RaggedBatch:
     """Packs the comparisons `numbers` of `data` into one row, with their prefixes shared or (share=False) repeated.
 
-    `language`: with the tokens of the chosen answers. Without comparisons the batch is one token that no answer and no
-    pair reads. Its loss is 0 and its gradients are zeros, so a rank that has nothing to do in this micro batch still
-    takes part in every collective.
+    `language`: with the tokens of the chosen answers. `multiple`: the row is filled up to a multiple of so many tokens
+    by a segment that nothing reads, so that as many ranks can compute equal parts of it (rmcore.model.row_split).
+
+    Without comparisons the batch is one token that no answer and no pair reads. Its loss is 0 and its gradients are
+    zeros, so a rank that has nothing to do in this micro batch still takes part in every collective.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -208,6 +215,11 @@ def build_batch(
                 note_tokens(item, k, np.concatenate([np.arange(before, before + prefix_length), own_rows]))
     if not segments:
         ids, positions, segments = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)], [(0, 1, 0, 0)]
+        row = 1
+    if filling := -row % multiple:
+        ids.append(np.zeros(filling, dtype=np.int64))
+        positions.append(np.arange(filling))
+        segments.append((row, row + filling, row, row))
     return RaggedBatch(
         input_ids_T=_int64(np.concatenate(ids)),
         position_ids_T=_int64(np.concatenate(positions)),

@@ -24,9 +24,10 @@ AHEAD = 4  # micro batches built before they are needed
 class Loader:
     """Iterates over (step, its micro batches on this rank).
 
-    `share=False` packs without sharing the prompt, for architectures that cannot share. `language` adds the tokens of
-    the chosen answers. An error of the building thread is raised when the batch is read. `close()` ends the thread; a
-    loader that is read to its end, or used in a `with`, closes itself.
+    `share=False` packs without sharing the prompt, for architectures that cannot share. `language`, `multiple`: see
+    `build_batch`. `rank`: which of the plan's ranks this is; a context group is one of them. An error of the building
+    thread is raised when the batch is read. `close()` ends the thread; a loader that is read to its end, or used in a
+    `with`, closes itself.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Loader:
         *,
         share: bool = True,
         language: bool = False,
+        multiple: int = 1,
     ) -> None:
         self._data, self._steps, self._rank, self._device, self._share = data, steps, rank, device, share
-        self._language = language
+        self._language, self._multiple = language, multiple
         self._queue: queue.Queue = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rmcore-loader", daemon=True)
@@ -84,7 +86,9 @@ class Loader:
             for step in self._steps:
                 self._put(step)
                 for numbers in step.ranks[self._rank]:
-                    batch = build_batch(self._data, numbers, self._share, self._language)
+                    batch = build_batch(
+                        self._data, numbers, self._share, language=self._language, multiple=self._multiple
+                    )
                     if self._device.type == "cuda":
                         batch = batch.with_varlen().pin_memory()
                     self._put(batch)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmcore.model.layout_context import current_layout, packed_layout
+from rmcore.config import UserError
+from rmcore.data.batches.batch import AttentionLayout
+from rmcore.model.layout_context import current_layout, current_part, packed_layout
 from rmcore.model.recurrent import scans
 from rmcore.model.recurrent.pieces import arrange, restore, window_of
 
@@ -62,7 +64,7 @@ def _substitute(owner: Any, name: str, scan: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def chosen(*arguments: Any, **keywords: Any) -> Any:
-        layout = current_layout()
+        layout = _whole_layout()
         if layout is None:
             return original(*arguments, **keywords)
         with packed_layout(None):  # what the scan calls computes batches, which are not packed rows
@@ -70,6 +72,16 @@ def _substitute(owner: Any, name: str, scan: Callable[..., Any]) -> None:
 
     chosen.rmcore_original = original  # type: ignore[attr-defined]
     setattr(owner, name, chosen)
+
+
+def _whole_layout() -> AttentionLayout | None:
+    """The layout of the packed row. Raises UserError if ranks have parts of it: a state runs along the whole text."""
+    if current_part() is not None:
+        raise UserError(
+            "parallel.context: this model has recurrent layers, whose state runs along the text and is not split over "
+            "ranks; set parallel.context=1"
+        )
+    return current_layout()
 
 
 def _watch_windows(backbone: nn.Module) -> None:
@@ -89,7 +101,7 @@ def _watch_windows(backbone: nn.Module) -> None:
 
 @torch.compiler.disable
 def _widen(width: int, tokens: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-    layout, rows = current_layout(), arguments[0]
+    layout, rows = _whole_layout(), arguments[0]
     if layout is None:
         return None
     places = window_of(layout, width, rows.device)
