@@ -198,6 +198,6 @@ def largest_budget(
 
     # A step that is one micro batch needs no room for deferred gradients.
     one_micro_batch = largest(deferred=False)
-    if step_tokens is not None and UNEVEN * step_tokens <= min(one_micro_batch / parallel.context, MOST_TOKENS):
+    if step_tokens is not None and UNEVEN * step_tokens <= min(one_micro_batch / config.parallel.context, MOST_TOKENS):
         return one_micro_batch
     return largest(deferred=True)
