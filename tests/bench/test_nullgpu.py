@@ -8,6 +8,7 @@ import pytest
 from rmcore.bench import nullgpu
 from rmcore.bench.measure import RESULTS
 from rmcore.bench.nullgpu.child import shape_of
+from rmcore.config import Config
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.memory import arithmetic_of, memory_of_step
 
