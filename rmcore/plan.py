@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rmcore.config import Config, UserError, config_from_argv
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 ABOUT = """Predicts what a run takes before it starts: memory, time, disk, communication. Reads no weights. Options:
   --gpus N             ranks (1)
-  --gpu NAME           a100, a100-40gb, h100 (default), h200, or cpu: the rates of this machine are measured
+  --gpu NAME           rtx4090, l40s, a100, a100-40gb, h100 (default), h200, or cpu: its rates are measured
   --nodes M            hosts; default: 8 GPUs per host
   --mfu X              share of the peak that the run reaches (GPU 0.4; cpu 1, because its rate is measured)
   --rate TFLOPS        the device's peak in the config's precision; default: the data sheet, or for a cpu a measurement
@@ -78,6 +79,10 @@ def _estimate(config: Config, options: argparse.Namespace) -> RunEstimate:
     _check(options)
     if options.gpu == "cpu":  # the memory of this process is part of the prediction: import what a run imports
         import rmcore.training.assembly  # noqa: F401
+        from rmcore.ops.blockwise import functional
+
+        if (config.optim.states == "int8" or config.model.lora.base in ("int8", "nf4")) and find_spec("bitsandbytes"):
+            functional()
 
     def comparisons(config: Config) -> Comparisons:
         data = prepared(config)[1]

@@ -103,8 +103,11 @@ def _config(config: Config) -> tuple[Any, str, list[str]]:
     """What the run trains on what, and its config with the precision that it would have on this machine."""
     import torch
 
+    from rmcore.ops.blockwise import check_bitsandbytes
     from rmcore.parallel.precision import bf16_of, with_precision
 
+    if config.optim.states == "int8":
+        check_bitsandbytes("optim.states=int8")
     data = ", ".join(source.path for source in config.data.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved, lines = with_precision(config, bf16_of(device))

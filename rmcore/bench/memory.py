@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--pairs", type=int, default=8, help="pairs per step, over all ranks")
     p.add_argument("--tokens", type=int, default=512, help="budget of a micro batch")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings of the run")
     p.add_argument("--context", type=int, default=1, help="ranks that compute each row together")
     p.add_argument("--recompute", default="none", choices=["none", "selective", "full", "offload"])
     p.add_argument("--comparison", type=int, help="tokens of each comparison; default: the embedded task")
@@ -157,6 +158,7 @@ def overrides_of(settings: dict[str, Any]) -> list[str]:
         f"parallel.precision={settings['precision']}",
         f"parallel.context={settings.get('context', 1)}",
         f"parallel.recompute={settings.get('recompute', 'none')}",
+        *settings.get("set", []),
     ]
 
 

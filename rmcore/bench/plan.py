@@ -100,6 +100,7 @@ def many_ranks(file: Path) -> dict[str, Any]:
         "strategy": settings["strategy"],
         "precision": settings["precision"],
         "ranks": settings["ranks"],
+        "set": settings.get("set", []),
         "parts": plan["asked"]["memory"],
         "runtime": plan["runtime_bytes"],
         "peak_gib": compared(plan["asked"]["memory"]["total"] / 2**30, max(peaks) / 2**30),
@@ -117,7 +118,7 @@ def table(record: dict[str, Any]) -> str:
     for run in (*record["runs"], *record["ranks"]):
         name = f"{run['model']} {run['precision']}"
         if "ranks" in run:
-            name += f", {run['strategy']}, {run['ranks']} ranks"
+            name += ", ".join(["", run["strategy"], f"{run['ranks']} ranks", *run["set"]])
         for key, label in QUANTITIES.items():
             if found := run.get(key):
                 cells = f"{found['predicted']:.3g} | {found['measured']:.3g} | {found['error']:+.0%}"

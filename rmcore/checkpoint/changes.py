@@ -30,6 +30,8 @@ FREE: tuple[str, ...] = (
     *("run.dir", "run.resume", "run.allow_changes", "run.keep", "run.keep_best", "run.save_every", "run.save_minutes"),
     *("run.evals", "run.metrics", "run.background_save", "run.max_bad_steps"),
 )
+# What runs had before these keys existed. Other keys that an older checkpoint does not have are not compared.
+FORMERLY = {"model.weights": "fp32", "optim.states": "fp32"}
 # A completed run continues, or exports another checkpoint, if only these differ.
 LENGTH = ("run.epochs", "run.max_steps", "run.patience", "run.best_metric")
 
@@ -46,7 +48,7 @@ class Change(NamedTuple):
 
 
 def changes(before: dict[str, Any], config: Config) -> list[Change]:
-    """Every key whose value differs, except `FREE` ones and keys that the older configuration does not have.
+    """Every key whose value differs, except `FREE` ones and new keys that the older configuration does not have.
 
     Without data.date a run keeps the date on which it began, so the date has not changed.
     """
@@ -55,7 +57,7 @@ def changes(before: dict[str, Any], config: Config) -> list[Change]:
     for section, values in after.items():
         for name, value in values.items():
             key = f"{section}.{name}"
-            old = before.get(section, {}).get(name, value)
+            old = before.get(section, {}).get(name, FORMERLY.get(key, value))
             if old != value and not _among(key, FREE) and not (key == "data.date" and value is None):
                 found.append(Change(key, json.dumps(old), json.dumps(value)))
     return found

@@ -22,6 +22,7 @@ from rmcore.checkpoint.state import EMA, make_averages, pieces
 from rmcore.config import UserError, load_config
 from rmcore.config.schema import Config
 from rmcore.host.faults import fault
+from rmcore.parallel.adamw import AdamW
 from rmcore.parallel.strategy import Strategy
 from rmcore.parallel.world import T, World, all_gather_json, broadcast_json, environment_number, first_error
 from rmcore.tracking.status import read_status
@@ -102,6 +103,7 @@ def restore(start: Start, strategy: Strategy, world: World) -> None:
 
     def read() -> None:
         fault("resume.read")
+        _check_states(manifest, strategy)
         make_averages(strategy, set(manifest.keys), manifest.updates)
         averaged = any(key.startswith(f"{EMA}/") for key in manifest.keys)
         wanted = {
@@ -124,6 +126,17 @@ def restore(start: Start, strategy: Strategy, world: World) -> None:
             strategy.ema.restart()
 
     first_error(world, "reading the checkpoint", read)
+
+
+def _check_states(manifest: Manifest, strategy: Strategy) -> None:
+    """Raises UserError if one of the two, checkpoint and strategy, has averages in 8 bits and the other has not."""
+    stored = manifest.config["optim"].get("states", "fp32")
+    wanted = strategy.adamw.states if isinstance(strategy.adamw, AdamW) else "fp32"
+    if stored != wanted and "int8" in (stored, wanted):
+        raise UserError(
+            f"optim.states={wanted} cannot continue from a checkpoint with optim.states={stored}: set it back, or "
+            "start anew with run.resume=never"
+        )
 
 
 def _on_main(world: World, what: str, action: Callable[[], T]) -> T:

@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rmcore.parallel.adamw import AdamW
 from rmcore.parallel.placement import held
 from rmcore.parallel.strategy import Strategy
 from rmcore.parallel.world import World
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
+SCALE = "_scale"  # added to the name of an average: the scales of its blocks, if it is stored in 8 bits
 EMA = "ema"  # the moving average of the weights
 BUFFER_BYTES = 64 << 20  # of a pinned buffer, a power of two
 
@@ -31,7 +33,8 @@ class Piece:
     """This rank's part of one flattened tensor: elements `start` to `start + len(local)`.
 
     Attributes:
-        key: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME or ema/NAME.
+        key: weight/NAME, exp_avg/NAME, exp_avg_sq/NAME or ema/NAME; of averages in 8 bits, also exp_avg_scale/NAME and
+            exp_avg_sq_scale/NAME.
         local: [n], a view of the live tensor, on its device.
         replica, replicas: `replicas` ranks hold this piece; this rank is number `replica` of them.
     """
@@ -54,21 +57,24 @@ def pieces(strategy: Strategy, world: World) -> Iterator[Piece]:
     moving average of the weight if there is one.
 
     Weights that are not trained (LoRA) come from the base model again. Raises RuntimeError for a weight that is not the
-    fp32 one of the optimizer: a checkpoint never contains a copy in another precision.
+    one of the optimizer, in its dtype: a checkpoint never contains a copy in another precision.
     """
     every_rank = (world.rank, world.size)
     optimized = {id(parameter) for group in strategy.optimizer.param_groups for parameter in group["params"]}
     for name, parameter in strategy.named_parameters().items():
         if not parameter.requires_grad:
             continue
-        if id(parameter) not in optimized or parameter.dtype != torch.float32:
-            raise RuntimeError(f"{name} ({parameter.dtype}) is a copy, not the fp32 weight that the optimizer updates")
-        yield _piece(f"weight/{name}", parameter, every_rank)
+        if id(parameter) not in optimized or parameter.dtype != strategy.dtype:
+            raise RuntimeError(
+                f"{name} ({parameter.dtype}) is a copy, not the {strategy.dtype} weight that the optimizer updates"
+            )
+        yield _piece(f"weight/{name}", parameter, parameter, every_rank)
         if state := strategy.adamw.state.get(parameter):
-            for average in AVERAGES:
-                yield _piece(f"{average}/{name}", state[average], (0, 1) if strategy.adamw_is_split else every_rank)
+            holders = (0, 1) if strategy.adamw_is_split else every_rank
+            for average in [part for each in AVERAGES for part in (each, each + SCALE) if part in state]:
+                yield _piece(f"{average}/{name}", state[average], parameter, holders)
         if strategy.ema:
-            yield _piece(f"{EMA}/{name}", strategy.ema.weights[name], every_rank)
+            yield _piece(f"{EMA}/{name}", strategy.ema.weights[name], parameter, every_rank)
 
 
 def updates_made(adamw: torch.optim.Optimizer) -> int:
@@ -78,22 +84,27 @@ def updates_made(adamw: torch.optim.Optimizer) -> int:
 
 def make_averages(strategy: Strategy, keys: set[str], updates: int) -> None:
     """Give AdamW the state that it would make at its first update, for its parameters that have averages in `keys`."""
-    mine = {parameter for group in strategy.adamw.param_groups for parameter in group["params"]}
+    adamw = strategy.adamw
+    mine = {parameter for group in adamw.param_groups for parameter in group["params"]}
     for name, parameter in strategy.named_parameters().items():
-        if parameter in mine and f"exp_avg/{name}" in keys:
-            state = strategy.adamw.state[parameter]
-            state["step"] = torch.full((), float(updates), dtype=torch.float32, device=parameter.device)
-            for average in AVERAGES:
-                state[average] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        if parameter not in mine or f"exp_avg/{name}" not in keys:
+            continue
+        if isinstance(adamw, AdamW):
+            adamw.make_state(parameter, float(updates))
+            continue
+        state = adamw.state[parameter]
+        state["step"] = torch.full((), float(updates), dtype=torch.float32, device=parameter.device)
+        for average in AVERAGES:
+            state[average] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
-def _piece(key: str, tensor: Tensor, holders: tuple[int, int]) -> Piece:
-    if not isinstance(tensor, DTensor):
-        return Piece(key, tensor.detach().view(-1), 0, *holders)
-    local = tensor.to_local().detach()
-    place = held(tensor)
-    start = place.row * (tensor.numel() // max(1, tensor.shape[0]))
-    return Piece(key, local.view(-1), start, place.replica, place.replicas)
+def _piece(key: str, tensor: Tensor, parameter: nn.Parameter, holders: tuple[int, int]) -> Piece:
+    """`tensor`: the parameter, or a state of it with as many numbers in each of the parameter's rows."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().view(-1)
+    if not isinstance(parameter, DTensor):
+        return Piece(key, local, 0, *holders)
+    place = held(parameter)
+    return Piece(key, local, place.row * (local.numel() // max(1, place.rows)), place.replica, place.replicas)
 
 
 class HostCopy:

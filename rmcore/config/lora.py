@@ -23,6 +23,14 @@ class LoraConfig(Section):
         "all-linear", description="linear layers to adapt, by the last parts of their names: [q_proj, v_proj]"
     )
 
+    base: Literal["fp32", "bf16", "int8", "nf4"] = Field(
+        "fp32",
+        description="how the adapted layers store their frozen weights: 4, 2, 1 or half a byte each (extra: "
+        "bitsandbytes for int8 and nf4)",
+    )
+    dora: bool = Field(False, description="also train the norm of each row of an adapted weight (DoRA)")
+    rslora: bool = Field(False, description="scale the updates by alpha / sqrt(rank) instead (rank-stabilised LoRA)")
+
     @property
     def scale_alpha(self) -> float:
         """`alpha`, or its default of twice the rank."""
@@ -30,7 +38,7 @@ class LoraConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "LoraConfig":
-        for key in ("alpha", "targets"):
+        for key in ("alpha", "targets", "base", "dora", "rslora"):
             if self.rank is None and getattr(self, key) != type(self).model_fields[key].default:
                 raise conflict(f"model.lora.{key}", "needs model.lora.rank")
         return self

@@ -41,6 +41,11 @@ class OptimConfig(Section):
     )
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    states: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="of AdamW's two averages: 8, 4 or 2 bytes per parameter; int8 needs bitsandbytes (extra: "
+        "bitsandbytes)",
+    )
     ema: float | None = Field(
         None,
         gt=0,

@@ -62,6 +62,10 @@ class ModelConfig(Section):
         description="the reward that everything else reads: an output, or weights of outputs {helpfulness: 0.65, ...}; "
         "null: the first output, or the stored one",
     )
+    weights: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of the trained weights. bf16: half the memory; updates are rounded at random, without bias",
+    )
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
@@ -76,6 +80,11 @@ class ModelConfig(Section):
         if isinstance(self.reward, dict) and not any(self.reward.values()):
             raise conflict("model.reward", "must have a weight that is not 0")
         return self
+
+    @property
+    def trains_bf16(self) -> bool:
+        """Whether the optimizer updates bf16 weights."""
+        return self.weights == "bf16"
 
 
 def _no_required_keys(schema: JsonDict) -> None:
@@ -426,6 +435,26 @@ class Config(Section):
         for key in ("best_metric", "patience"):
             if getattr(self.run, key) is not None and not self.data.eval_sets:
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
+        if self.model.weights == "bf16" and self.parallel.precision == "fp32":
+            raise conflict("model.weights", "is bf16, which needs parallel.precision=bf16 or auto")
+        if self.model.weights == "bf16" and self.model.lora.rank is not None:
+            raise conflict("model.weights", "is bf16, but LoRA trains few weights: set model.lora.base=bf16 instead")
+        if self.model.lora.base != "fp32" and self.parallel.traits.shards_weights:
+            raise conflict(
+                "model.lora.base",
+                f"{self.model.lora.base} needs parallel.strategy ddp or zero1: {self.parallel.strategy} cannot shard "
+                "stored codes",
+            )
+        if self.model.lora.base != "fp32" and self.parallel.compile:
+            raise conflict("model.lora.base", "and parallel.compile exclude each other: this combination is untested")
+        for key, value in (
+            ("parallel.fp8", self.parallel.fp8),
+            ("parallel.context", self.parallel.context > 1),
+            ("optim.ema", self.optim.ema is not None),
+            ("loss.sft", bool(self.loss.sft)),
+        ):
+            if self.model.weights == "bf16" and value:
+                raise conflict("model.weights", f"of bf16 and {key} exclude each other: this combination is untested")
         if self.run.weights == "ema" and self.optim.ema is None:
             raise conflict("run.weights", "of ema needs optim.ema, the decay of the average")
         if self.loss.sft and self.model.lora.rank is not None:

@@ -14,7 +14,7 @@ over the network.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rmcore.config.parallel import TRAITS
+from rmcore.config import Config
 from rmcore.cost.dry_run import Sizes
 from rmcore.cost.machines import LINK_SHARE, Machine
 
@@ -43,22 +43,19 @@ class Collective:
         return max(self.within / machine.within, self.between / machine.between) / LINK_SHARE
 
 
-def collectives(
-    strategy: str, precision: str, model: Sizes, ranks: int, hosts: int, micro_batches: int
-) -> list[Collective]:
+def collectives(config: Config, model: Sizes, ranks: int, hosts: int, micro_batches: int) -> list[Collective]:
     """Everything that one rank sends in a step; nothing on one rank."""
-    return list(_collectives(strategy, precision, model, ranks, hosts, micro_batches)) if ranks > 1 else []
+    return list(_collectives(config, model, ranks, hosts, micro_batches)) if ranks > 1 else []
 
 
-def _collectives(
-    strategy: str, precision: str, model: Sizes, ranks: int, hosts: int, micro_batches: int
-) -> Iterator[Collective]:
-    gradients, weights = 4.0 * model.total, (2.0 if precision == "bf16" else 4.0) * model.total
-    local, traits = ranks // hosts, TRAITS[strategy]
+def _collectives(config: Config, model: Sizes, ranks: int, hosts: int, micro_batches: int) -> Iterator[Collective]:
+    gradients, weights = 4.0 * model.trained, (2.0 if config.parallel.bf16 else 4.0) * (model.total + model.adapters)
+    updated = (2.0 if config.model.trains_bf16 else 4.0) * model.trained
+    local, traits = ranks // hosts, config.parallel.traits
     if not traits.shards_weights:
         yield _ring("all-reduce gradients", 2 * gradients, ranks, local, BACKWARD)
         if traits.shards_optimizer:
-            yield _ring("broadcast weights", gradients, ranks, local, NOTHING)
+            yield _ring("broadcast weights", updated, ranks, local, NOTHING)
         return
     group = local if traits.by_host else ranks  # ranks that share one state
     times = micro_batches if traits.gathers_each_micro_batch else 1

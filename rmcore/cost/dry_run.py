@@ -14,10 +14,12 @@ For a model that does not run on fake tensors, the rule of thumb in RULE_OF_THUM
 """
 
 import copy
+import math
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import numpy as np
@@ -28,10 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
+from rmcore.config.lora import LoraConfig
 from rmcore.data.batches.batch import RaggedBatch, build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.classifier import new_classifier, text_model
+from rmcore.model.lora import add_lora, store_base, targets
 from rmcore.model.meta_model import set_padding
 from rmcore.model.outputs import Outputs
 from rmcore.model.pruning import OUTPUT, QUERY, attention_of
@@ -41,6 +45,7 @@ RECOMPUTES = ("none", "selective", "full", "offload")  # the fastest first
 # Bytes per token, layer and unit of width in bf16: an estimate that others checked against llm.c.
 RULE_OF_THUMB = {"none": 30.0, "selective": 18.0, "full": 2.0, "offload": 2.0}
 PREFIX, TAIL = 2**17, 2**16  # tokens of the dry run's comparisons: so many that activations outweigh gradients
+FULL = LoraConfig()  # no LoRA
 # fp32 weights that products cast to bf16 (autocast); bf16 copies of the weights (FSDP2); fp32 throughout.
 AUTOCAST, CAST, FP32 = "autocast", "cast", "fp32"
 
@@ -57,6 +62,10 @@ class Sizes:
     last: int  # the same in the last layer, where all tokens need keys and values only
     layers: int  # number of decoder layers
     width: int  # query heads x head size
+    trained: int  # all, or with LoRA the adapters and the score head
+    adapters: int = 0  # that LoRA adds; not part of `total`
+    adapted: int = 0  # elements of the matrices that LoRA adapts
+    matrix: int = 0  # elements of the largest of these matrices
 
 
 @dataclass(frozen=True)
@@ -75,12 +84,15 @@ class TokenBytes:
 class DryRun:
     """A model without weights: its `sizes`, and its bytes per token, which are counted on the first call.
 
+    lora: the section `model.lora` of the config; without peft, activations are those of full training.
     Raises ValueError or OSError for a config from which transformers cannot build a decoder.
     """
 
-    def __init__(self, hf_config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
-        self.hf_config, self._trust = hf_config, trust_remote_code
-        self.sizes = _sizes(hf_config, self._meta_model(hf_config))
+    def __init__(
+        self, hf_config: PretrainedConfig, *, trust_remote_code: bool = False, lora: LoraConfig = FULL
+    ) -> None:
+        self.hf_config, self._trust, self._lora = hf_config, trust_remote_code, lora
+        self.sizes = _sizes(hf_config, self._meta_model(hf_config), lora)
         self._known: dict[tuple[str, str, bool], TokenBytes] = {}
 
     def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True) -> TokenBytes:
@@ -134,11 +146,16 @@ class DryRun:
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
+        hf_model = self._meta_model(small, torch.bfloat16 if arithmetic == CAST else torch.float32)
+        lora = self._lora if find_spec("peft") is not None else FULL
+        if lora.rank is not None:
+            add_lora(text_model(hf_model), lora, seed=0)
         shapes = _batch(comparisons, cuda)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            hf_model = self._meta_model(small, torch.bfloat16 if arithmetic == CAST else torch.float32)
             _to_fake(hf_model)
             turn_dropout_off(hf_model)
+            if lora.base != "fp32":  # what the graph keeps is the same for every format that is restored at each use
+                store_base(text_model(hf_model), lora.model_copy(update={"base": "bf16"}))
             score = cast(nn.Linear, hf_model.score)
             model = RewardModel(text_model(hf_model), score, pad_token_id=0, outputs=Outputs.stored(hf_model.config))
             model.use(SHARED, pruned=pruned)
@@ -163,8 +180,10 @@ class DryRun:
             return new_classifier(hf_config, dtype, trust_remote_code=self._trust)
 
 
-def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel) -> Sizes:
+def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel, lora: LoraConfig) -> Sizes:
     layers = decoder_layers(model)
+    adapted = [tuple(cast(Tensor, model.get_submodule(name).weight).shape) for name in _adapted(model, lora)]
+    adapters = sum((lora.rank or 0) * sum(shape) + lora.dora * shape[0] for shape in adapted)
     # Towers are not trained and stay in host memory.
     total = _count(text_model(model)) + _count(cast(nn.Module, model.score))
     counts = [_count(layer) for layer in layers]
@@ -178,7 +197,20 @@ def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel) -> Sizes:
         last=_keys_and_values(layers[-1], matrices[-1]),
         layers=len(layers),
         width=_attention_widths(hf_config)[0],
+        trained=total if lora.rank is None else adapters + _count(cast(nn.Module, model.score)),
+        adapters=adapters,
+        adapted=sum(map(math.prod, adapted)),
+        matrix=max(map(math.prod, adapted), default=0),
     )
+
+
+def _adapted(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """The names, in `model`, of the linear layers that LoRA adapts."""
+    if lora.rank is None:
+        return []
+    text = text_model(model)
+    place = {id(module): name for name, module in model.named_modules()}
+    return [place[id(text.get_submodule(name))] for name in targets(text, lora)]
 
 
 def _attention_widths(hf_config: PretrainedConfig) -> tuple[int, int]:
@@ -212,7 +244,8 @@ def _to_fake(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -257,7 +290,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in (*model.parameters(), *model.buffers()):
             self._sizes[tensor.untyped_storage()._cdata] = 0
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._accumulated)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._accumulated)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ The seconds of a step are the sum of three terms:
 1. compute: FLOPs (rmcore.cost.flops) / (GPUs * peak * MFU), divided by the share of time in which ranks are busy. On a
    CPU, products do not hide the memory traffic of elementwise work: 4 bytes per byte of kept activations are added;
 2. exposed communication: what the forward (a third of the compute) or the backward does not hide;
-3. the update, clipping and AdamW: 40 bytes of memory traffic per parameter that the rank updates.
+3. the update, clipping and AdamW: the memory traffic of the parameters that the rank updates (rmcore.cost.formats).
 """
 
 import math
@@ -22,6 +22,7 @@ from rmcore.cost.communication import BACKWARD, FORWARD, Collective, collectives
 from rmcore.cost.data_size import DataSize
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import flops_of_pair, recompute_share
+from rmcore.cost.formats import stored
 from rmcore.cost.machines import Machine
 from rmcore.cost.memory import (
     MOST_TOKENS,
@@ -36,9 +37,6 @@ from rmcore.cost.memory import (
 )
 
 SAMPLED_STEPS = 8  # steps of the run from which the balance of ranks is measured
-# Bytes of memory traffic per parameter in the update: AdamW reads and writes weight and averages and reads the gradient
-# (28), the norm reads the gradient (4), clipping reads and writes it (8).
-UPDATE_BYTES = 40.0
 # Bytes of memory traffic per byte of kept activations on a CPU: the activation and its gradient are each written and
 # read.
 ACTIVATION_TRAFFIC = 4.0
@@ -94,28 +92,27 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     ranks = setting.gpus // setting.hosts if parallel.traits.by_host else setting.gpus
     step_tokens = data.tokens * config.batch.pairs / setting.gpus  # mean of a rank
 
-    ema, sizes = config.optim.ema is not None, trained_sizes(config, model)
+    sizes = trained_sizes(config, model)
 
     # The micro batch: its budget, and how the pairs of a step are divided into ranks and micro batches.
     if machine.is_cpu:
         budget = cpu_budget(config, data.longest)
-        per_token = model.token_bytes(arithmetic_of(parallel), budget.recompute, cuda=False)
+        per_token = model.token_bytes(arithmetic_of(config), budget.recompute, cuda=False)
         most_tokens = None
     else:
         budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)
-        per_token = model.token_bytes(arithmetic_of(parallel), budget.recompute)
-        most_tokens = largest_budget(parallel, sizes, per_token, machine.memory, ranks, step_tokens, ema=ema)
+        per_token = model.token_bytes(arithmetic_of(config), budget.recompute)
+        most_tokens = largest_budget(config, sizes, per_token, machine.memory, ranks, step_tokens)
     micro_batches, idle, largest = _balance(config, data, setting, budget.tokens)
 
     memory = memory_of_step(
-        parallel,
+        config,
         sizes,
         per_token,
         tokens=largest,
         ranks=ranks,
         deferred=micro_batches > 1,
         gloo=machine.is_cpu,
-        ema=ema,
     )
 
     # Time: compute, exposed communication, update.
@@ -123,11 +120,12 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     compute = flops / setting.gpus / (machine.peak(parallel.precision) * setting.mfu) / (1 - idle)
     if machine.is_cpu and machine.memory_rate:
         compute += ACTIVATION_TRAFFIC * per_token.kept * step_tokens / machine.memory_rate / (1 - idle)
-    sent = collectives(strategy, parallel.precision, sizes, setting.gpus, setting.hosts, micro_batches)
+    sent = collectives(config, sizes, setting.gpus, setting.hosts, micro_batches)
     context, passes = parallel.context, 2 if budget.recompute == "none" else 3
     local = setting.gpus // setting.hosts
     sent += exchange(sizes, parallel.precision, step_tokens, context, local, passes)
-    own = sizes.total / (ranks if parallel.traits.shards_optimizer else 1)
+    own = sizes.trained / (ranks if parallel.traits.shards_optimizer else 1)
+    update = own * stored(config, sizes).update  # bytes of memory traffic
 
     return Estimate(
         strategy=strategy,
@@ -143,7 +141,7 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
         idle=idle,
         compute_seconds=compute,
         exposed_seconds=_exposed(sent, machine, compute / micro_batches, budget.recompute),
-        optimizer_seconds=UPDATE_BYTES * own / machine.memory_rate if machine.memory_rate else 0.0,
+        optimizer_seconds=update / machine.memory_rate if machine.memory_rate else 0.0,
         transfers=tuple(sent),
         counted=per_token.counted,
     )
@@ -199,6 +197,8 @@ def cheapest(config: Config, model: DryRun, data: DataSize, setting: Setting) ->
     names = [name for name, traits in TRAITS.items() if setting.hosts > 1 or not traits.by_host]
     if setting.gpus == 1:
         names = ["ddp"]
+    elif config.model.lora.base != "fp32":
+        names = [name for name in names if not TRAITS[name].shards_weights]
     every = [estimate(config, model, data, setting, name) for name in names]
     fitting = [one for one in every if one.fits is not False]
     if not fitting:

@@ -6,7 +6,8 @@ Example: h100 -> 79.1 GiB, 989 TFLOP/s in bf16, 450 GB/s per direction over NVLi
 
 Sources: NVIDIA's data sheets of A100 (NVLink 600 GB/s in both directions together), H100 and H200 SXM (900 GB/s
 likewise; 67 TFLOP/s in fp32 outside the tensor cores, which is PyTorch's default); user guides of DGX A100 and DGX
-H100: one 200 and one 400 Gb/s network port per GPU. The memory is what torch.cuda reports for such cards.
+H100: one 200 and one 400 Gb/s network port per GPU; data sheets of L40S and RTX 4090 (PCIe 4.0 x16: 32 GB/s per
+direction; their networks, 200 and 100 Gb/s, are assumptions). The memory is what torch.cuda reports for such cards.
 """
 
 import time
@@ -26,6 +27,8 @@ PEAK_FLOPS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
 }
 
 
@@ -50,6 +53,8 @@ class Machine:
 
 
 GPUS = {
+    "rtx4090": Machine("rtx4090", 23.6 * GIB, PEAK_FLOPS["RTX 4090"], 82.6e12, 1.01e12, 32e9, 12.5e9),
+    "l40s": Machine("l40s", 44.5 * GIB, PEAK_FLOPS["L40S"], 91.6e12, 0.864e12, 32e9, 25e9),
     "a100": Machine("a100", 79.1 * GIB, PEAK_FLOPS["A100"], 19.5e12, 2.04e12, 300e9, 25e9),
     "a100-40gb": Machine("a100-40gb", 39.4 * GIB, PEAK_FLOPS["A100"], 19.5e12, 1.56e12, 300e9, 25e9),
     "h100": Machine("h100", 79.1 * GIB, PEAK_FLOPS["H100"], 67e12, 3.35e12, 450e9, 50e9),

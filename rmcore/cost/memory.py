@@ -7,10 +7,11 @@ copies take 18 bytes per parameter, 24 GB. A token keeps 34 * 2048 * 24 bytes = 
 without recompute.
 
 The model, in bytes. W parameters, B of them in a decoder layer and R outside the layers; n ranks share one state; w is
-2 in bf16, 4 in fp32. Weights, gradients and AdamW's two averages are fp32: 4 + 4 + 8 bytes per parameter. zero1 keeps
-1/n of the averages; zero2, zero3 and hsdp keep 1/n of all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32
-in place of fp16).
-- copies: ddp and zero1 in bf16: what autocast casts, 2 (W - embedding). zero2: all weights gathered, w W. zero3, hsdp:
+2 in bf16, 4 in fp32. Weights, gradients and AdamW's two averages take 4 + 4 + 8 bytes per parameter, or what other
+formats and LoRA make of it (rmcore.cost.formats). zero1 keeps 1/n of the averages; zero2, zero3 and hsdp keep 1/n of
+all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp16).
+- copies: ddp and zero1 in bf16: what autocast casts, 2 (W - embedding); nothing if the weights are bf16, the largest
+  matrix if LoRA's base is restored at each use. zero2: all weights gathered, w W. zero3, hsdp:
   two layers, w (R + 2 B).
 - deferred gradients: zero2 accumulates 4 W bytes unsharded when a step has several micro batches; zero3 and hsdp do
   not.
@@ -27,12 +28,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from rmcore.config.schema import Config, ParallelConfig
+from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, RECOMPUTES, DryRun, Sizes, TokenBytes
+from rmcore.cost.formats import stored
 from rmcore.model.language_head import is_tied
-
-BYTES_A_PARAMETER = 12  # of a checkpoint: the fp32 weight and AdamW's two averages
-EMA_BYTES = 4  # a parameter more, in memory and in a checkpoint, with optim.ema
 
 CPU_TOKENS = 4096  # large enough for full-rate matrix products, small enough that a micro batch stays under a gigabyte
 MOST_TOKENS = 32768  # a larger micro batch is not faster
@@ -49,17 +48,13 @@ class Budget:
     recompute: str
 
 
-def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Bytes of one checkpoint of a run that trains `parameters`."""
-    return parameters * (BYTES_A_PARAMETER + (EMA_BYTES if config.optim.ema is not None else 0))
-
-
 def trained_sizes(config: Config, model: DryRun) -> Sizes:
     """The sizes of what a run trains: with loss.sft also a language-model head that is not the embedding."""
     sizes = model.sizes
     if not config.loss.sft or is_tied(model.hf_config):
         return sizes
-    return replace(sizes, total=sizes.total + sizes.embedding, root=sizes.root + sizes.embedding)
+    more = sizes.embedding
+    return replace(sizes, total=sizes.total + more, root=sizes.root + more, trained=sizes.trained + more)
 
 
 @dataclass(frozen=True)
@@ -83,15 +78,15 @@ class Memory:
         return self.total - self.activations
 
 
-def arithmetic_of(parallel: ParallelConfig) -> str:
+def arithmetic_of(config: Config) -> str:
     """How weights get their precision: AUTOCAST, CAST or FP32 of rmcore.cost.dry_run."""
-    if not parallel.bf16:
+    if not config.parallel.bf16:
         return FP32
-    return CAST if parallel.traits.shards_weights else AUTOCAST
+    return CAST if config.parallel.traits.shards_weights or config.model.trains_bf16 else AUTOCAST
 
 
 def memory_of_step(
-    parallel: ParallelConfig,
+    config: Config,
     model: Sizes,
     per_token: TokenBytes,
     *,
@@ -99,34 +94,44 @@ def memory_of_step(
     ranks: int,
     deferred: bool,
     gloo: bool = False,
-    ema: bool = False,
 ) -> Memory:
     """Bytes by part, as the module's docstring derives them.
 
     tokens: of the largest micro batch, over all ranks of a context group. ranks: that share one state (hsdp: those of a
-    host). deferred: the step has several micro batches. gloo: the backend is gloo, which copies what it scatters. ema:
-    a moving average of the weights is kept next to them.
+    host). deferred: the step has several micro batches. gloo: the backend is gloo, which copies what it scatters.
     """
+    parallel, kept = config.parallel, stored(config, model)
     traits, width = parallel.traits, 2.0 if parallel.bf16 else 4.0
-    held = 4 + (EMA_BYTES if ema else 0)
-    everything, layer, root = float(model.total), float(model.layer), float(model.root)
+    everything, layer, root = float(model.total + model.adapters), float(model.layer), float(model.root)
+    share = model.trained / everything  # of the parameters that have gradients
     activations = tokens / parallel.context * per_token.total
     if not traits.shards_weights:
-        largest = max(everything / ranks, float(model.embedding))  # zero1 distributes whole parameters
-        averages = largest if traits.shards_optimizer else everything
-        gradients = everything / ranks if traits.shards_gradients else everything
-        copies = 2.0 * (everything - model.embedding) if parallel.bf16 else 0.0
-        first, last = activations, 4.0 * model.embedding
-        buffers = max(0.0, last - first)
-        return Memory(held * everything, 4 * gradients, 8 * averages, copies, buffers, activations)
+        largest = max(1.0 / ranks, model.embedding / everything if share == 1.0 else 0.0)  # zero1: whole parameters
+        averages = kept.averages * (largest if traits.shards_optimizer else 1.0)
+        gradients = kept.gradients / (ranks if traits.shards_gradients else 1)
+        copies = _casts(config, model)
+        last = kept.width * model.embedding * (share == 1.0)
+        return Memory(kept.weights, gradients, averages, copies, max(0.0, last - activations), activations)
     each = traits.gathers_each_micro_batch
     gathered = min(everything, root + 2 * layer) if each else everything
-    waiting = 4.0 * everything if deferred and not each else 0.0
+    waiting = 4.0 * model.trained if deferred and not each else 0.0
     copied = 4.0 if gloo and ranks > 1 else 0.0
-    first, last = activations + (2 * width + 8.0 + copied) * layer, (width + 4.0 + copied) * root
+    scattered = width + 4.0 + copied  # bytes per gradient of a layer, or of the root, in the reduction
+    first = activations + (scattered + 4.0) * layer * share + width * layer
+    last = scattered * (root if share == 1.0 else 0.0)
     buffers = waiting + max(first, last) - activations
-    own = everything / ranks
-    return Memory(held * own, 4 * own, 8 * own, width * gathered, buffers, activations)
+    weights, gradients, averages = (part / ranks for part in (kept.weights, kept.gradients, kept.averages))
+    return Memory(weights, gradients, averages, width * gathered, buffers, activations)
+
+
+def _casts(config: Config, model: Sizes) -> float:
+    """Bytes of the copies in which ddp and zero1 multiply, in bf16, or restore, weights that are stored otherwise."""
+    if config.model.trains_bf16:
+        return 0.0
+    half = config.parallel.bf16
+    if config.model.lora.base != "fp32":
+        return (2.0 if half else 4.0) * model.matrix + 2.0 * half * model.adapters
+    return 2.0 * (model.total + model.adapters - model.embedding) if half else 0.0
 
 
 def choose_budget(
@@ -146,7 +151,7 @@ def choose_budget(
     if device.type == "cpu":
         return cpu_budget(config, longest)
     device_memory = torch.cuda.get_device_properties(device).total_memory
-    model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code)
+    model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code, lora=config.model.lora)
     return gpu_budget(config, model, longest, device_memory, ranks, step_tokens)
 
 
@@ -169,10 +174,8 @@ def gpu_budget(
     wanted = max(longest, configured or context * ENOUGH_TOKENS)
     sizes, fits = trained_sizes(config, model), dict[str, int]()
     for name in RECOMPUTES if recompute == "auto" else (recompute,):
-        per_token = model.token_bytes(arithmetic_of(config.parallel), name)
-        fits[name] = largest_budget(
-            config.parallel, sizes, per_token, device_memory, ranks, step_tokens, ema=config.optim.ema is not None
-        )
+        per_token = model.token_bytes(arithmetic_of(config), name)
+        fits[name] = largest_budget(config, sizes, per_token, device_memory, ranks, step_tokens)
         if fits[name] >= wanted:
             break
     best = max(fits, key=lambda name: (min(fits[name], wanted), fits[name]))
@@ -180,23 +183,21 @@ def gpu_budget(
 
 
 def largest_budget(
-    parallel: ParallelConfig,
+    config: Config,
     model: Sizes,
     per_token: TokenBytes,
     device_memory: float,
     ranks: int,
     step_tokens: float | None,
-    *,
-    ema: bool = False,
 ) -> int:
     """Tokens of the largest micro batch that fits RESERVE of `device_memory` bytes; 0 or less when nothing fits."""
 
     def largest(deferred: bool) -> int:
-        state = memory_of_step(parallel, model, per_token, tokens=0, ranks=ranks, deferred=deferred, ema=ema).state
-        return int((RESERVE * device_memory - state) / per_token.total * parallel.context)
+        state = memory_of_step(config, model, per_token, tokens=0, ranks=ranks, deferred=deferred).state
+        return int((RESERVE * device_memory - state) / per_token.total * config.parallel.context)
 
     # A step that is one micro batch needs no room for deferred gradients.
     one_micro_batch = largest(deferred=False)
-    if step_tokens is not None and UNEVEN * step_tokens <= min(one_micro_batch / parallel.context, MOST_TOKENS):
+    if step_tokens is not None and UNEVEN * step_tokens <= min(one_micro_batch / config.parallel.context, MOST_TOKENS):
         return one_micro_batch
     return largest(deferred=True)

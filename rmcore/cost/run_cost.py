@@ -21,8 +21,9 @@ from rmcore.cost.data_size import Comparisons, DataSize, size_of_data
 from rmcore.cost.dry_run import DryRun, Sizes
 from rmcore.cost.estimate import Estimate, Setting, cheapest, estimate, steps_of_run
 from rmcore.cost.flops import flops_of_pair
+from rmcore.cost.formats import checkpoint_bytes
 from rmcore.cost.machines import Machine, copy_rate, cpu, gpu, matrix_rate
-from rmcore.cost.memory import checkpoint_bytes, trained_sizes
+from rmcore.cost.memory import trained_sizes
 from rmcore.cost.shapes import shape_of
 from rmcore.parallel.precision import Bf16, bf16_of, with_precision
 
@@ -84,7 +85,7 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     )
     hf_config, shape_from = shape_of(config.model, options.model_config)
     try:
-        model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code)
+        model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code, lora=config.model.lora)
     except (ValueError, OSError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -119,7 +120,7 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
         precision_lines=precision_lines,
         flops_a_pair=flops_of_pair(model, data),
         steps=steps_of_run(config, data),
-        checkpoint_bytes=float(checkpoint_bytes(config, trained_sizes(config, model).total)),
+        checkpoint_bytes=checkpoint_bytes(config, trained_sizes(config, model).trained),
         checkpoints=config.run.keep + config.run.kept_best + 1,
         runtime_bytes=runtime_bytes,
         saves_from_copy=config.run.background_save and (config.run.save_every or config.run.save_minutes) is not None,

@@ -44,7 +44,12 @@ def _llama(
     }
 
 
+def _qwen3(width: int, layers: int, heads: int, inner: int) -> dict[str, Any]:
+    return {**_llama("qwen3", width, layers, heads, 8, inner, 151936, 40960), "head_dim": 128}
+
+
 # From the published config.json files of models that rmcore's configs and users often train.
+
 SHAPES: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-14m": _pythia(128, 6, 4, 512),
     "EleutherAI/pythia-70m": _pythia(512, 6, 8, 2048),
@@ -58,6 +63,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _llama("mistral", 4096, 32, 32, 8, 14336, 32000, 32768),
     "HuggingFaceH4/mistral-7b-sft-beta": _llama("mistral", 4096, 32, 32, 8, 14336, 32000, 32768),
     "meta-llama/Llama-3.1-8B": _llama("llama", 4096, 32, 32, 8, 14336, 128256, 131072),
+    "Qwen/Qwen3-0.6B": _qwen3(1024, 28, 16, 3072),
+    "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 6144),
+    "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 9728),
+    "Qwen/Qwen3-14B": _qwen3(5120, 40, 40, 17408),
+    "Qwen/Qwen3-32B": _qwen3(5120, 64, 64, 25600),
     "meta-llama/Llama-3.1-70B": _llama("llama", 8192, 80, 64, 8, 28672, 128256, 131072),
 }
 

@@ -41,7 +41,7 @@ from rmcore.model.backbone import load_model, load_model_config, position_limit
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
 from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.lazy_model import stored_buffers
-from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged
+from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged, store_base
 from rmcore.model.meta_model import model_on_meta
 from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
@@ -183,6 +183,7 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []
     if adapted:
         Start(checkpoint, manifest).check_base(frozen_fingerprint(text_model(hf_model)))
+        store_base(text_model(hf_model), lora)
     trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
     read_weights(trained.model, checkpoint, manifest, config.run.weights)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)

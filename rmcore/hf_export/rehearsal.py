@@ -38,7 +38,7 @@ from rmcore.model.backbone import (
     unreadable,
 )
 from rmcore.model.classifier import brings_code, new_classifier, text_model, towers
-from rmcore.model.lora import add_lora, merged, visible_changes
+from rmcore.model.lora import add_lora, merged, store_base, visible_changes
 from rmcore.model.meta_model import grow, model_on_meta
 from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
@@ -138,7 +138,9 @@ def _rehearsed(
         random = settled.model_copy(update={"init": "random", "head": "fresh"})
         hf_model = load_model(random, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
         package = replace(package, towers=towers(hf_model))
-        adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []
+        if lora.rank:
+            adapted = add_lora(text_model(hf_model), lora, seed)
+            store_base(text_model(hf_model), lora)
         whole = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
         whole.choose_path(data)
         with refused(), visible_changes(lambda: dict(whole.model.named_parameters()), adapted):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 16 << 20  # bytes that are converted, hashed and written at a time
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.uint8: "U8"}
 
 
 class Layout(NamedTuple):

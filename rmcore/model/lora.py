@@ -5,9 +5,14 @@ linear layers and all other weights are frozen (no gradients, no optimizer state
 which `merged` makes a plain state again: W + alpha / rank * B A.
 Example: rank 16 on all linear layers of Pythia 1b adds 8.4 million trained weights to 909 million frozen ones.
 
+Under `model.lora.base` the adapted layers store their frozen weight in fewer bits (QLoRA). DoRA divides each row of
+W + s B A by its norm and multiplies it by a trained one (arXiv 2402.09353). Rank-stabilised LoRA scales by
+alpha / sqrt(rank) (arXiv 2312.03732).
+
 Source: Hu et al., arXiv 2106.09685, section 4.1. peft (extra `lora`) is imported only when `model.lora.rank` is set.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rmcore.config import UserError
 from rmcore.config.lora import LoraConfig
+from rmcore.model.frozen import FrozenLinear
+from rmcore.ops.blockwise import check_bitsandbytes, restored
 
 PREFIX = "backbone."  # in front of the backbone's weights in the reward model's state
 CHUNK = 1 << 26  # elements that are hashed at a time
@@ -28,7 +35,7 @@ UNTRAINED_B = 0.01  # moves an output by some percent of its size, far more than
 
 
 class Adapted(NamedTuple):
-    """One adapted layer: its name in the reward model, alpha / rank, and whether it stores its weight transposed."""
+    """One adapted layer: its name in the reward model, its scale, and whether it stores its weight transposed."""
 
     name: str
     scaling: float
@@ -54,9 +61,11 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
     arguments: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.scale_alpha,
-        "target_modules": [PREFIX + name for name in _targets(backbone, config)],
+        "target_modules": [PREFIX + name for name in targets(backbone, config)],
         "lora_dropout": 0.0,
         "bias": "none",
+        "use_dora": config.dora,
+        "use_rslora": config.rslora,
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in backbone.modules()),  # GPT-2's linear layers
     }
     torch.manual_seed(seed)
@@ -70,7 +79,34 @@ def add_lora(backbone: PreTrainedModel, config: LoraConfig, seed: int) -> list[A
     ]
 
 
-def _targets(backbone: PreTrainedModel, config: LoraConfig) -> list[str]:
+def store_base(backbone: PreTrainedModel, config: LoraConfig) -> None:
+    """Store the frozen weights of the adapted layers as `model.lora.base` says, in place, one layer after the other.
+
+    Raises UserError: bitsandbytes is not installed.
+    """
+    if config.base == "fp32":
+        return
+    if config.base != "bf16":
+        check_bitsandbytes(f"model.lora.base={config.base}")
+    from peft.tuners.lora import Linear
+
+    for module in backbone.modules():
+        if isinstance(module, Linear):
+            module.base_layer = FrozenLinear(module.base_layer, config.base)
+            if config.dora:  # the change begins at zero for the numbers that are stored now
+                weight: Tensor = module.base_layer.weight
+                norms = torch.linalg.vector_norm(weight.T if module.fan_in_fan_out else weight, dim=1)
+                magnitude: Any = module.lora_magnitude_vector["default"]
+                magnitude.weight.data.copy_(norms)
+
+
+def count_weights(model: nn.Module) -> int:
+    """The number of weights, also of those that are stored in fewer bits."""
+    frozen = sum(math.prod(module.shape) for module in model.modules() if isinstance(module, FrozenLinear))
+    return frozen + sum(parameter.numel() for parameter in model.parameters())
+
+
+def targets(backbone: PreTrainedModel, config: LoraConfig) -> list[str]:
     """The whole names of the linear layers to adapt.
 
     Raises UserError unless every target is the end of such a name: peft ignores wrong ones as long as one is right.
@@ -114,13 +150,28 @@ def merged(state: Mapping[str, Tensor], adapted: Sequence[Adapted]) -> dict[str,
     """
     plain = dict(state)
     for name, scaling, transposed in adapted:
-        weight = plain.pop(f"{name}.base_layer.weight")
         down, up = (plain.pop(f"{name}.lora_{part}.default.weight") for part in "AB")
+        weight = _base_weight(plain, f"{name}.base_layer", (up.shape[0], down.shape[1]), transposed)
         change = scaling * (up.float() @ down.float()) if weight.dtype != torch.float64 else scaling * (up @ down)
-        plain[f"{name}.weight"] = weight + (change.T if transposed else change).to(weight.dtype)
+        changed = weight + (change.T if transposed else change).to(weight.dtype)
+        if (magnitude := plain.pop(f"{name}.lora_magnitude_vector.default.weight", None)) is not None:
+            rows = changed.T if transposed else changed
+            rows = rows * (magnitude.to(rows.dtype) / torch.linalg.vector_norm(rows, dim=1))[:, None]
+            changed = (rows.T if transposed else rows).contiguous()
+        plain[f"{name}.weight"] = changed
         if (bias := plain.pop(f"{name}.base_layer.bias", None)) is not None:
             plain[f"{name}.bias"] = bias
     return plain
+
+
+def _base_weight(state: dict[str, Tensor], name: str, shape: tuple[int, int], transposed: bool) -> Tensor:
+    """Take a frozen weight out of a state. `shape`: (out, in)."""
+    if f"{name}.codes" not in state:
+        return state.pop(f"{name}.weight")
+    codes, scale = state.pop(f"{name}.codes"), state.pop(f"{name}.scale")
+    if codes.is_meta:
+        return codes.new_empty(shape[::-1] if transposed else shape, dtype=torch.float32)
+    return restored(codes, scale, shape[::-1] if transposed else shape, torch.float32)
 
 
 def merged_shapes(shapes: Mapping[str, tuple[int, ...]], adapted: Sequence[Adapted]) -> dict[str, tuple[int, ...]]:

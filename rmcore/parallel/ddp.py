@@ -13,6 +13,8 @@ broadcasts them. This costs one more pass over the weights and saves 8 * (1 - 1/
 
 DDP averages over ranks, so the loop multiplies the summed loss by world size / global weight: the local sums are added
 over ranks and divided once. One rank needs no wrapping.
+
+With `model.weights=bf16` the gradients are fp32 too: see rmcore/parallel/reduction.py, which takes the place of DDP.
 """
 
 import inspect
@@ -26,10 +28,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from rmcore.config import Config
-from rmcore.host.memory import keep_freed_memory
+from rmcore.host.memory import keep_freed_memory, return_freed_memory
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.ema import Ema
-from rmcore.parallel.optim import adamw_arguments, parameter_groups
+from rmcore.parallel.optim import adamw_arguments, adamw_class, parameter_groups, trained_dtype, trained_in_bf16
+from rmcore.parallel.reduction import GradientReduction
 from rmcore.parallel.strategy import Shards, gradient_norms
 from rmcore.parallel.world import World
 
@@ -40,24 +43,35 @@ class DataParallel:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
+    dtype: torch.dtype
     ema: Ema | None = None
 
     def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
         assert shards is None, "every rank needs the whole model"
         self._inner, self._world = model.to(world.device), world
+        self.dtype = trained_dtype(config)
         if world.device.type == "cpu":
-            keep_freed_memory()
-        self._half = config.parallel.bf16
-        self.model = self._inner if world.size == 1 else self._replicate()
-        groups = parameter_groups(dict(self._inner.named_parameters()), config.optim)
+            return_freed_memory() if _saves_memory(config) else keep_freed_memory()
+        self._parameters = list(self._inner.parameters())
+        self._reduction: GradientReduction | None = None
+        in_bf16 = config.model.trains_bf16
+        if in_bf16:
+            trained_in_bf16(self._inner)
+            for parameter in self._parameters:
+                parameter.grad_dtype = torch.float32
+            if world.size > 1:
+                self._reduction = GradientReduction([p for p in self._parameters if p.requires_grad], world.size)
+        self._half = config.parallel.bf16 and not in_bf16  # bf16 weights need no casts
+        self.model = self._inner if world.size == 1 or in_bf16 else self._replicate()
+        groups = parameter_groups(self.named_parameters(), config.optim)
         arguments = adamw_arguments(config.optim)
+        adamw = adamw_class(config, self.named_parameters())
         self.adamw_is_split = config.parallel.traits.shards_optimizer and world.size > 1
         if self.adamw_is_split:
-            optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **arguments)
+            optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=adamw, **arguments)  # type: ignore[arg-type]
             self.optimizer, self.adamw = optimizer, optimizer.optim
         else:
-            self.optimizer = self.adamw = torch.optim.AdamW(groups, **arguments)
-        self._parameters = list(self._inner.parameters())
+            self.optimizer = self.adamw = adamw(groups, **arguments)
 
     def _replicate(self) -> DistributedDataParallel:
         device_ids = [self._world.device] if self._world.device.type == "cuda" else None
@@ -67,6 +81,8 @@ class DataParallel:
         return DistributedDataParallel(self._inner, device_ids=device_ids, **arguments)
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager:
+        if self._reduction:
+            return self._reduction.around(last=enabled)
         if enabled or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
@@ -90,3 +106,8 @@ class DataParallel:
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._inner.state_dict().items():
             yield name, tensor.detach().cpu() if self._world.is_main else tensor.new_empty(0)
+
+
+def _saves_memory(config: Config) -> bool:
+    """Whether something is stored in fewer bits: then memory counts for more than page faults (rmcore.host.memory)."""
+    return {config.model.weights, config.optim.states, config.model.lora.base} != {"fp32"}

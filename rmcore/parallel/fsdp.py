@@ -21,6 +21,9 @@ gathered with its forward, so the fused op receives the whole score weight.
 
 No rank ever holds the whole model: it is built on the meta device, and each rank reads its own rows of every weight
 (`materialise`). The self-test at the start runs on a sharded copy in fp32, whose rows the strategy then takes over.
+With `model.weights=bf16` the shards are bf16, and need no cast before they are gathered. Gradients are reduced in fp32
+as before; FSDP2 then rounds the result to the dtype of the weights, once per reduction. It is stored in fp32, so that
+the sum over several micro batches is one of fp32 numbers.
 With `parallel.offload`, weights, gradients and AdamW's state stay in host memory; the layers visit the GPU one by one.
 """
 
@@ -47,7 +50,14 @@ from rmcore.model.backbone import decoder_layers
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.ema import Ema
-from rmcore.parallel.optim import LocalAdamW, adamw_arguments, parameter_groups
+from rmcore.parallel.optim import (
+    LocalAdamW,
+    adamw_arguments,
+    adamw_class,
+    parameter_groups,
+    trained_dtype,
+    trained_in_bf16,
+)
 from rmcore.parallel.placement import held
 from rmcore.parallel.strategy import Shards, Weights, gradient_norms
 from rmcore.parallel.world import World, device_mesh
@@ -98,6 +108,19 @@ def take_over(model: nn.Module, weights: Weights) -> None:
     model.load_state_dict(weights, strict=False, assign=True)
 
 
+def _in_bf16(weights: Weights) -> Weights:
+    """The rows in bf16; the fp32 ones are freed one after the other."""
+    for name in list(weights):
+        weights[name] = nn.Parameter(weights[name].detach().to(torch.bfloat16), weights[name].requires_grad)
+    return weights
+
+
+def _keep_in_fp32(parameter: Tensor) -> None:
+    """Make the reduced gradient fp32 as soon as FSDP2 stores it, so that those of later micro batches are added so."""
+    if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+        parameter.grad = parameter.grad.float()
+
+
 def sharded_for_test(model: RewardModel, lazy: LazyModel, mesh: DeviceMesh, world: World, *, offload: bool) -> Weights:
     """Shard a model on meta for the self-test, which computes in fp32, read this rank's rows and return them."""
     shard(model, mesh, offload=offload)
@@ -114,13 +137,17 @@ class FullySharded:
     adamw: torch.optim.Optimizer
     ema: Ema | None = None
     adamw_is_split = False
+    dtype: torch.dtype
 
     def __init__(self, config: Config, model: RewardModel, world: World, shards: Shards | None = None) -> None:
         self._world, self._offload = world, config.parallel.offload
         self._each_micro_batch = config.parallel.traits.gathers_each_micro_batch
         self.mesh = shards.mesh if shards else device_mesh(world, by_host=config.parallel.traits.by_host)
+        self.dtype = trained_dtype(config)
         if shards is None:
             model = model.to(world.device)
+        if config.model.trains_bf16:
+            trained_in_bf16(model)
         self._sharded = shard(
             model,
             self.mesh,
@@ -129,11 +156,17 @@ class FullySharded:
             offload=self._offload,
         )
         if shards:
-            take_over(model, shards.weights)
+            take_over(model, _in_bf16(shards.weights) if config.model.trains_bf16 else shards.weights)
         self.model = model
-        groups = parameter_groups(dict(self.model.named_parameters()), config.optim)
-        self.optimizer = self.adamw = LocalAdamW(groups, **adamw_arguments(config.optim))
         self._parameters = list(self.model.parameters())
+        if config.model.trains_bf16:
+            for parameter in self._parameters:
+                parameter.grad_dtype = None
+                parameter.register_post_accumulate_grad_hook(_keep_in_fp32)
+        named = dict(self.model.named_parameters())
+        adamw = adamw_class(config, named, LocalAdamW)
+        groups = parameter_groups(named, config.optim)
+        self.optimizer = self.adamw = adamw(groups, **adamw_arguments(config.optim))
 
     @contextmanager
     def gradient_sync(self, enabled: bool) -> Iterator[None]:

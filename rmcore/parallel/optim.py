@@ -1,19 +1,22 @@
-"""AdamW's parameter groups, and the learning rates as pure functions of the step.
+"""Builds AdamW, and computes the learning rates as pure functions of the step.
 
-Input: the section `optim`, named parameters, a step.
-Output: groups and arguments for AdamW; the learning rates of a step.
+Input: the config, named parameters, a step.
+Output: an optimizer; the learning rates of a step.
 Example: lr 1e-4, linear, 2 warm-up steps of 10 -> 0, 5e-5, 1e-4, 8.75e-5, ..., 1.25e-5 at steps 0, 1, 2, 3, ..., 9.
 With head_lr 1e-3 the score head's rate is ten times that at every step.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from rmcore.config import Config
 from rmcore.config.optim import OptimConfig
+from rmcore.parallel.adamw import AdamW
 from rmcore.parallel.strategy import local
 
 HEAD = "score."  # the names of the score head's parameters begin with this
@@ -73,8 +76,32 @@ def _decaying(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[
 
 
 def adamw_arguments(config: OptimConfig) -> dict[str, Any]:
-    """Arguments of AdamW (Loshchilov and Hutter, arXiv 1711.05101). The fused kernel reads each tensor once."""
-    return {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": True}
+    """Arguments of every AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    return {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+
+
+def adamw_class(
+    config: Config, parameters: Mapping[str, nn.Parameter], of_torch: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> Callable[..., torch.optim.Optimizer]:
+    """torch's AdamW, whose fused kernel reads each tensor once; or rmcore's, where something is not stored in fp32.
+
+    parameters: all of the model, under the names that they have under every strategy.
+    """
+    if config.optim.states == "fp32" and not config.model.trains_bf16:
+        return partial(of_torch, fused=True)
+    names = {parameter: name for name, parameter in parameters.items()}
+    return partial(AdamW, names=names, states=config.optim.states, seed=config.run.seed)
+
+
+def trained_dtype(config: Config) -> torch.dtype:
+    """The dtype of the weights that the optimizer updates."""
+    return torch.bfloat16 if config.model.trains_bf16 else torch.float32
+
+
+def trained_in_bf16(model: nn.Module) -> None:
+    """Make bf16 weights of fp32 ones, one after the other; buffers keep their dtype, and gradients will be fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 class LocalAdamW(torch.optim.AdamW):

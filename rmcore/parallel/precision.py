@@ -63,6 +63,8 @@ def _choice(config: Config, bf16: Bf16, stored: str | None) -> tuple[str, str]:
         return stored, "as in the checkpoint"
     if config.parallel.fp8:
         return "bf16", "because of parallel.fp8"
+    if config.model.weights == "bf16":
+        return "bf16", "because of model.weights"
     if bf16.instructions:
         return "bf16", f"multiplied by {bf16.instructions}"
     return "fp32", f"because {bf16.device} has no instructions for bf16"

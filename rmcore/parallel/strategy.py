@@ -39,6 +39,7 @@ class Strategy(Protocol):
         adamw: the AdamW inside `optimizer`, with this rank's state.
         adamw_is_split: True if `adamw` holds whole parameters of which no other rank has the state (ZeRO-1), and not
             every parameter, or this rank's part of every parameter.
+        dtype: of the trained weights; no checkpoint holds them in another one.
         grad_norms_W: L2 norm of each gradient, as far as this rank holds it; set by `clip_grad_norm`.
         ema: the moving average of the weights, with optim.ema.
     """
@@ -47,6 +48,7 @@ class Strategy(Protocol):
     optimizer: torch.optim.Optimizer
     adamw: torch.optim.Optimizer
     adamw_is_split: bool
+    dtype: torch.dtype
     grad_norms_W: Tensor
     ema: Ema | None
 

@@ -66,6 +66,9 @@ class OneReward(Answer):
 class SeveralRewards(Answer):
     rewards: list[float]
     best: int = Field(description="the place of the highest reward, the first one of several")
+    calibrated: list[float] | None = Field(
+        None, description="the probability of each text, of models that `rmcore export --calibrate` wrote"
+    )
 
 
 class RewardsAnswer(Answer):

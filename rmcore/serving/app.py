@@ -320,7 +320,9 @@ def _add_endpoints(app: FastAPI, service: Service, token: str | None) -> None:
         scorer = service.scorer
         return {
             "rows": [
-                with_rewards({}, list(row.rewards), row.single, scorer.probabilities(row.rewards, row.single))
+                with_rewards(
+                    {}, list(row.rewards), row.single, probabilities=scorer.probabilities(row.rewards, row.single)
+                )
                 for row in found
             ]
         }

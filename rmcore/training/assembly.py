@@ -37,8 +37,10 @@ from rmcore.host.terminal import visible
 from rmcore.model.compiled import speed_up
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.long_rope import check_split
+from rmcore.model.lora import count_weights
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.selftest import choose_path, trial_comparisons
+from rmcore.ops.blockwise import check_bitsandbytes
 from rmcore.parallel.context import context_group, with_context
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.precision import bf16_of_all, with_precision
@@ -62,6 +64,8 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     config, precision_lines = with_precision(config, bf16_of_all(world), stored)
     if config.parallel.fp8:
         first_error(world, "looking for FP8", lambda: check_fp8(world.device))
+    if config.optim.states == "int8":
+        first_error(world, "looking for bitsandbytes", lambda: check_bitsandbytes("optim.states=int8"))
     day = start.manifest.config["data"].get("date") if start.manifest else None
     dated = on_one_day(config, world, day)
     tokenizer, data = first_error(world, "preparing the data", lambda: _data(dated, start))
@@ -71,7 +75,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     # The model is loaded, or built in parts. The self-test finds the fastest path that is exact for it.
     loaded = load(config, world, tokenizer, start)
     loaded.tested.context = context_group(world)
-    parameters = sum(p.numel() for p in loaded.tested.parameters())
+    parameters = count_weights(loaded.tested)
     trained = sum(p.numel() for p in loaded.tested.parameters() if p.requires_grad)
     path, self_test_line = first_error(
         world, "the self-test", partial(self_test, config, loaded.tested, data.train, world.device)

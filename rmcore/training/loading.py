@@ -29,7 +29,7 @@ from rmcore.model.backbone import check_finite, load_model
 from rmcore.model.classifier import text_model, text_prefix, towers
 from rmcore.model.language_head import language_head
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
-from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint
+from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, store_base
 from rmcore.model.objectives import objective_of
 from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
@@ -153,6 +153,7 @@ def _load_whole(
         adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, config.model.lora, seed))
         base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
         start.check_base(base)
+        first_error(world, "storing the base", lambda: store_base(backbone, config.model.lora))
     head = None
     if config.loss.sft:
         head = first_error(

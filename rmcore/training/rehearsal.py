@@ -8,6 +8,7 @@ while rank 1 waits: "export rehearsed in 0.5 s: rewards reloaded by transformers
 Of a model that is not small (rmcore/hf_export/rehearsal.py), rank 0 checks everything except the weights.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ T = TypeVar("T")
 def sizes_of(run: Run) -> Sizes:
     """The sizes of the run's whole model. On ranks other than 0 they leave out the towers, which only rank 0 holds."""
     parameters = run.strategy.named_parameters()
-    weights = sum(p.numel() for name, p in parameters.items() if ".lora_" not in name)
+    weights = sum(math.prod(shape) for shape in merged_shapes(run.strategy.shapes(), run.adapted).values())
     weights += sum(tensor.numel() for tensor in run.towers.values())
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     return Sizes(weights, trained, weights * export_dtype(run.config).itemsize)

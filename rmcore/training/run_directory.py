@@ -27,7 +27,7 @@ from pathlib import Path
 
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.cost.memory import checkpoint_bytes
+from rmcore.cost.formats import checkpoint_bytes
 from rmcore.hf_export.rehearsal import Sizes
 from rmcore.host.files import regular_file
 from rmcore.parallel.world import World, first_error
@@ -59,7 +59,7 @@ def check_disk(config: Config, sizes: Sizes) -> None:
     held = sum(file.stat().st_size for file in root.glob("step-*/*")) if root.is_dir() else 0
     saves = config.run.save_every is not None or config.run.save_minutes is not None or config.run.kept_best > 0
     kept = config.run.keep + config.run.kept_best if saves else 0
-    one = checkpoint_bytes(config, sizes.trained) if saves else 0
+    one = checkpoint_bytes(config, sizes.trained) if saves else 0.0
     # A new checkpoint is complete before an old one is deleted. The export comes after the last of them.
     need = kept * one + max(one, sizes.exported)
     if free + held < need:
@@ -71,7 +71,7 @@ def check_disk(config: Config, sizes: Sizes) -> None:
         )
 
 
-def _gigabytes(size: int) -> str:
+def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 

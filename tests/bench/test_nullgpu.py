@@ -8,7 +8,7 @@ import pytest
 from rmcore.bench import nullgpu
 from rmcore.bench.measure import RESULTS
 from rmcore.bench.nullgpu.child import shape_of
-from rmcore.config.schema import ParallelConfig
+from rmcore.config import Config
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.memory import arithmetic_of, memory_of_step
 
@@ -38,12 +38,13 @@ def test_a_broken_bound_is_a_complaint():
 def test_the_plan_predicts_the_allocators_peak(model, strategy):
     """The peak of the CUDA build's allocator over real steps, by today's prediction; see nullgpu.PEAK."""
     run = next(run for run in RUNS if (run["model"], run["strategy"], run["compiled"]) == (model, strategy, False))
-    parallel = ParallelConfig(strategy=strategy, precision=run["precision"])
+    parallel = {"strategy": strategy, "precision": run["precision"]}
+    config = Config.model_validate({"model": {"name": "m"}, "data": {"train": {"path": "p"}}, "parallel": parallel})
     dry = DryRun(shape_of(model))
-    per_token = dry.token_bytes(arithmetic_of(parallel), run["recompute"])
+    per_token = dry.token_bytes(arithmetic_of(config), run["recompute"])
     deferred = run["micro_batches"] > 1
     memory = memory_of_step(
-        parallel, dry.sizes, per_token, tokens=run["most_tokens"], ranks=run["ranks"], deferred=deferred
+        config, dry.sizes, per_token, tokens=run["most_tokens"], ranks=run["ranks"], deferred=deferred
     )
     assert memory.total / 1e9 == pytest.approx(run["peak_gb"], rel=nullgpu.PEAK)
 

@@ -17,7 +17,9 @@ from rmcore.checkpoint.manifest import Manifest, check_file, read_manifest, writ
 from rmcore.checkpoint.shards import Damaged, hash_file, read_slices, write_shard
 from rmcore.checkpoint.state import through_buffers
 from rmcore.config import load_config
+from tests.harness.configs import NEEDED
 from tests.harness.crash import Fault, run
+from tests.harness.ranks import run_ranks
 from tests.harness.small_run import arguments, metrics, reference, same
 
 # A save waits for the one before it: at the third, of step 6, that of step 4 is complete.
@@ -57,6 +59,95 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path: Path, 
     assert resumed.codes == [0, 0] and same(resumed, whole), resumed.text
     assert resumed.order == whole.order and metrics(resumed) == metrics(whole)
     assert "random state untouched" in whole.text, "a checkpoint holds no random state, for the loop draws nothing"
+
+
+IN_BF16 = ["parallel.precision=bf16", "model.weights=bf16"]
+FORMATS = {  # settings, and the dtypes of a checkpoint's weights and of its averages; small tensors keep fp32 averages
+    "bf16 weights": ([*IN_BF16], {"BF16"}, {"F32"}),
+    "bf16 weights and averages": ([*IN_BF16, "optim.states=bf16"], {"BF16"}, {"BF16"}),
+    "bf16 weights, 8-bit averages": ([*IN_BF16, "optim.states=int8"], {"BF16"}, {"U8", "F32"}),
+    "8-bit averages": (["optim.states=int8"], {"F32"}, {"U8", "F32"}),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "strategy, what",
+    [
+        ("zero3", "bf16 weights and averages"),
+        ("zero1", "bf16 weights, 8-bit averages"),
+        pytest.param("ddp", "bf16 weights", marks=pytest.mark.slow),
+        pytest.param("zero2", "8-bit averages", marks=pytest.mark.slow),
+        pytest.param("zero3", "bf16 weights, 8-bit averages", marks=pytest.mark.slow),
+    ],
+)
+def test_other_formats_resume_to_the_last_bit_and_move_between_strategies(
+    tmp_path: Path, strategy: str, what: str
+) -> None:
+    more, weights, averages = FORMATS[what]
+    if "optim.states=int8" in more:
+        pytest.importorskip("bitsandbytes")
+    given = arguments(tmp_path, f"parallel.strategy={strategy}", *more)
+    whole = run(tmp_path / "whole", given, 2)
+    assert whole.codes == [0, 0], whole.text
+    last = whole.directory / "checkpoints" / "step-8"
+    found: dict[str, set[str]] = {}
+    for path in last.glob("rank-*"):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                found.setdefault(key.split("/")[0], set()).add(file.get_slice(key).get_dtype())
+    scales = {"exp_avg_scale": {"F32"}, "exp_avg_sq_scale": {"F32"}} if "U8" in averages else {}
+    assert found == {"weight": weights, "exp_avg": averages, "exp_avg_sq": averages, **scales}
+    killed = run(tmp_path / "run", given, 2, KILLED_AT_6)
+    resumed = run(killed.directory, given, 2)
+    assert resumed.codes == [0, 0] and metrics(resumed) == metrics(whole), resumed.text
+    assert read_manifest(resumed.directory / "checkpoints" / "step-8").files == read_manifest(last).files
+    # Another strategy and another world size restore the same numbers, to the last bit.
+    stored = {}
+    for path in sorted(last.glob("rank-*")):
+        with safe_open(path, framework="pt") as file:
+            stored |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    other = "zero3" if strategy != "zero3" else "zero1"
+    moved = [*arguments(tmp_path, f"parallel.strategy={other}", *more), f"run.dir={whole.directory}", "run.epochs=2"]
+    parts: dict[str, str] = {}
+    for result in run_ranks(restored, 3, tmp_path / "three", moved):
+        parts |= result.value
+    assert joined(parts) == joined(
+        {key: tensor.view(torch.uint8).numpy().tobytes().hex() for key, tensor in stored.items()}
+    )
+
+
+def restored(rendezvous: str, arguments: list[str]) -> dict[str, str]:
+    """This rank's share of what a run continues from: KEY@FIRST -> bytes."""
+    from rmcore.checkpoint.resume import choose_start
+    from rmcore.checkpoint.state import HostCopy, pieces
+    from rmcore.parallel.world import running_world
+    from rmcore.training.assembly import assemble
+
+    torch.set_num_threads(1)
+    config = load_config(None, arguments)
+    with running_world(60.0, config.run.seed, init_method=rendezvous) as world:
+        run = assemble(config, world, choose_start(config, world))
+        copy = HostCopy()
+        copy.take(pieces(run.strategy, world))
+        return {f"{key}@{first}": part.view(torch.uint8).numpy().tobytes().hex() for key, first, part in copy.slices}
+
+
+def joined(parts: dict[str, str]) -> dict[str, str]:
+    """The whole tensors of slices KEY@FIRST."""
+    whole: dict[str, str] = {}
+    for name in sorted(parts, key=lambda name: (name.rpartition("@")[0], int(name.rpartition("@")[2]))):
+        key = name.rpartition("@")[0]
+        whole[key] = whole.get(key, "") + parts[name]
+    return whole
+
+
+@pytest.mark.distributed
+def test_averages_in_8_bits_are_not_those_of_another_format(tmp_path: Path) -> None:
+    killed = run(tmp_path / "run", arguments(tmp_path), 1, [Fault("save.copy", "kill", 0, 3)])
+    refused = run(killed.directory, arguments(tmp_path, "optim.states=int8"), 1)
+    assert refused.codes == [2]
+    assert "optim.states=int8 " in refused.text and "Traceback" not in refused.text
 
 
 @pytest.mark.distributed
@@ -297,6 +388,8 @@ def test_only_changes_that_matter_are_reported() -> None:
     after = load_config(None, [*base, "optim.lr=1e-5", "log.every=3", "parallel.strategy=zero2", "run.seed=4"])
     assert [str(change) for change in changes(before, after)] == ["optim.lr: 3e-06 -> 1e-05", "run.seed: 1 -> 4"]
     assert changes({}, after) == [], "keys that an older version does not have"
+    newer = load_config(None, [*NEEDED, "model.weights=bf16"])
+    assert list(map(str, changes({}, newer))) == ['model.weights: "fp32" -> "bf16"'], "older versions had fp32 only"
 
 
 @pytest.mark.distributed

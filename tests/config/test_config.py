@@ -27,9 +27,13 @@ model.attention | auto | shared | packed | padded | auto
 model.head | fresh | stored | fresh
 model.outputs | list of text | null | null
 model.reward | text | mapping of text to number | null | null
+model.weights | fp32 | bf16 | fp32
 model.lora.rank | whole number >= 1 | null | null
 model.lora.alpha | number > 0 | null | null
 model.lora.targets | all-linear | list of text | all-linear
+model.lora.base | fp32 | bf16 | int8 | nf4 | fp32
+model.lora.dora | true | false | false
+model.lora.rslora | true | false | false
 data.train | source or list of sources | (required)
 data.train.path | text | (required)
 data.train.name | text | null | null
@@ -69,6 +73,7 @@ optim.min_lr_ratio | number >= 0, < 1 | 0
 optim.betas | list of 2: number >= 0, < 1 | [0.9, 0.999]
 optim.eps | number > 0 | 1e-05
 optim.weight_decay | number >= 0 | 0
+optim.states | fp32 | bf16 | int8 | fp32
 optim.ema | number > 0, < 1 | null | null
 optim.max_grad_norm | number >= 0 | 1
 loss.name | NAMES | bradley_terry

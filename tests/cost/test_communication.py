@@ -3,6 +3,7 @@
 import pytest
 from transformers import GPTNeoXConfig
 
+from rmcore.config import Config
 from rmcore.cost.communication import collectives, exchange
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.machines import gpu
@@ -14,9 +15,13 @@ def test_a_ring_sends_what_rings_send() -> None:
     ).sizes
     n = sizes.total
 
+    def of(strategy: str) -> Config:
+        parallel = {"strategy": strategy, "precision": "bf16"}
+        return Config.model_validate({"model": {"name": "m"}, "data": {"train": {"path": "p"}}, "parallel": parallel})
+
     def sent(strategy: str, ranks: int, hosts: int, micro_batches: int = 1) -> tuple[float, float]:
         """Bytes per parameter: (within a host, between hosts)."""
-        every = collectives(strategy, "bf16", sizes, ranks, hosts, micro_batches)
+        every = collectives(of(strategy), sizes, ranks, hosts, micro_batches)
         return sum(t.within * t.times for t in every) / n, sum(t.between * t.times for t in every) / n
 
     assert sent("ddp", 1, 1) == (0, 0)
@@ -27,7 +32,7 @@ def test_a_ring_sends_what_rings_send() -> None:
     assert (within + between, between) == (pytest.approx(8 * 15 / 16), pytest.approx(8 * 15 / 16 / 8))
     # hsdp: rings within a host of 8, and an eighth of the gradients all-reduced between 2 hosts
     assert sent("hsdp", 16, 2) == (pytest.approx((2 + 2 + 4) * 7 / 8), pytest.approx(2 * 4 / 8 / 2))
-    slow = collectives("ddp", "bf16", sizes, 16, 2, 1)[0]
+    slow = collectives(of("ddp"), sizes, 16, 2, 1)[0]
     assert slow.seconds(gpu("h100")) == pytest.approx(8 * n * 15 / 16 / 8 / 50e9 / 0.8)
 
 

@@ -6,13 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
+from rmcore.config.lora import LoraConfig
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, DryRun, LiveBytes, TokenBytes
 from rmcore.cost.memory import cpu_budget, gpu_budget, memory_of_step
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import recompute_activations
+from rmcore.model.lora import add_lora, store_base
 from rmcore.model.reward_model import SHARED, RewardModel
+from rmcore.parallel.adamw import AdamW
 
 SHAPES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
 NEOX = GPTNeoXConfig(**SHAPES, intermediate_size=768, num_labels=1, pad_token_id=1)
@@ -109,7 +112,7 @@ def test_sizes_and_the_state_are_exact() -> None:
     assert (dry.sizes.last, dry.sizes.embedding) == (2 * 192 * 64, 512 * 192)
     assert dry.sizes.products == 4 * sum(p.numel() for p in layers[0].parameters() if p.ndim > 1)
     none = TokenBytes(0.0, 0.0, counted=True)
-    found = memory_of_step(config_of(precision="fp32").parallel, dry.sizes, none, tokens=0, ranks=4, deferred=False)
+    found = memory_of_step(config_of(precision="fp32"), dry.sizes, none, tokens=0, ranks=4, deferred=False)
     averages = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert (found.gradients, found.optimizer) == (found.weights, averages)
@@ -119,7 +122,7 @@ def test_strategies_shard_what_they_promise() -> None:
     sizes, none = DryRun(NEOX).sizes, TokenBytes(100.0, 20.0, counted=True)
     n = sizes.total
     of = {
-        name: memory_of_step(config_of(strategy=name).parallel, sizes, none, tokens=1000, ranks=4, deferred=False)
+        name: memory_of_step(config_of(strategy=name), sizes, none, tokens=1000, ranks=4, deferred=False)
         for name in ("ddp", "zero1", "zero2", "zero3", "hsdp")
     }
     assert [of[name].optimizer / n for name in of] == [8, 2, 2, 2, 2]
@@ -127,12 +130,9 @@ def test_strategies_shard_what_they_promise() -> None:
     assert [of[name].weights / n for name in of] == [4, 4, 1, 1, 1]
     assert of["zero2"].copies == 2 * n > of["zero3"].copies
     assert all(part.activations == 120_000 for part in of.values())
-    later = memory_of_step(config_of(strategy="zero2").parallel, sizes, none, tokens=1000, ranks=4, deferred=True)
+    later = memory_of_step(config_of(strategy="zero2"), sizes, none, tokens=1000, ranks=4, deferred=True)
     assert later.copies == 2 * n and later.buffers - of["zero2"].buffers == 4 * n
-    assert (
-        memory_of_step(config_of(strategy="zero3").parallel, sizes, none, tokens=1000, ranks=4, deferred=True)
-        == of["zero3"]
-    )
+    assert memory_of_step(config_of(strategy="zero3"), sizes, none, tokens=1000, ranks=4, deferred=True) == of["zero3"]
 
 
 def test_the_budget_grows_with_the_memory_and_recompute_is_used_when_needed() -> None:
@@ -149,6 +149,75 @@ def test_the_budget_grows_with_the_memory_and_recompute_is_used_when_needed() ->
     assert one.tokens > many.tokens
 
 
+def sections(weights: str = "fp32", states: str = "fp32", strategy: str = "ddp", **lora: Any) -> Config:
+    values = {"model": {"name": "m", "weights": weights, "lora": lora}, "data": {"train": {"path": "p"}}}
+    parallel = {"precision": "bf16", "strategy": strategy}
+    return Config.model_validate({**values, "optim": {"states": states}, "parallel": parallel})
+
+
+@pytest.mark.parametrize("weights, states", [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "int8")])
+def test_formats_are_counted_as_adamw_stores_them(weights: str, states: str) -> None:
+    """To the byte for weights and gradients; averages of small tensors are fp32, also under int8: within 2 %."""
+    if states == "int8":
+        pytest.importorskip("bitsandbytes")
+    wide = LlamaConfig(**{**SHAPES, "hidden_size": 768}, intermediate_size=1024, num_labels=1, pad_token_id=1)
+    dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+    model = AutoModelForSequenceClassification.from_config(wide, dtype=dtype)
+    parameters = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = AdamW(
+        [{"params": list(parameters)}], names=parameters, states=states, seed=1, lr=1e-3, betas=(0.9, 0.999), eps=1e-8
+    )
+    for parameter in parameters:
+        optimizer.make_state(parameter)
+    averages = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
+    dry, none = DryRun(wide), TokenBytes(0.0, 0.0, counted=True)
+    found = memory_of_step(sections(weights, states), dry.sizes, none, tokens=0, ranks=1, deferred=False)
+    assert found.weights == sum(p.nbytes for p in parameters)
+    assert found.gradients == 4 * sum(p.numel() for p in parameters)
+    assert found.optimizer == pytest.approx(averages, rel=0.02)
+    assert (found.copies == 0.0) == (weights == "bf16"), "bf16 weights need no casts"
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
+def test_lora_is_counted_as_it_is_built(base: str) -> None:
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    config = sections(rank=8, base=base, dora=True)
+    hf_model = AutoModelForSequenceClassification.from_config(LLAMA, dtype=torch.float32)
+    add_lora(hf_model.base_model, config.model.lora, 0)
+    store_base(hf_model.base_model, config.model.lora)
+    dry, none = DryRun(LLAMA, lora=config.model.lora), TokenBytes(0.0, 0.0, counted=True)
+    found = memory_of_step(config, dry.sizes, none, tokens=0, ranks=1, deferred=False)
+    held = sum(p.nbytes for p in hf_model.parameters())
+    held += sum(b.nbytes for name, b in hf_model.named_buffers() if name.endswith((".codes", ".scale")))
+    assert found.weights == pytest.approx(held, rel=0.001)
+    trained = sum(p.numel() for p in hf_model.parameters() if p.requires_grad)
+    assert (dry.sizes.trained, found.gradients, found.optimizer) == (trained, 4 * trained, 8 * trained)
+
+
+def test_a_dry_run_counts_the_activations_of_lora() -> None:
+    """Frozen layers keep no input for their own gradient, adapters keep theirs; a restored weight is dropped."""
+    lora = LoraConfig(rank=8, base="bf16")
+    predicted = DryRun(LLAMA, lora=lora).token_bytes(AUTOCAST, "none", cuda=False)
+    found = []
+    for comparisons in (2, 4):
+        hf_model = AutoModelForSequenceClassification.from_config(LLAMA, dtype=torch.float32)
+        add_lora(hf_model.base_model, lora, 0)
+        store_base(hf_model.base_model, lora)
+        model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1)
+        model.use(SHARED, pruned=True)
+        batch = build_batch(Rows(), range(comparisons))
+        with LiveBytes(model) as live:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(batch).loss_sum
+            kept = live.now
+            loss.backward()
+        found.append((kept, live.peak))
+    kept, peak = ((b - a) / 1600 for a, b in zip(*found, strict=True))
+    assert predicted.counted
+    assert predicted.kept == pytest.approx(kept, rel=0.04) and predicted.total == pytest.approx(peak, rel=0.1)
+
+
 def test_offload_keeps_the_inputs_of_two_layers_on_the_device() -> None:
     """fp32, five layers: of the four inputs that `full` keeps, two remain. A CPU keeps all: they are in its memory."""
     dry = DryRun(NEOX)
@@ -161,7 +230,7 @@ def test_offload_keeps_the_inputs_of_two_layers_on_the_device() -> None:
 def test_ranks_of_a_context_group_share_the_activations_of_a_row() -> None:
     sizes, none = DryRun(NEOX).sizes, TokenBytes(100.0, 20.0, counted=True)
     one, four = (
-        memory_of_step(config_of(context=n).parallel, sizes, none, tokens=1000, ranks=4, deferred=False) for n in (1, 4)
+        memory_of_step(config_of(context=n), sizes, none, tokens=1000, ranks=4, deferred=False) for n in (1, 4)
     )
     assert (one.activations, four.activations) == (120_000, 30_000)
     assert (one.weights, one.gradients, one.optimizer) == (four.weights, four.gradients, four.optimizer)

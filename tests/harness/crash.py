@@ -264,7 +264,7 @@ class _Recorded:
 
 def _dump(path: Path, run: Any, *_: object) -> None:
     """Instead of the export: rank 0 writes the whole weights."""
-    state = {name: tensor.numpy() for name, tensor in run.strategy.whole_tensors()}
+    state = {name: tensor.float().numpy() for name, tensor in run.strategy.whole_tensors()}
     if run.world.is_main:
         np.savez(path, **state)
 

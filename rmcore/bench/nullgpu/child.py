@@ -116,7 +116,7 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
     chosen = choose_budget(config, hf_config, longest, device, world.size, float(data.tokens_N.mean()) * pairs)
     budget = max(longest, min(MOST_TOKENS, chosen.tokens))
     dry = DryRun(hf_config)
-    per_token = dry.token_bytes(arithmetic_of(config.parallel), chosen.recompute)
+    per_token = dry.token_bytes(arithmetic_of(config), chosen.recompute)
     plan = Plan(
         data.tokens_N,
         work(data.tokens_N),
@@ -172,9 +172,7 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
                 update_seconds += time.process_time() - began
     torch.cuda.set_sync_debug_mode("default")
     found = counted.by_name()
-    predicted = memory_of_step(
-        config.parallel, dry.sizes, per_token, tokens=most, ranks=world.size, deferred=bool(deferred)
-    )
+    predicted = memory_of_step(config, dry.sizes, per_token, tokens=most, ranks=world.size, deferred=bool(deferred))
     return settings | {
         "recompute": chosen.recompute,
         "tokens": tokens / batches,
