@@ -62,15 +62,14 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     config, world, strategy, plan = run.config, run.world, run.strategy, run.plan
     heartbeat, signals = heartbeat or Heartbeat(world), signals or Signals()
     optimizer, bad_steps = strategy.optimizer, BadSteps(run, tracker)
-    names = distinct_names(config.losses)
-    metrics = Metrics(world, run.flops_per_token, run.start.interval, losses=names, language=config.loss.sft > 0)
+    names, language = distinct_names(config.losses), config.loss.sft > 0
+    metrics = Metrics(world, run.flops_per_token, run.start.interval, losses=names, language=language)
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)
     regularisers = Regularisers(run)
     step, rates = plan.step(max(0, run.position.step - 1)), dict[str, float]()
     steps = iter(()) if patience.over else plan.steps_from(run.position.step)
-    language = config.loss.sft > 0
     loader = Loader(
         run.data.train, steps, world.group, world.device, share=run.share, language=language, multiple=world.context
     )

@@ -193,7 +193,7 @@ class Service:
             text = self.scorer.as_rendered(self._unpadded(asked.row["text"]))
             return Rendered(asked.row["prompt"], [text], True)
         try:
-            return self.scorer.render(asked.row, asked.where)
+            return self.scorer.render(asked.row, asked.where, typed=True)
         except UserError as error:
             raise Refused(422, str(error)) from None
 

@@ -74,7 +74,7 @@ FORMATS = {  # settings, and the dtypes of a checkpoint's weights and of its ave
 @pytest.mark.parametrize(
     "strategy, what",
     [
-        ("zero3", "bf16 weights and averages"),
+        pytest.param("zero3", "bf16 weights and averages", marks=pytest.mark.slow),
         ("zero1", "bf16 weights, 8-bit averages"),
         pytest.param("ddp", "bf16 weights", marks=pytest.mark.slow),
         pytest.param("zero2", "8-bit averages", marks=pytest.mark.slow),
@@ -151,7 +151,7 @@ def test_averages_in_8_bits_are_not_those_of_another_format(tmp_path: Path) -> N
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_checkpoint_after_an_evaluation_in_bf16_holds_fp32_weights_and_averages(
     tmp_path: Path, strategy: str
 ) -> None:

@@ -54,7 +54,7 @@ def test_the_embedded_task_is_read_and_printed(capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["model.name=nobody/nothing", "data.train.path=x.jsonl"], "--model-config FILE"),
-        (["configs/hh.yaml", "--gpu", "h1000"], "--gpu h1000 is unknown; known are a100"),
+        (["configs/hh.yaml", "--gpu", "h1000"], "--gpu h1000 is unknown; known are rtx4090, l40s, a100"),
         (["configs/hh.yaml", "--gpus", "9", "--nodes", "2"], "do not divide"),
         (
             ["configs/hh.yaml", "parallel.context=3", "--gpus", "8"],

@@ -19,7 +19,8 @@ def test_every_class_that_holds_labels_has_those_of_the_table() -> None:
     rows = {label.name for label in LABEL_FIELDS}
     assert names(Judgement) == rows
     assert rows <= names(Comparison) and rows <= names(EncodedRow)
-    assert {label.view for label in LABEL_FIELDS} == names(TokenizedComparison) - {"prefix", "tails", "objective"}
+    others = {"prefix", "tails", "prompt_length", "objective"}
+    assert {label.view for label in LABEL_FIELDS} == names(TokenizedComparison) - others
     assert (
         {array for label in LABEL_FIELDS for array in label.arrays}
         <= set(ARRAYS) | set(OPTIONAL)

@@ -67,6 +67,7 @@ def assert_as_alone(tmp_path: Path) -> None:
     assert len(theirs) == 12 and ours == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cut_cable_is_named_and_the_run_resumes_when_it_is_mended(tmp_path: Path) -> None:
     """hsdp over 2 x 2 ranks."""
     with two_hosts() as hosts:

@@ -157,6 +157,12 @@ def test_every_shape_of_request_has_the_rewards_of_plain_transformers(served: Se
     assert found[0]["rewards"] == expected and found[0]["best"] == int(np.argmax(plain(*texts)))
     assert found[1] == {"reward": pytest.approx(plain(texts[1])[0], abs=CLOSE)}
 
+    odd = ['[{"role": "us', '[{"role": "user", "content": "x"}]']  # a policy may write what looks like turns
+    found = served.post("/score", {"text_1": prompt, "text_2": odd}).json()["data"]
+    assert [one["score"] for one in found] == pytest.approx(plain(*(prompt + text for text in odd)), abs=CLOSE)
+    (row,) = served.post("/rewards", {"rows": [{"prompt": prompt, "answers": odd}]}).json()["rows"]
+    assert row["rewards"] == [one["score"] for one in found]
+
 
 @needs_shared
 @pytest.mark.parametrize(

@@ -59,7 +59,16 @@ def assert_follows(steps: list[dict], expected: dict, loss: float = 1e-5, norm: 
 
 
 @needs_shared
-@pytest.mark.parametrize("ranks, strategy", [(1, "ddp"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (2, "zero3")])
+@pytest.mark.parametrize(
+    "ranks, strategy",
+    [
+        (1, "ddp"),
+        pytest.param(2, "ddp", marks=pytest.mark.slow),
+        pytest.param(2, "zero1", marks=pytest.mark.slow),
+        (2, "zero2"),
+        (2, "zero3"),
+    ],
+)
 def test_trl_followed_in_fp32(tmp_path, ranks, strategy):
     assert_follows(follow(tmp_path, ranks, f"parallel.strategy={strategy}"), trajectory("seq-fp64"))
 
@@ -88,7 +97,14 @@ def assert_within_bf16(steps: list[dict], roundings: float = 1.0) -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("ranks, strategy", [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "zero2")])
+@pytest.mark.parametrize(
+    "ranks, strategy",
+    [
+        pytest.param(1, "ddp", marks=pytest.mark.slow),
+        pytest.param(2, "ddp", marks=pytest.mark.slow),
+        (2, "zero2"),
+    ],
+)
 def test_trl_followed_in_bf16(tmp_path, ranks, strategy):
     """FSDP2 keeps the residual stream in bf16 too, where autocast does not: about twice the roundings."""
     steps = follow(tmp_path, ranks, f"parallel.strategy={strategy}", "parallel.precision=bf16")
