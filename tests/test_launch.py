@@ -260,5 +260,6 @@ def test_an_unknown_extra_is_an_error(checkout: Path) -> None:
         "mlflow",
         "lora",
         "fp8",
+        "bitsandbytes",
         "recurrent",
     }

@@ -151,7 +151,7 @@ def test_every_tensorboard_command_binds_to_localhost() -> None:
         *(ROOT / "rmcore").rglob("*.md"),
         *(ROOT / "rmcore").rglob("*.py"),
         *(ROOT / "launch").iterdir(),
-        *(ROOT / "configs").iterdir(),
+        *(path for path in (ROOT / "configs").rglob("*") if path.is_file()),
     ]:
         text = path.read_text(encoding="utf-8")
         found += [match.group() for match in command.finditer(text)]

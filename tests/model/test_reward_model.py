@@ -97,8 +97,8 @@ def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
     """With a layout that hides one token from an answer, the self-test takes the next path."""
     import rmcore.model.selftest as selftest
 
-    def wrong(data, numbers, share):
-        batch = build_batch(data, numbers, share)
+    def wrong(data, numbers, share, **more):
+        batch = build_batch(data, numbers, share, **more)
         if share:
             segments = batch.layout.segments_S4
             segments[segments[:, 3] > segments[:, 2], 2] += 1

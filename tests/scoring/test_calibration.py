@@ -61,7 +61,7 @@ def test_rewards_without_a_best_temperature_are_refused() -> None:
 def test_probabilities_add_up_and_leave_out_what_has_no_reward() -> None:
     assert probabilities([2.0, None, 0.0], 2.0) == [pytest.approx(0.7310586), None, pytest.approx(0.2689414)]
     assert sum(probabilities([900.0, -900.0, 899.0], 1.0)) == pytest.approx(1.0)
-    assert with_rewards({"a": 1}, [2.0, 0.0], False, [0.7, 0.3])["calibrated"] == [0.7, 0.3]
+    assert with_rewards({"a": 1}, [2.0, 0.0], False, probabilities=[0.7, 0.3])["calibrated"] == [0.7, 0.3]
     assert "calibrated" not in with_rewards({"a": 1}, [2.0, 0.0], False)
 
 

@@ -105,15 +105,15 @@ def test_mistakes_are_user_errors_and_a_failure_has_its_reason(
     with pytest.raises(rmcore.UserError, match="not the directory of a completed run: it is failed"):
         rmcore.FinishedRun(tmp_path / "b")
 
-    real, calls = rmcore.train.learning_rate, []
+    real, calls = rmcore.train.set_learning_rates, []
 
-    def fails(*arguments: Any) -> float:
+    def fails(*arguments: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 3:
             raise ArithmeticError("planted")
         return real(*arguments)
 
-    monkeypatch.setattr(rmcore.train, "learning_rate", fails)
+    monkeypatch.setattr(rmcore.train, "set_learning_rates", fails)
     capsys.readouterr()
     with pytest.raises(rmcore.RunError, match=r"failed at step 2, phase (.|\n)*planted") as caught:
         rmcore.fit(values(tmp_path, "c"))
@@ -130,16 +130,16 @@ def test_a_signal_saves_and_the_same_call_resumes(
     raised: type[BaseException],
 ) -> None:
     (tmp_path / "pairs.jsonl").write_bytes((by_command.dir.parent / "pairs.jsonl").read_bytes())
-    real, calls = rmcore.train.learning_rate, []
+    real, calls = rmcore.train.set_learning_rates, []
 
-    def interrupted(*arguments: Any) -> float:
+    def interrupted(*arguments: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 3:
             signal.raise_signal(number)
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rmcore.train, "learning_rate", interrupted)
+        patch.setattr(rmcore.train, "set_learning_rates", interrupted)
         with pytest.raises(raised):
             rmcore.fit(values(tmp_path, "run"))
     assert len(calls) == 3 and (tmp_path / "run" / "checkpoints" / "step-3").is_dir()

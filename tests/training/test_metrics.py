@@ -189,7 +189,8 @@ def test_mfu_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> No
         "NVIDIA H200": 989e12,
         "NVIDIA H200 NVL": 835e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
-        "NVIDIA GeForce RTX 4090": None,
+        "NVIDIA GeForce RTX 4090": 165e12,
+        "NVIDIA GeForce RTX 3060": None,
     }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)

@@ -123,7 +123,8 @@ def tiny_base(family: str, directory: Path, name: str) -> Path:
 
 
 def test_every_recipe_is_tried() -> None:
-    assert sorted(RECIPES) == sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
+    """GRM has a test of its own, test_recipe_grm.py."""
+    assert sorted([*RECIPES, "grm"]) == sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
