@@ -143,8 +143,8 @@ def summary(runs: list[dict[str, Any]], pairs: int) -> dict[str, Any]:
             spread([r["wall_s"] for r in rs]) for rs in (undisturbed(workers), one)
         )
         found["workers_cpu_s"] = spread([r["cpu_s"] for r in workers])  # of all processes together
-        rate = pairs / found["workers_cpu_s"]["median"]  # as fast as the cores allow if all of them are busy
-        found["workers_share_of_linear"] = rate / found["rmcore_pairs_per_cpu_s"]["median"]
+        linear = found["one_core_s"]["median"] / found["workers"]
+        found["workers_share_of_linear"] = linear / found["workers_s"]["median"]
     for peer in ("map", "trl"):
         if "rmcore_pairs_per_cpu_s" in found and f"{peer}_pairs_per_cpu_s" in found:
             rates = [found[f"{arm}_pairs_per_cpu_s"]["median"] for arm in ("rmcore", peer)]

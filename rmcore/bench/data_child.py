@@ -175,6 +175,8 @@ def main(settings: dict[str, Any]) -> None:
     measure = load_measure()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     work = ARMS[settings["arm"]](settings)  # imports and loading the tokenizer are not measured
+    if settings["arm"] != "workers" and hasattr(os, "sched_setaffinity"):  # threads would use a second core
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     memory, clock = Memory(), measure.Clock()
     record = work()
     lap, children = clock.lap(), resource.getrusage(resource.RUSAGE_CHILDREN)

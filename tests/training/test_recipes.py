@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rmcore.config import load_config
 from rmcore.data.synthetic import byte_tokenizer
 from tests.harness.paths import ROOT
 from tests.harness.ranks import run_ranks, train_rank
@@ -140,18 +141,20 @@ def test_a_recipe_trains_evaluates_and_exports(tmp_path: Path, name: str) -> Non
     sources = [write(schema, f"train{number}.jsonl", number) for number, schema in enumerate(schemas)]
     overrides = [f"data.train.{number}.path={path}" for number, path in enumerate(sources)]
     overrides += [f"data.train.{number}.name=null" for number in range(len(sources))]
+    config = ROOT / "configs" / "recipes" / f"{name}.yaml"
     if held_out is not None:
+        columns = load_config(str(config), []).data.train[0].columns  # of data.eval too, until it has a path of its own
         overrides += [
             f"data.eval.path={write(held_out, 'eval.jsonl', 9)}",
             "data.eval.split=train",
             "data.eval.name=null",
+            f"data.eval.columns={json.dumps(columns)}",
         ]
     else:
         overrides += ["data.eval_fraction=0.2"]
     overrides += [f"model.name={tiny_base(family, tmp_path / 'base', name)}", "data.template=simple_chat"]
     overrides += ["batch.pairs=8", "run.max_steps=3", "run.evals=1", "log.every=1", "log.tensorboard=false"]
     overrides += [f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "log.report=none"]
-    config = ROOT / "configs" / "recipes" / f"{name}.yaml"
     run_ranks(train_rank, 1, tmp_path / "ranks", [str(config), *overrides])
 
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())
