@@ -82,7 +82,7 @@ def test_a_joint_run_learns_both_tasks_and_exports_all_outputs(tmp_path: Path) -
     # Chance is 0.5 with a standard error of about 0.03; a constant output has a mean squared error of 1.
     assert status["accuracy"] > 0.62
     assert outputs["polite"]["pearson"] > 0.9 and outputs["polite"]["mse"] < 0.3
-    # The harder attribute is learned a little: a correlation of 0.17 was measured, chance has a standard error of 0.065.
+    # The harder attribute is learned a little: 0.17 was measured, and chance has a standard error of 0.065.
     assert outputs["correct"]["pearson"] > 2.0 / outputs["correct"]["count"] ** 0.5 and "mse" not in outputs["reward"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole" / "model")
     assert model.config.num_labels == 3 and model.config.id2label == {0: "reward", 1: "correct", 2: "polite"}
