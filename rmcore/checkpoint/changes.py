@@ -50,7 +50,7 @@ class Change(NamedTuple):
 def changes(before: dict[str, Any], config: Config) -> list[Change]:
     """Every key whose value differs, except `FREE` ones and new keys that the older configuration does not have.
 
-    Without data.date a run keeps the date on which it began, so the date has not changed.
+    Without data.date a run keeps the date on which it began, so the date counts as unchanged.
     """
     after = config.model_dump(mode="json")
     found = []

@@ -100,7 +100,7 @@ def stored_weights(folder: Path) -> dict[str, Stored]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / name} cannot be read: {error}") from None
     if whole := next((key for key, one in found.items() if one.dtype not in DTYPE_OF), None):
-        raise UserError(f"{folder}: {whole} holds {found[whole].dtype}, of which there is no average")
+        raise UserError(f"{folder}: {whole} holds {found[whole].dtype}, which cannot be averaged")
     return found
 
 
@@ -152,7 +152,7 @@ def _write(folders: Sequence[Path], contents: Sequence[dict[str, Stored]], targe
                 places = [folder / content[name].file for folder, content in zip(folders, contents, strict=True)]
                 for block in _mean_blocks(places, name, one.shape):
                     if not bool(torch.isfinite(block).all()):
-                        raise UserError(f"{name} holds NaN or Inf in one of the models, so there is no average")
+                        raise UserError(f"{name} holds NaN or Inf in one of the models, which cannot be averaged")
                     for chunk in chunks(block, DTYPE_OF[one.dtype]):
                         out.write(chunk)
 

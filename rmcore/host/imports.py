@@ -47,7 +47,7 @@ def imported(name: str, key: str) -> Callable[..., Any]:
 def source_hash(function: Callable[..., Any]) -> str:
     """A hash of the file that defines the function, so that what was made by another version of it is not reused.
 
-    In a notebook there is no such file: then of the function's own text. Of what is not written in Python, of its name.
+    For a function of a notebook, the hash is of its own text; for one that is not written in Python, of its name.
     """
     text = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}".encode()
     with contextlib.suppress(OSError, TypeError):

@@ -19,7 +19,7 @@ from rmcore.evaluation.comparison import Judgements, compare
 from rmcore.evaluation.metrics import aligned, shown, table
 from rmcore.host.files import write_text_atomically
 from rmcore.report.content import Report
-from rmcore.report.draw import CHOSEN, GREY, INK, PLAIN, REJECTED, new_figure, png, style, svg
+from rmcore.report.draw import CHOSEN, GREY, INK, PLAIN, REJECTED, draw_all, new_figure
 from rmcore.report.page import Table, rendered
 
 LEVEL = 0.05  # a difference with a smaller p-value is called one
@@ -205,16 +205,7 @@ PICTURES = {
 
 def write_comparison(report: ComparisonReport, path: Path | None, pictures: Path | None = None) -> None:
     """Write the page to `path`, and each picture as a PNG into the directory `pictures`. Raises OSError."""
-    drawn: dict[str, tuple[str, str]] = {}
-    with style():
-        for name, (draw, caption) in PICTURES.items():
-            figure = draw(report)
-            if figure is None:
-                continue
-            drawn[name] = (svg(figure, name), caption)
-            if pictures is not None:
-                pictures.mkdir(parents=True, exist_ok=True)
-                png(figure, pictures / f"{name}.png")
+    drawn = draw_all(PICTURES, report, pictures)
     if path is not None:
         tables = {"by_model": model_table(report), "by_source": source_table(report)}
         tables["by_pair"] = difference_table(report)

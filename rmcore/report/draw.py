@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,3 +67,20 @@ def svg(figure: Any, name: str) -> str:
 def png(figure: Any, path: Path) -> None:
     """The figure as a file, on white. Raises OSError."""
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def draw_all(
+    wanted: Mapping[str, tuple[Callable[[Any], Any], str]], report: Any, folder: Path | None
+) -> dict[str, tuple[str, str]]:
+    """{name: (SVG, caption)} of the pictures that `report` has content for; each also as a PNG in `folder`."""
+    drawn: dict[str, tuple[str, str]] = {}
+    with style():
+        for name, (draw, caption) in wanted.items():
+            figure = draw(report)
+            if figure is None:
+                continue
+            drawn[name] = (svg(figure, name), caption)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                png(figure, folder / f"{name}.png")
+    return drawn

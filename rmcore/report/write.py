@@ -15,7 +15,7 @@ from typing import Any
 from rmcore.host.files import write_text_atomically
 from rmcore.report import curves, plots
 from rmcore.report.content import Report
-from rmcore.report.draw import png, style, svg
+from rmcore.report.draw import draw_all
 from rmcore.report.page import page
 
 Draw = Callable[[Report], Any]
@@ -54,15 +54,6 @@ OF_PAIRS: dict[str, tuple[Draw, str]] = {
 
 def write_report(report: Report, path: Path | None, pictures: Path | None = None) -> None:
     """Write the page to `path`, and each picture as a PNG into the directory `pictures`. Raises OSError."""
-    drawn: dict[str, tuple[str, str]] = {}
-    with style():
-        for name, (draw, caption) in {**OF_A_RUN, **(OF_PAIRS if report.finite else {})}.items():
-            figure = draw(report)
-            if figure is None:
-                continue
-            drawn[name] = (svg(figure, name), caption)
-            if pictures is not None:
-                pictures.mkdir(parents=True, exist_ok=True)
-                png(figure, pictures / f"{name}.png")
+    drawn = draw_all({**OF_A_RUN, **(OF_PAIRS if report.finite else {})}, report, pictures)
     if path is not None:
         write_text_atomically(path, page(report, drawn))
