@@ -29,7 +29,8 @@ Name = Literal[
     "quantile_regression",
 ]
 PAIRWISE = ("centering", "label_smoothing", "log_barrier", "margin")
-BESIDES = ("sft", "length_decorrelation", "router_aux")  # keys of losses that are added to any objective
+# Keys of losses that are added to the objectives; those of the section `loss` count, for the data of all sources.
+BESIDES = ("sft", "length_decorrelation", "router_aux")
 OF_ALL = ("name", "output", "weight", *BESIDES)  # keys that every objective uses
 Counts = Literal["pairs", "lists", "answers", "cells", "targets"]
 

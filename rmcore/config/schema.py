@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
+from rmcore.config.export import ExportConfig
 from rmcore.config.layers import TAG, plain_kind
 from rmcore.config.lora import LoraConfig
 from rmcore.config.loss import BESIDES, TRAITS, LossConfig
@@ -412,6 +413,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     log: LogConfig = LogConfig()
     hub: HubConfig = HubConfig()
+    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -461,20 +463,25 @@ class Config(Section):
             raise conflict("loss.sft", "and model.lora exclude each other: this combination is untested")
         if self.parallel.context > 1 and self.model.attention == "padded":
             raise conflict("parallel.context", "needs a packed row: model.attention cannot be padded")
-        for key in ("sft", "length_decorrelation", "router_aux"):
+        for key in ("sft", "router_aux"):
             if self.parallel.context > 1 and getattr(self.loss, key):
-                raise conflict("parallel.context", f"and loss.{key} exclude each other: this combination is untested")
+                raise conflict(
+                    "parallel.context", f"and loss.{key} exclude each other: each rank sees only a part of a text"
+                )
         if self.parallel.fp8 and self.model.lora.rank is not None:
             raise conflict("parallel.fp8", "and model.lora exclude each other: this combination is untested")
         if self.parallel.context > 1 and (self.losses != (self.loss,) or len(self.model.outputs or ()) > 1):
             raise conflict("parallel.context", "and several outputs or losses exclude each other: untested")
-        for key in BESIDES:
-            if self.losses != (self.loss,) and any(getattr(loss, key) for loss in (self.loss, *self.losses)):
-                raise conflict(f"loss.{key}", "and a loss per source exclude each other: this combination is untested")
-        if self.loss.router_aux and (self.loss.attributes or self.loss.name == "listwise"):
-            raise conflict("loss.router_aux", f"and this form of loss.name={self.loss.name} exclude each other")
+        for number, source in enumerate(self.data.train):
+            for key in BESIDES:
+                if source.loss is not None and getattr(source.loss, key) not in (0, getattr(self.loss, key)):
+                    raise conflict(
+                        f"data.train.{number}.loss.{key}", "belongs into the section loss: it is one for all data"
+                    )
         if self.loss.router_aux and self.parallel.compile:
             raise conflict("loss.router_aux", "and parallel.compile exclude each other: this combination is untested")
+        if self.export.lm_head and not self.loss.sft:
+            raise conflict("export.lm_head", "needs loss.sft, which trains the language-model head")
         return self
 
     @property

@@ -91,17 +91,26 @@ class TrainedModel:
         hf_model: the model as transformers loads it; it is moved to `device`.
         tokenizer: only its padding token is used.
         device: where rewards are computed.
+        lm_head: the language-model head, for exports that hold it (`RewardModel`).
 
     Attributes:
         model: the engine's model around `hf_model`.
         share: whether texts of one prompt share it; False until `choose_path` has found a path that can.
     """
 
-    def __init__(self, config: Config, hf_model: PreTrainedModel, tokenizer: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hf_model: PreTrainedModel,
+        tokenizer: Any,
+        device: torch.device,
+        lm_head: nn.Linear | None = None,
+    ) -> None:
         self.config, self.hf_model, self.tokenizer, self.device = config, hf_model, tokenizer, device
         text, score = text_model(hf_model), cast(nn.Linear, hf_model.score)
         outputs = Outputs.stored(hf_model.config)
-        model = RewardModel(text, score, pad_token_id=int(tokenizer.pad_token_id), outputs=outputs)
+        pad = int(tokenizer.pad_token_id)
+        model = RewardModel(text, score, pad_token_id=pad, outputs=outputs, lm_head=lm_head)
         self.model = model.to(device).eval()
         self.share = False
 

@@ -15,8 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from rmcore.hf_export.parity import (
     Parity,
     Probe,
     check_export,
+    check_language_model,
     check_tokenizer,
     probe_text,
     reloaded,
@@ -42,6 +43,8 @@ from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
 from rmcore.model.classifier import architecture, brings_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
+from rmcore.model.language_head import WEIGHT as LM_HEAD
+from rmcore.model.language_head import name_in_files
 from rmcore.model.meta_model import model_on_meta, set_padding
 from rmcore.model.outputs import KEY as OUTPUTS
 from rmcore.model.outputs import Outputs
@@ -59,7 +62,8 @@ class Package:
     and their rewards, as `temperature` is (rmcore.scoring.calibration). `max_shard_size`: the largest size of one
     safetensors file, such as "5GB". `towers`: weights that were not trained (rmcore.model.classifier), by their names
     in transformers. `trust_remote_code`: whether classes of the base model's repository may run; their code is
-    then copied into the directory.
+    then copied into the directory. `lm_head`: the directory also holds the trained language-model head, which is the
+    weight LM_HEAD of the engine, or the token embedding.
     """
 
     model_class: type[PreTrainedModel]
@@ -74,6 +78,7 @@ class Package:
     max_shard_size: str = SHARD_SIZE
     towers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     trust_remote_code: bool = False
+    lm_head: bool = False
 
 
 def export_model(
@@ -86,7 +91,8 @@ def export_model(
     """Write, reload and compare the directory, and only then put it in its place; in one process.
 
     Args:
-        shapes, tensors: of `backbone.*` and `score.weight`; whole weights, one after the other.
+        shapes, tensors: of `backbone.*` and `score.weight`, and of LM_HEAD where the package states it; whole weights,
+            one after the other.
         probe: a few texts and the engine's rewards for them.
     Raises:
         UserError: `directory` holds something that is not a model, or the padding token equals EOS.
@@ -126,8 +132,16 @@ def write_model(
 def check_written(directory: Path, package: Package, probe: Probe) -> Parity:
     """Reload a directory that was written from `package` and compare it. Raises ExportError."""
     parity = check_export(reloaded(directory, package.trust_remote_code), probe, package.dtype)
+    parity = with_language_model(parity, directory, package, probe)
     check_texts(directory, package, probe.token_ids)
     return parity
+
+
+def with_language_model(parity: Parity, directory: Path, package: Package, probe: Probe) -> Parity:
+    """Check the logits, too, if the directory holds the language-model head. Raises ExportError."""
+    if not package.lm_head:
+        return parity
+    return replace(parity, language=check_language_model(directory, probe, package.dtype))
 
 
 def check_without_weights(
@@ -272,6 +286,9 @@ def _fitting(shapes: Mapping[str, tuple[int, ...]], package: Package) -> tuple[P
     prefix = text_prefix(skeleton)
     found = {re.sub(r"^backbone\.", prefix, name): shape for name, shape in shapes.items()}
     found |= {name: tuple(tensor.shape) for name, tensor in package.towers.items()}
+    if package.lm_head and (head := found.pop(LM_HEAD, None)) is not None:
+        rows = tuple(skeleton.get_input_embeddings().weight.shape)
+        _compare_shapes({LM_HEAD: head}, {LM_HEAD: rows}, "the language model")
     _compare_shapes(found, _shapes(skeleton), package.model_class.__name__)
     return config, skeleton
 
@@ -294,21 +311,28 @@ def _write_weights(
     directory: Path,
 ) -> None:
     config, skeleton = _fitting(shapes, package)
-    prefix = text_prefix(skeleton)
+    prefix, head = text_prefix(skeleton), name_in_files(config) if LM_HEAD in shapes else ""
     renamed = ((re.sub(r"^backbone\.", prefix, name), tensor) for name, tensor in tensors)
     weights = chain(renamed, package.towers.items())
     # Stored buffers keep their dtype: in bf16 the biases of a router would choose other experts.
     buffers = {name for name, _ in skeleton.named_buffers() if name in skeleton.state_dict()}
     on_disk = stored_shapes(skeleton)
     special = skeleton.is_custom_code() or hasattr(config, "quantization_config") or buffers
+
+    def in_files() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            yield from [(head, tensor)] if name == LM_HEAD else stored(skeleton, [(name, tensor)])
+
     if special or on_disk is None:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
         state = {name: tensor if name in buffers else tensor.to(package.dtype) for name, tensor in weights}
+        state |= {head: state.pop(LM_HEAD)} if head else {}
         skeleton.to(package.dtype).save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return
     config.architectures, config.dtype = [architecture(config, package.model_class)], package.dtype
     config.save_pretrained(directory)
-    write_weights(directory, on_disk, package.dtype, stored(skeleton, weights), package.max_shard_size)
+    on_disk |= {head: shapes[LM_HEAD]} if head else {}
+    write_weights(directory, on_disk, package.dtype, in_files(), package.max_shard_size)
 
 
 def _write_texts(package: Package, directory: Path) -> None:

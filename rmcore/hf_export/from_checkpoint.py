@@ -40,6 +40,7 @@ from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.model.backbone import load_model, load_model_config, position_limit
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
 from rmcore.model.language_head import WEIGHT as LM_HEAD
+from rmcore.model.language_head import empty_head
 from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged, store_base
 from rmcore.model.meta_model import model_on_meta
@@ -103,6 +104,7 @@ def export(
         max_shard_size=max_shard_size,
         towers=towers(trained.hf_model),
         trust_remote_code=config.model.trust_remote_code,
+        lm_head=config.export.lm_head,
     )
     state = merged(trained.model.state_dict(), loaded.adapted)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -184,7 +186,8 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     if adapted:
         Start(checkpoint, manifest).check_base(frozen_fingerprint(text_model(hf_model)))
         store_base(text_model(hf_model), lora)
-    trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
+    head = empty_head(hf_model) if config.export.lm_head else None
+    trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"), head)
     read_weights(trained.model, checkpoint, manifest, config.run.weights)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)
     trained.choose_path(trial)
@@ -221,7 +224,8 @@ def probe(loaded: Loaded) -> Probe:
     """The texts of the check and the engine's rewards for them, in the arithmetic of the training."""
     trained = loaded.trained
     with trained.autocast():
-        return probe_of(trained.model, loaded.trial, trained.device, trained.share, trained.dtype)
+        logits = trained.config.export.lm_head
+        return probe_of(trained.model, loaded.trial, trained.device, trained.share, trained.dtype, logits=logits)
 
 
 def held_out_rewards(loaded: Loaded, option: str) -> tuple[TokenizedComparisons, np.ndarray]:

@@ -4,6 +4,8 @@ Input: the reloaded model, a few texts as token ids, and the engine's rewards fo
 Output: the largest difference of the rewards, or an `ExportError`. Plain transformers computes the reloaded rewards; of
 a model that it has no class for, it computes all but the score head (rmcore.model.classifier).
 Example: rewards [0.3127, -1.0442] and [0.3127, -1.0442]: `Parity(difference=1.2e-07, allowed=1e-05)`.
+
+An export that also holds the language-model head must give the engine's logits, too, as AutoModelForCausalLM loads it.
 """
 
 import inspect
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -27,6 +30,8 @@ from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.host.command import ExplainedError
 from rmcore.model.classifier import brings_code, classifier_class, is_made
+from rmcore.model.found_weights import SCORE
+from rmcore.model.meta_model import other_heads
 from rmcore.model.rounding import UNIT_ROUNDOFF, allowed_difference
 
 
@@ -40,12 +45,14 @@ class Probe:
 
     A model of K outputs has K rewards for each text, one after the other.
 
-    `precision`: the arithmetic in which the engine computed these rewards.
+    `precision`: the arithmetic in which the engine computed these rewards. `logits_AV`: of the token behind each text,
+    for an export that holds the language-model head.
     """
 
     token_ids: Sequence[Sequence[int]]
     rewards: Sequence[float]
     precision: torch.dtype = torch.float32
+    logits_AV: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,14 @@ class Parity:
     """The largest difference between the reloaded model's rewards and the engine's, and the largest allowed one.
 
     `left`: why texts must not be padded on the left. `made`: a class that transformers does not have. Most models have
-    neither.
+    neither. `language`: a sentence about the logits, where the export holds the language-model head.
     """
 
     difference: float
     allowed: float
     left: str = ""
     made: str = ""
+    language: str = ""
 
     @property
     def notes(self) -> list[str]:
@@ -67,13 +75,14 @@ class Parity:
         return [
             *([f"note: pad this model's texts on the right, never on the left: {self.left}"] if self.left else []),
             *([f"note: transformers has no class {self.made}: the model loads in rmcore"] if self.made else []),
+            *([self.language] if self.language else []),
         ]
 
 
 def reloaded(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The directory as plain transformers loads it, in fp32; where that has no class, as rmcore does.
 
-    Raises ExportError: weights are missing, unexpected or of another shape.
+    A language-model head is not read. Raises ExportError: weights are missing, unexpected or of another shape.
     """
     loader: Any = AutoModelForSequenceClassification
     given: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
@@ -83,10 +92,51 @@ def reloaded(directory: Path, trust_remote_code: bool = False) -> PreTrainedMode
     elif is_made(kind := classifier_class(hf_config)):
         loader = kind
     model, info = loader.from_pretrained(directory, **given)
+    if info["unexpected_keys"]:
+        info["unexpected_keys"] = set(info["unexpected_keys"]) - other_heads(model)
+    _refuse_faults(info, directory)
+    return model
+
+
+def _refuse_faults(info: dict[str, Any], directory: Path) -> None:
     faults = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(faults.values()):
         raise ExportError(f"transformers does not find the weights that it expects in {directory}: {faults}")
-    return model
+
+
+@torch.no_grad()
+def check_language_model(directory: Path, probe: Probe, written: torch.dtype) -> str:
+    """Compare the logits of the token behind each text, as AutoModelForCausalLM computes them; returns a sentence.
+
+    Raises ExportError: AutoModelForCausalLM cannot load the directory, or gives other logits than the engine.
+    """
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, info = loader.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # a class that AutoModelForCausalLM does not know, or a config that it cannot read
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(f"export.lm_head: AutoModelForCausalLM cannot load the export: {reason}") from error
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - {SCORE}
+    _refuse_faults(info, directory)
+    model.eval()
+    scales = [0.0]
+
+    def measure(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:  # as in `check_export`
+        hidden, weight_VD = args[0][0, -1].double(), cast(torch.Tensor, head.weight)
+        scales.append(float(hidden.norm() * weight_VD.norm(dim=1).max()) / hidden.numel() ** 0.5)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(measure)
+    texts = [torch.tensor([list(ids)]) for ids in probe.token_ids]
+    alone = torch.stack([model(input_ids=text, use_cache=False).logits[0, -1].double() for text in texts])
+    hook.remove()
+    precision = max(written, probe.precision, key=UNIT_ROUNDOFF.__getitem__)
+    allowed = allowed_difference(precision, depth(model), max(scales), alone)
+    engine = cast(torch.Tensor, probe.logits_AV).double()
+    difference = _compare("reloaded", alone, "the engine's", engine, allowed, "logits")
+    return (
+        f"the language-model head is in it: logits reloaded by AutoModelForCausalLM differ by {difference:.1e} "
+        f"(allowed {allowed:.1e})"
+    )
 
 
 @torch.no_grad()
@@ -154,13 +204,15 @@ def _padded(model: PreTrainedModel, token_ids: Sequence[Sequence[int]], side: st
     return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits.double().cpu()
 
 
-def _compare(what: str, found: torch.Tensor, other: str, expected: torch.Tensor, allowed: float) -> float:
+def _compare(
+    what: str, found: torch.Tensor, other: str, expected: torch.Tensor, allowed: float, values: str = "rewards"
+) -> float:
     difference = (found - expected).abs().reshape(-1)
     worst = int(difference.nan_to_num(torch.inf).argmax())
     if not bool(difference[worst] <= allowed):
-        numbers = [float(values.reshape(-1)[worst]) for values in (found, expected)]
+        numbers = [float(numbers.reshape(-1)[worst]) for numbers in (found, expected)]
         raise ExportError(
-            f"the exported model's rewards are wrong: text {worst // found.shape[1]} has {numbers[0]:.6g} {what} and "
+            f"the exported model's {values} are wrong: text {worst // found.shape[1]} has {numbers[0]:.6g} {what} and "
             f"{numbers[1]:.6g} {other}; the allowed difference is {allowed:.2g}"
         )
     return float(difference[worst])

@@ -27,10 +27,13 @@ def probe_of(
     share: bool,
     precision: torch.dtype,
     multiple: int = 1,
+    *,
+    logits: bool = False,
 ) -> Probe:
     """The texts of the longest comparison of `data` and of a few others, with the outputs of `model`.
 
     multiple: ranks that compute a row together; the texts are then cut to what one rank computes with ease.
+    logits: of the language-model head, too.
     """
     numbers = trial_comparisons(data.tokens_N)
     comparisons = data if multiple == 1 else Shortened(data, BEYOND_LONGEST)
@@ -38,9 +41,10 @@ def probe_of(
     batch = build_batch(comparisons, numbers, share, multiple=multiple).on(device)
     was_training = model.training
     model.eval()
-    outputs_AK = model(batch).outputs_AK
+    output = model(batch, logits=True) if logits else model(batch)
     model.train(was_training)
-    return Probe(texts, outputs_AK.flatten().tolist(), precision)
+    logits_AV = output.logits_AV.cpu() if logits else None
+    return Probe(texts, output.outputs_AK.flatten().tolist(), precision, logits_AV)
 
 
 def probe_texts(data: TokenizedComparisons) -> list[list[int]]:

@@ -38,6 +38,7 @@ from rmcore.model.backbone import (
     unreadable,
 )
 from rmcore.model.classifier import brings_code, new_classifier, text_model, towers
+from rmcore.model.language_head import empty_head, language_head
 from rmcore.model.lora import add_lora, merged, store_base, visible_changes
 from rmcore.model.meta_model import grow, model_on_meta
 from rmcore.model.outputs import Outputs
@@ -118,8 +119,11 @@ def _rehearsed(
         config_yaml=config.dump_yaml(),
         towers=towers(skeleton),
         trust_remote_code=config.model.trust_remote_code,
+        lm_head=config.export.lm_head,
     )
     count = sum(p.numel() for p in skeleton.parameters())
+    # The run would refuse a model whose logits are more than a product with its head.
+    head = empty_head(skeleton, "meta") if config.loss.sft else None
     adapted = add_lora(text_model(skeleton), lora, seed) if lora.rank else []
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     sizes = Sizes(count, trained, count * dtype.itemsize)
@@ -129,7 +133,11 @@ def _rehearsed(
         if not sizes.small:
             outputs = Outputs.stored(skeleton.config)
             engine = RewardModel(
-                text_model(skeleton), cast(nn.Linear, skeleton.score), pad_token_id=pad, outputs=outputs
+                text_model(skeleton),
+                cast(nn.Linear, skeleton.score),
+                pad_token_id=pad,
+                outputs=outputs,
+                lm_head=head if config.export.lm_head else None,
             )
             with refused():
                 check_without_weights(_shapes(merged(engine.state_dict(), adapted)), package, place, probe_texts(data))
@@ -141,11 +149,13 @@ def _rehearsed(
         if lora.rank:
             adapted = add_lora(text_model(hf_model), lora, seed)
             store_base(text_model(hf_model), lora)
-        whole = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"))
+        head = language_head(random, hf_model, seed) if config.export.lm_head else None
+        whole = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"), head)
         whole.choose_path(data)
         with refused(), visible_changes(lambda: dict(whole.model.named_parameters()), adapted):
             with whole.autocast():
-                probe = probe_of(whole.model, data, whole.device, whole.share, whole.dtype)
+                logits = config.export.lm_head
+                probe = probe_of(whole.model, data, whole.device, whole.share, whole.dtype, logits=logits)
             state = merged(whole.model.state_dict(), adapted)
             parity = check_written(write_model(_shapes(state), state.items(), package, place), package, probe)
     return sizes, passed(parity, began)

@@ -11,9 +11,10 @@ computes each block again (as Wijmans et al., arXiv 2411.09009, in plain PyTorch
 product over all M rows, so nothing is added up in half precision.
 """
 
+import copy
 import inspect
 import re
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -23,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.model.classifier import decoder_class
+from rmcore.model.conversion import stored
 from rmcore.model.meta_model import OLD_GPT_NEOX_HEAD, parameters_on_meta
 from rmcore.model.safetensors_weights import weight_files
 
@@ -38,8 +40,26 @@ def language_head(config: ModelConfig, hf_model: PreTrainedModel, seed: int) -> 
     Raises:
         UserError: the model's logits are more than a product with the head, or its files do not hold one.
     """
-    with parameters_on_meta():
-        causal = decoder_class(type(hf_model.config))._from_config(hf_model.config)
+    kept, name = empty_head(hf_model), _causal(hf_model.config).name
+    if kept is None:
+        return None
+    with torch.no_grad():
+        if config.init == "random":
+            deviation = getattr(hf_model.config.get_text_config(), "initializer_range", 0.02)
+            kept.weight.normal_(0.0, deviation, generator=torch.Generator().manual_seed(seed + 2))
+        else:
+            rows = _stored(config, (name, OLD_GPT_NEOX_HEAD, WEIGHT))
+            kept.weight.zero_()
+            kept.weight[: len(rows)] = rows[: len(kept.weight)]
+    return kept
+
+
+def empty_head(hf_model: PreTrainedModel, device: str = "cpu") -> nn.Linear | None:
+    """A head of the right shape without values, in fp32; None if the token embedding is the head.
+
+    Raises UserError if the model's logits are more than a product with the head.
+    """
+    causal, _ = _causal(hf_model.config)
     head, embedding = causal.get_output_embeddings(), cast(nn.Embedding, hf_model.get_input_embeddings()).weight
     if not _is_plain(causal, head):
         raise UserError(
@@ -48,17 +68,28 @@ def language_head(config: ModelConfig, hf_model: PreTrainedModel, seed: int) -> 
         )
     if head.weight is causal.get_input_embeddings().weight or is_tied(hf_model.config):
         return None
-    kept = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        if config.init == "random":
-            deviation = getattr(hf_model.config.get_text_config(), "initializer_range", 0.02)
-            kept.weight.normal_(0.0, deviation, generator=torch.Generator().manual_seed(seed + 2))
-        else:
-            name = next(name for name, p in causal.named_parameters() if p is head.weight)
-            stored = _stored(config, (name, OLD_GPT_NEOX_HEAD, WEIGHT))
-            kept.weight.zero_()
-            kept.weight[: len(stored)] = stored[: len(embedding)]
-    return kept
+    return nn.Linear(embedding.shape[1], embedding.shape[0], bias=False, device="meta").to_empty(device=device)
+
+
+def name_in_files(hf_config: PretrainedConfig) -> str:
+    """The name of the head's weight in the files that AutoModelForCausalLM reads."""
+    causal, name = _causal(hf_config)
+    [(stored_name, _)] = stored(causal, [(name, causal.get_output_embeddings().weight)])
+    return stored_name
+
+
+class _Causal(NamedTuple):
+    """The language model, with its parameters on meta, and the name of its head's weight."""
+
+    model: PreTrainedModel
+    name: str
+
+
+def _causal(hf_config: PretrainedConfig) -> _Causal:
+    with parameters_on_meta():
+        causal = decoder_class(type(hf_config))._from_config(copy.deepcopy(hf_config))
+    head = getattr(causal.get_output_embeddings(), "weight", None)
+    return _Causal(causal, next((name for name, p in causal.named_parameters() if p is head), WEIGHT))
 
 
 def is_tied(hf_config: PretrainedConfig) -> bool:

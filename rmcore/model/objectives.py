@@ -113,6 +113,11 @@ class Objective(NamedTuple):
             return known.new_zeros(len(known) + 1).scatter_reduce(0, data.list_A, known, "amax").sum()
         return data.weight_P.sum(dtype=torch.float64) + data.tie_weight_Q.sum(dtype=torch.float64)
 
+    @property
+    def shares_balance(self) -> bool:
+        """Whether a text counts for loss.router_aux as its comparison counts in the loss (`counted_A`)."""
+        return TRAITS[self.name].counts in ("pairs", "lists", "answers") and not self.attributes
+
     def counted_A(self, data: RaggedBatch) -> Tensor:
         """`counted`, split over the answers: a pair counts half for each of its answers, a list in equal parts for all
         of its answers. fp32 [A].
@@ -153,7 +158,8 @@ class Joint:
     """Several objectives, each for the comparisons of its own sources. Sums and counts are vectors, one entry each."""
 
     objectives: tuple[Objective, ...]
-    router_aux = 0.0  # the configuration refuses it for several objectives
+    router_aux: float = 0.0
+    shares_balance = False
 
     @property
     def fused(self) -> bool:
@@ -172,8 +178,11 @@ class Joint:
 
 def objective_of(config: Config, outputs: Outputs = ONE) -> Objective | Joint:
     """The objective of a run, or its several ones. Raises UserError for outputs that the model does not have."""
-    every = tuple(Objective.of(loss, outputs, config.attributes) for loss in config.losses)
-    return every[0] if len(every) == 1 else Joint(every)
+    every = tuple(
+        Objective.of(loss, outputs, config.attributes)._replace(router_aux=config.loss.router_aux)
+        for loss in config.losses
+    )
+    return every[0] if len(every) == 1 else Joint(every, config.loss.router_aux)
 
 
 def bradley_terry(rewards_A: Tensor, data: Judged, objective: Objective) -> Tensor:

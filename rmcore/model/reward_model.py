@@ -41,7 +41,8 @@ PATHS = (SHARED, PACKED, PADDED)
 class Output(NamedTuple):
     """What a forward returns; see the docstring of this file. `outputs_AK`: every output of the score head.
 
-    With several objectives, `loss_sum` and `counted` have one entry for each.
+    With several objectives, `loss_sum` and `counted` have one entry for each. `logits_AV`: see `forward`.
+    `balance_sum`: with loss.router_aux, where `loss_sum` does not hold it, the sum of the balances of all texts.
     """
 
     loss_sum: Tensor
@@ -49,6 +50,8 @@ class Output(NamedTuple):
     counted: Tensor
     outputs_AK: Tensor
     language_sum: Tensor | None = None
+    logits_AV: Tensor | None = None
+    balance_sum: Tensor | None = None
 
     def share(self, world_size: int, step_counts: Sequence[float]) -> Tensor:
         """This micro batch's part of the step's loss: each objective's sum, divided by what the whole step counts.
@@ -142,7 +145,8 @@ class RewardModel(nn.Module):
         ]
         return [way for way in ways if self.context is None or not (way["path"] == PADDED or way["masked"])]
 
-    def forward(self, batch: RaggedBatch) -> Output:
+    def forward(self, batch: RaggedBatch, *, logits: bool = False) -> Output:
+        """`logits`: return those of the token behind each answer, in fp32, by the language-model head."""
         if self.context is not None:
             return self._split(batch, self.context)
         batch, long_T = self.long_rope.separated(batch)
@@ -161,12 +165,17 @@ class RewardModel(nn.Module):
             outputs_AK = head_outputs(hidden_TD, self.score.weight, scored_A)
             rewards_A = self.outputs.reward(outputs_AK)
             loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
-        if routed and isinstance(self.objective, Objective):
+        balance_sum = None
+        if routed:
             text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
             unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
-            loss_sum = loss_sum + self.objective.router_aux * (self.objective.counted_A(batch) * unevenness_A).sum()
+            if isinstance(self.objective, Objective) and self.objective.shares_balance:
+                loss_sum = loss_sum + self.objective.router_aux * (self.objective.counted_A(batch) * unevenness_A).sum()
+            else:
+                balance_sum = unevenness_A.sum()
         counted, language_sum = self.objective.counted(batch), self._language_sum(hidden_TD, batch)
-        return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum)
+        logits_AV = (hidden_TD[scored_A] @ self._language_weight.T).float() if logits else None
+        return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum, logits_AV, balance_sum)
 
     def _one_output(self, hidden_TD: Tensor, scored_A: Tensor, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(summed loss, rewards [A], outputs [A, 1]) of a head whose only output is the reward."""
@@ -191,8 +200,12 @@ class RewardModel(nn.Module):
     def _language_sum(self, hidden_TD: Tensor, batch: RaggedBatch) -> Tensor | None:
         if not self.sft or batch.language_row_M is None or batch.language_token_M is None:
             return None
-        head = self.lm_head or cast(nn.Embedding, self.backbone.get_input_embeddings())
-        return language_loss(hidden_TD[batch.language_row_M], head.weight, batch.language_token_M)
+        return language_loss(hidden_TD[batch.language_row_M], self._language_weight, batch.language_token_M)
+
+    @property
+    def _language_weight(self) -> Tensor:
+        """[V, D]: the language-model head."""
+        return (self.lm_head or cast(nn.Embedding, self.backbone.get_input_embeddings())).weight
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""

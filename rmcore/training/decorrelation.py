@@ -46,6 +46,7 @@ class Decorrelation:
                 [torch.ones_like(r_A).sum(), r_A.sum(), l_A.sum(), (r_A**2).sum(), (l_A**2).sum(), (r_A * l_A).sum()]
             )
         all_reduce_sum(self._world, self._sums)
+        self._sums /= self._world.context  # all ranks that compute a row together have added its answers
         return iter(batches)
 
     def loss(self, output: Output, batch: RaggedBatch) -> Tensor:

@@ -19,7 +19,14 @@ from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.evaluation.evaluate import Evaluations
 from rmcore.hf_export.card import model_card
-from rmcore.hf_export.directory import Package, check_texts, set_aside, take_place, write_model
+from rmcore.hf_export.directory import (
+    Package,
+    check_texts,
+    set_aside,
+    take_place,
+    with_language_model,
+    write_model,
+)
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, reloaded
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
@@ -107,6 +114,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
         config_yaml=config.dump_yaml(),
         towers=run.towers,
         trust_remote_code=config.model.trust_remote_code,
+        lm_head=config.export.lm_head,
     )
 
 
@@ -117,8 +125,8 @@ def export_dtype(config: Config) -> torch.dtype:
 
 def written(run: Run, package: Package, directory: Path) -> Path | None:
     """Write the files on rank 0, with the weights that all ranks gather; a collective. Returns their directory."""
-    shapes, whole = exported_shapes(run.strategy), run.strategy.whole_tensors()
-    tensors = ((name, tensor) for name, tensor in whole if name != LM_HEAD)
+    shapes, whole = exported_shapes(run), run.strategy.whole_tensors()
+    tensors = ((name, tensor) for name, tensor in whole if name in shapes)
     try:
         if not run.world.is_main:
             return None
@@ -131,9 +139,10 @@ def written(run: Run, package: Package, directory: Path) -> Path | None:
             pass
 
 
-def exported_shapes(strategy: Strategy) -> dict[str, tuple[int, ...]]:
-    """The shape of every whole weight that an export holds: all but the language-model head, which loss.sft trains."""
-    return {name: shape for name, shape in strategy.shapes().items() if name != LM_HEAD}
+def exported_shapes(run: Run) -> dict[str, tuple[int, ...]]:
+    """The shape of every whole weight that an export holds; of the language-model head only with export.lm_head."""
+    left_out = () if run.config.export.lm_head else (LM_HEAD,)
+    return {name: shape for name, shape in run.strategy.shapes().items() if name not in left_out}
 
 
 def _too_large(strategy: Strategy) -> bool:
@@ -150,6 +159,8 @@ def checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: boo
         model = _on_device(reloaded(place, package.trust_remote_code), run.world.device)
         with _all_cores() if model.num_parameters() > WORTH_ALL_CORES else nullcontext():
             parity = check_export(model, probe, package.dtype)
+            del model
+            parity = with_language_model(parity, place, package, probe)
     else:
         return None
     check_texts(place, package, probe.token_ids)
@@ -185,7 +196,15 @@ def make_probe(run: Run) -> Probe:
     precision = torch.float8_e4m3fn if run.config.parallel.fp8 else precision
     with run.strategy.autocast():
         data, world = run.data.eval or run.data.train, run.world
-        return probe_of(run.strategy.model, data, world.device, run.share, precision, world.context)
+        return probe_of(
+            run.strategy.model,
+            data,
+            world.device,
+            run.share,
+            precision,
+            world.context,
+            logits=run.config.export.lm_head,
+        )
 
 
 def exported_shards(directory: Path, config: Config, world: World) -> PreTrainedModel:

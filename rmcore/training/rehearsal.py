@@ -63,7 +63,7 @@ def rehearse(run: Run, sizes: Sizes) -> str:
             shutil.rmtree(left, ignore_errors=True)
     package = together(lambda: package_of(run, None))
     if not broadcast_json(world, sizes.small):
-        shapes = merged_shapes(exported_shapes(run.strategy), run.adapted)
+        shapes = merged_shapes(exported_shapes(run), run.adapted)
         texts = probe_texts(run.data.eval or run.data.train)
         together(lambda: check_without_weights(shapes, package, directory, texts) if world.is_main else None)
         return passed(None, began)

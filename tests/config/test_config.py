@@ -127,6 +127,7 @@ hub.push | true | false | false
 hub.repo | text | null | null
 hub.revision | text | null | null
 hub.private | true | false | true
+export.lm_head | true | false | false
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import rmcore
 from rmcore.config import UserError, load_config
 from rmcore.config.schema import ModelConfig
 from rmcore.data.batches.answers import chosen_tokens_N
@@ -20,6 +22,8 @@ from rmcore.data.batches.step_plan import Plan
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
 from rmcore.hf_export.from_checkpoint import export
+from rmcore.hf_export.parity import ExportError
+from rmcore.hf_export.weights import write_weights
 from rmcore.model.language_head import language_head, language_loss
 from rmcore.model.reward_model import PATHS, SHARED, RewardModel
 from tests.harness.configs import NEEDED, mistakes
@@ -214,6 +218,52 @@ def test_the_loss_falls_and_the_head_is_trained_and_not_exported(folder: Path, a
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_an_export_with_the_head_gives_the_logits_of_the_trained_language_model(folder: Path, alone: Outcome) -> None:
+    """The language model that is made of the checkpoint's weights by hand; the reward model stays what it was."""
+    lines = export(str(alone.directory), str(folder / "with-head"), ["export.lm_head=true"])
+    assert any("logits reloaded by AutoModelForCausalLM differ by" in line for line in lines)
+    found, info = AutoModelForCausalLM.from_pretrained(folder / "with-head", output_loading_info=True)
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) == {"score.weight"}
+    expected = by_hand(alone, folder / "base")
+    ids = torch.randint(20, 200, (2, 31), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+    ours, theirs = (
+        AutoModelForSequenceClassification.from_pretrained(place)(input_ids=ids).logits
+        for place in (folder / "with-head", alone.directory / "model")
+    )
+    assert torch.equal(ours, theirs)
+    model, tokenizer = rmcore.load(str(folder / "with-head")), byte_tokenizer()
+    texts = [tokenizer.decode(row) for row in ids]
+    assert model.score_texts(texts) == rmcore.load(str(alone.directory / "model")).score_texts(texts)
+
+
+def by_hand(outcome: Outcome, base: Path) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    weights = stored_weights(outcome.directory / "checkpoints" / "step-8")
+    for name, parameter in model.named_parameters():
+        ours = name if name == "lm_head.weight" else f"backbone.{name.split('.', 1)[1]}"
+        parameter.data = torch.from_numpy(weights[ours]).reshape(parameter.shape)
+    return model
+
+
+def test_a_wrong_head_is_refused(folder: Path, alone: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are moved by one while it is written."""
+
+    def moved(directory: Path, shapes: Any, dtype: Any, tensors: Any, size: str) -> None:
+        both = ((n, t.roll(1, 0) if n == "lm_head.weight" else t) for n, t in tensors)
+        write_weights(directory, shapes, dtype, both, size)
+
+    monkeypatch.setattr("rmcore.hf_export.directory.write_weights", moved)
+    with pytest.raises(ExportError, match="the exported model's logits are wrong: text 0 has"):
+        export(str(alone.directory), str(folder / "wrong"), ["export.lm_head=true"])
+    assert not (folder / "wrong").exists()
+
+
+def test_the_head_is_refused_without_its_loss(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, None, [*NEEDED, "export.lm_head=true"])
+    assert line.endswith("export.lm_head needs loss.sft, which trains the language-model head")
+
+
 def test_the_first_loss_is_that_of_the_language_model(folder: Path, alone: Outcome) -> None:
     """A run of one step with every row, by transformers."""
     more = ["batch.pairs=48", "run.max_steps=1", "batch.tokens=2000"]
@@ -248,13 +298,18 @@ def test_the_first_loss_is_that_of_the_language_model(folder: Path, alone: Outco
 def test_every_world_size_cut_and_strategy_trains_the_same(
     folder: Path, alone: Outcome, strategy: str, size: int
 ) -> None:
-    ours = run(folder / f"{strategy}-{size}", given(folder, f"parallel.strategy={strategy}", "batch.tokens=400"), size)
+    more = [f"parallel.strategy={strategy}", "batch.tokens=400", "export.lm_head=true"]
+    ours = run(folder / f"{strategy}-{size}", given(folder, *more), size, publish=True)
     assert ours.codes == [0] * size, ours.text
     for key in ("train/rm/loss", "train/rm/sft_loss", "grad_norm"):
         found, expected = ([line[key] for line in metrics(one)] for one in (ours, alone))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=key)
     found, expected = (stored_weights(one.directory / "checkpoints" / "step-8") for one in (ours, alone))
     assert max(np.abs(found[name] - expected[name]).max() for name in expected) < ROUNDING
+    assert "logits reloaded by AutoModelForCausalLM differ by" in ours.text
+    with safe_open(ours.directory / "model" / "model.safetensors", "np") as file:
+        head = file.get_tensor("lm_head.weight")
+    assert np.array_equal(head.reshape(-1), found["lm_head.weight"])
 
 
 @pytest.mark.slow

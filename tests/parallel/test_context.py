@@ -233,6 +233,15 @@ def test_every_strategy_takes_the_steps_of_one_rank(
 @needs_shared
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_decorrelation_takes_the_steps_of_one_rank(tmp_path: Path) -> None:
+    key = "loss.length_decorrelation=0.5"
+    alone = walk(tmp_path / "alone", 1, key, steps=5)
+    assert_same(walk(tmp_path / "groups", 4, key, "parallel.context=2", "parallel.strategy=zero2", steps=5), alone)
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_run_resumes_on_other_groups(tmp_path: Path) -> None:
     """Four steps on one rank, three on two ranks that share each row, three on four ranks in two groups."""
     constant = ["optim.schedule=constant", "run.save_every=1", "run.evals=0"]

@@ -71,6 +71,18 @@ def test_every_world_size_and_strategy_takes_the_same_steps(tmp_path, size: int,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size, strategy", [(2, "zero2"), (3, "zero3"), (2, "ddp")])
+def test_regularisers_take_the_same_steps_at_every_world_size(tmp_path: Path, size: int, strategy: str) -> None:
+    keys = ["run.max_steps=6", "run.evals=0", "data.eval_fraction=0", "loss.sft=0.2", "loss.length_decorrelation=0.5"]
+    one = walk(tmp_path, "one", 1, *keys)
+    other = walk(tmp_path, "other", size, *keys, f"parallel.strategy={strategy}")
+    for key in (*KEYS, "train/rm/sft_loss", "train/rm/length_correlation"):
+        a, b = ([line[key] for line in lines if key in line] for lines in (one, other))
+        assert len(a) == 6, key
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.slow
 def test_a_joint_run_learns_both_tasks_and_exports_all_outputs(tmp_path: Path) -> None:
     longer = ["optim.lr=2e-3", "optim.warmup_steps=8", "batch.pairs=32", "batch.tokens=4000", "run.epochs=6"]
     overrides = settings(tmp_path, "whole", *longer, "run.save_every=10", rows=1500)

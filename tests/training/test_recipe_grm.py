@@ -48,6 +48,7 @@ def test_the_recipe_trains_evaluates_and_exports(tmp_path: Path) -> None:
             *(str(RECIPE), f"model.name={tmp_path / 'base'}", f"data.train.path={tmp_path / 'train.jsonl'}"),
             *("data.eval_fraction=0.2", "batch.pairs=8", "run.evals=1", f"run.dir={tmp_path / 'run'}"),
             *("log.every=1", "log.tensorboard=false", "log.report=none", "parallel.precision=fp32"),
+            "export.lm_head=true",
         ],
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -55,4 +56,7 @@ def test_the_recipe_trains_evaluates_and_exports(tmp_path: Path) -> None:
     assert len(losses) >= 2 and all(4.0 < loss < 6.5 for loss in losses), "about log 264 = 5.58"
     with safe_open(tmp_path / "run" / "model" / "model.safetensors", "pt") as file:
         names = set(file.keys())
-    assert "score.weight" in names and not any("lm_head" in name for name in names)
+    assert "score.weight" in names and not any("lm_head" in name for name in names), "the embedding is the head"
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) == {"score.weight"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -30,7 +30,8 @@ class Step:
     `index` counts from 0 over the run. `episode` is the number of pairs seen when this step is done. `global_weight` is
     the sum of the weights of all its pairs, over all ranks: the summed loss is divided by it. With several objectives
     it is what the first one counts, and `more_weights` what the others count; each divides its own sum.
-    `language_tokens` counts the tokens of its chosen answers with loss.sft, in the same way.
+    `language_tokens` counts the tokens of its chosen answers with loss.sft, in the same way, and `answers` its answers
+    with loss.router_aux.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Step:
     ranks: tuple[tuple[np.ndarray, ...], ...]
     language_tokens: float = 0.0
     more_weights: tuple[float, ...] = ()
+    answers: float = 0.0
 
     @property
     def counts(self) -> tuple[float, ...]:
@@ -101,6 +103,7 @@ class Plan:
         pairs_per_step: global batch. A comparison is never cut; it belongs to the step of its first pair.
         token_budget: most tokens in a micro batch.
         language_N: tokens of the chosen answers of each comparison, with loss.sft.
+        answers_N: answers of each comparison, with loss.router_aux.
     Raises:
         ValueError: no comparisons, or a comparison longer than the budget.
     """
@@ -120,6 +123,7 @@ class Plan:
         shuffle: bool = True,
         max_steps: int | None = None,
         language_N: np.ndarray | None = None,
+        answers_N: np.ndarray | None = None,
         more_weights: Sequence[np.ndarray] = (),
     ) -> None:
         if len(tokens_N) == 0:
@@ -129,7 +133,7 @@ class Plan:
         self.tokens_N, self.cost_N, self.pairs_N, self.weight_N = tokens_N, cost_N, pairs_N, weight_N
         self.more_weights = tuple(more_weights)
         self.pairs_per_step, self.token_budget, self.world_size = pairs_per_step, token_budget, world_size
-        self.language_N = language_N
+        self.language_N, self.answers_N = language_N, answers_N
         self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
         self.pairs_per_epoch = int(pairs_N.sum())
         self._uniform = bool((pairs_N == pairs_N[0]).all())
@@ -169,6 +173,7 @@ class Plan:
             shuffle=config.data.shuffle,
             max_steps=config.run.max_steps,
             language_N=language_N,
+            answers_N=np.diff(data.answer_offset) if config.loss.router_aux else None,
         )
 
     def steps_from(self, position: int) -> Iterator[Step]:
@@ -192,6 +197,7 @@ class Plan:
             more_weights=tuple(float(weight_N[chosen].sum(dtype=np.float64)) for weight_N in self.more_weights),
             ranks=cut(chosen, self.tokens_N[chosen], self.cost_N[chosen], self.token_budget, self.world_size),
             language_tokens=0.0 if self.language_N is None else float(self.language_N[chosen].sum()),
+            answers=0.0 if self.answers_N is None else float(self.answers_N[chosen].sum()),
         )
 
     def order(self, epoch: int) -> np.ndarray:
