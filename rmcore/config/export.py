@@ -13,5 +13,5 @@ class ExportConfig(Section):
 
     lm_head: bool = Field(
         False,
-        description="with loss.sft: the trained language-model head, too; AutoModelForCausalLM then loads the directory",
+        description="with loss.sft: the trained language-model head; AutoModelForCausalLM then loads it, too",
     )

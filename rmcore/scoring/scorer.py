@@ -41,6 +41,13 @@ class Text(NamedTuple):
     prompt: str
 
 
+class Valued(NamedTuple):
+    """The reward of a text, and all outputs of the score head; of a model with one output, that is the reward."""
+
+    reward: float
+    outputs: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Scored:
     """The rewards of a row's texts (None: too long, or NaN), and whether the row's form has only one text, or two.
@@ -154,37 +161,53 @@ class Scorer:
         prompts = [one.prompt or f"row {number}" for number, one in enumerate(rendered)]
         return [[Text(next(ids), prompt) for _ in one.texts] for one, prompt in zip(rendered, prompts, strict=True)]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the score head's outputs."""
+        return self._trained.model.outputs.names
+
     def score(self, texts: Sequence[Text], deadline: float = math.inf) -> list[float | None]:
         """The reward of each text in order; None if it does not fit, or if the reward is NaN or Inf.
 
         Raises TimeoutError between two micro batches after `deadline`, by time.monotonic().
         """
+        return [None if one is None else one.reward for one in self.values(texts, deadline)]
+
+    def values(self, texts: Sequence[Text], deadline: float = math.inf) -> list[Valued | None]:
+        """As `score`, with all outputs of the score head. A normalisation changes only the reward.
+
+        Raises TimeoutError between two micro batches after `deadline`, by time.monotonic().
+        """
         fitting = [text for text in texts if self.fits(text.ids)]
         groups = grouped(fitting, self.token_budget, share=self._trained.share)
-        reward_of: dict[bytes, float] = {}
+        values_of: dict[bytes, list[float]] = {}
         if groups:
-            rewards = self._packed_rewards(pack([[text.ids for text in group] for group in groups]), deadline).tolist()
+            values = self._packed_values(pack([[text.ids for text in group] for group in groups]), deadline).tolist()
             ordered = [text for group in groups for text in group]
-            reward_of = {text.ids.tobytes(): reward for text, reward in zip(ordered, rewards, strict=True)}
-        return [self._normalised(reward_of.get(text.ids.tobytes())) for text in texts]
+            values_of = {text.ids.tobytes(): value for text, value in zip(ordered, values, strict=True)}
+        return [self._valued(values_of.get(text.ids.tobytes())) for text in texts]
 
-    def _normalised(self, reward: float | None) -> float | None:
-        if reward is None or not np.isfinite(reward):
+    def _valued(self, values: list[float] | None) -> Valued | None:
+        if values is None or not np.isfinite(values[0]):
             return None
-        return reward if self.normalisation is None else self.normalisation.apply(reward)
+        reward = values[0] if self.normalisation is None else self.normalisation.apply(values[0])
+        return Valued(reward, tuple(values[1:]) or (reward,))
 
-    def _packed_rewards(self, data: TokenizedComparisons, deadline: float) -> torch.Tensor:
-        """fp64 [A]: the reward of every answer, in order."""
+    def _packed_values(self, data: TokenizedComparisons, deadline: float) -> torch.Tensor:
+        """fp64 [A, 1 + K]: the reward of every answer, in order, and behind it the outputs if there are several."""
         trained = self._trained
-        rewards_A = torch.zeros(int(data.answer_offset[-1]), dtype=torch.float64)
+        several = len(self.outputs) if len(self.outputs) > 1 else 0
+        values_AK = torch.zeros(int(data.answer_offset[-1]), 1 + several, dtype=torch.float64)
         with torch.inference_mode(), trained.autocast():
             for numbers_C in micro_batches(computed_tokens(data, trained.share), trained.token_budget):
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 batch = build_batch(data, numbers_C, trained.share).on(trained.device)
                 places = [np.arange(data.answer_offset[n], data.answer_offset[n + 1]) for n in batch.comparisons_C]
-                rewards_A[torch.from_numpy(np.concatenate(places))] = trained.model(batch).rewards_A.double().cpu()
-        return rewards_A
+                output = trained.model(batch)
+                columns = [output.rewards_A.unsqueeze(1), *([output.outputs_AK] if several else [])]
+                values_AK[torch.from_numpy(np.concatenate(places))] = torch.cat(columns, 1).double().cpu()
+        return values_AK
 
     @property
     def device(self) -> torch.device:

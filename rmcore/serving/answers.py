@@ -30,9 +30,9 @@ class Usage(Answer):
 
 class Classified(Answer):
     index: int
-    label: Literal["reward"]
-    probs: list[float] = Field(description="one number, the reward itself: it is no probability")
-    num_classes: Literal[1]
+    label: str = Field(description="reward; of a model with several outputs, the name of the largest one")
+    probs: list[float] = Field(description="the outputs of the model, in most cases one, the reward: no probabilities")
+    num_classes: int = Field(description="the number of outputs")
 
 
 class ScoredPair(Answer):

@@ -19,6 +19,7 @@ with other requests, and dropped when its time is over.
 """
 
 import asyncio
+import math
 import os
 import time
 import uuid
@@ -42,7 +43,7 @@ from rmcore.config import UserError
 from rmcore.data.tokens.sandbox import until
 from rmcore.scoring.files import with_rewards
 from rmcore.scoring.rows import Rendered
-from rmcore.scoring.scorer import Scorer, Text
+from rmcore.scoring.scorer import Scorer, Text, Valued
 from rmcore.serving.answers import (
     HEALTH,
     METRICS,
@@ -101,10 +102,14 @@ class Asked(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """A row's rewards, and whether its form has only one text."""
+    """What the model gives a row's texts, and whether its form has only one text."""
 
-    rewards: list[float]
+    values: list[Valued]
     single: bool
+
+    @property
+    def rewards(self) -> list[float]:
+        return [one.reward for one in self.values]
 
 
 Encoded = tuple[list[Rendered], list[Text]]
@@ -142,9 +147,9 @@ class Service:
             encoded = await asyncio.get_running_loop().run_in_executor(self._encoders, self._advance, steps, deadline)
         rows, texts = encoded
         found = await asyncio.wrap_future(self.batcher.submit(texts, deadline))
-        if any(reward is None for reward in found):
+        if any(one is None or not all(map(math.isfinite, one.outputs)) for one in found):
             raise Refused(500, "a reward of the model is not a number")
-        numbers = iter([reward for reward in found if reward is not None])
+        numbers = iter([one for one in found if one is not None])
         answered = [Answered([next(numbers) for _ in row.texts], row.single) for row in rows]
         return answered, sum(len(text.ids) for text in texts)
 
@@ -287,7 +292,10 @@ def _add_endpoints(app: FastAPI, service: Service, token: str | None) -> None:
 
     @app.post("/classify", responses=responses(ClassifyAnswer), response_model=None, dependencies=guarded)
     async def classify(asked: Classify) -> dict[str, Any]:
-        """Rewards of whole texts (`input`) or of one conversation (`messages`), one of the two; vLLM's shape."""
+        """Rewards of whole texts (`input`) or of one conversation (`messages`), one of the two; vLLM's shape.
+
+        Of a model with several outputs: all of them, and the name of the largest one.
+        """
         if (asked.input is None) == (asked.messages is None):
             raise Refused(422, "give input (texts) or messages (turns)")
         if asked.messages is not None:
@@ -295,10 +303,12 @@ def _add_endpoints(app: FastAPI, service: Service, token: str | None) -> None:
         else:
             rows = service.whole(asked.input or [])
         found, tokens = await service.rewards(rows)
-        data = [
-            {"index": index, "label": "reward", "probs": row.rewards, "num_classes": 1}
-            for index, row in enumerate(found)
-        ]
+        names = service.scorer.outputs
+        data: list[dict[str, Any]] = []
+        for index, row in enumerate(found):
+            outputs = row.values[0].outputs
+            label = names[outputs.index(max(outputs))] if len(outputs) > 1 else "reward"
+            data.append({"index": index, "label": label, "probs": list(outputs), "num_classes": len(outputs)})
         return _listed(service.name, "classify", data, tokens)
 
     @app.post("/score", responses=responses(ScoreAnswer), response_model=None, dependencies=guarded)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from rmcore.scoring.scorer import Text
 
@@ -31,7 +32,7 @@ class Stopping(Exception):
     """The batcher accepts no more jobs."""
 
 
-Rewards = list[float | None]
+Rewards = list[Any]  # one value for each text, as the model gives it
 
 
 @dataclass

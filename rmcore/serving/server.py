@@ -55,7 +55,7 @@ def serve(
         scorer = Scorer(model, overrides, normalise=normalise)
         scorer.choose_path(trial_rows())
         limits = replace(limits, tokens=min(limits.tokens, scorer.longest))
-        service = Service(scorer, Batcher(scorer.score, scorer.token_budget, most_waiting), limits)
+        service = Service(scorer, Batcher(scorer.values, scorer.token_budget, most_waiting), limits)
         config = uvicorn.Config(
             create_app(service, local=path is None and is_loopback(address.getsockname()[0]), token=token),
             http=functools.partial(Connection, most_open=limits.requests + SPARE),  # type: ignore[arg-type]

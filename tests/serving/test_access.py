@@ -40,7 +40,7 @@ REFUSED: dict[str, list[Any]] = {
 def service() -> Iterator[Service]:
     """In this process."""
     scorer = Scorer(MODEL, SETTINGS)
-    batcher = Batcher(scorer.score, budget=1000, most_waiting=1000)
+    batcher = Batcher(scorer.values, budget=1000, most_waiting=1000)
     yield Service(scorer, batcher, Limits(body=1000))
     batcher.stop()
 

@@ -19,14 +19,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rmcore.data.synthetic import byte_tokenizer
+from rmcore.model.outputs import Outputs
 from rmcore.scoring.rows import trial_rows
 from rmcore.scoring.scorer import Scorer, Text
 from rmcore.serve import main
+from rmcore.serving.answers import ClassifyAnswer
 from rmcore.serving.app import Service, create_app
 from rmcore.serving.batcher import Batcher, Full, Late, Stopping
 from rmcore.serving.limits import Limits
+from tests.harness.oracle import FAMILIES
 from tests.harness.paths import needs_shared
 from tests.harness.service import MODEL, SETTINGS, WAIT, Served, raw
 
@@ -272,6 +277,41 @@ def samples(service: Served) -> dict[str, float]:
 
 
 @needs_shared
+def test_classify_gives_all_outputs_and_the_others_the_reward(tmp_path: Path) -> None:
+    """In this process, with a model of three outputs, compared with plain transformers."""
+    tokenizer = byte_tokenizer()
+    class_name, sizes = FAMILIES["llama"]
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = getattr(transformers, class_name)(**{**sizes, **ids})
+    Outputs(("reward", "polite", "short"), (0.5, 0.0, 1.0)).store(config)
+    config.problem_type = "regression"
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = Scorer(str(tmp_path), ["data.template=none", "parallel.precision=fp32"])
+    scorer.choose_path([({"text": "abc"}, "row"), ({"text": "a longer text"}, "row")])
+    batcher = Batcher(scorer.values, budget=1000, most_waiting=1000)
+    app = create_app(Service(scorer, batcher, Limits()))
+
+    async def ask() -> list[Any]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as session:
+            bodies = [("/classify", {"input": ["one", "two words"]}), ("/get_reward", {"query": ["one", "two words"]})]
+            return [(await session.post(path, json=body)).json() for path, body in bodies]
+
+    classified, rewards = asyncio.run(ask())
+    batcher.stop()
+    for found, reward, text in zip(classified["data"], rewards["rewards"], ("one", "two words"), strict=True):
+        token_ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([token_ids])).logits[0]
+        assert found["probs"] == pytest.approx(expected.tolist(), abs=CLOSE) and found["num_classes"] == 3
+        assert found["label"] == scorer.outputs[int(expected.argmax())]
+        assert reward == pytest.approx(float(0.5 * expected[0] + expected[2]), abs=CLOSE)
+    described = ClassifyAnswer.model_validate(classified)
+    assert described.data[1].num_classes == 3
+
+
 def test_a_model_that_fails_or_gives_no_number_is_an_error() -> None:
     """In this process, with a model that can be made to fail."""
     scorer = Scorer(MODEL, SETTINGS)
