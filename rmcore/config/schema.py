@@ -370,6 +370,16 @@ class LogConfig(Section):
     )
 
 
+class ExportConfig(Section):
+    """form of the exported model"""
+
+    adapter: bool = Field(
+        False,
+        description="with model.lora: export the adapter and the score head, which peft and rmcore load onto the base "
+        "model, in place of a merged model; `rmcore export` makes either of a checkpoint",
+    )
+
+
 class HubConfig(Section):
     """upload of the exported model to the Hugging Face hub"""
 
@@ -411,6 +421,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
     log: LogConfig = LogConfig()
+    export: ExportConfig = ExportConfig()
     hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")
@@ -445,6 +456,10 @@ class Config(Section):
                 f"{self.model.lora.base} needs parallel.strategy ddp or zero1: {self.parallel.strategy} cannot shard "
                 "stored codes",
             )
+        if self.export.adapter and self.model.lora.rank is None:
+            raise conflict("export.adapter", "needs model.lora.rank: without LoRA there is no adapter")
+        if self.export.adapter and self.model.init == "random":
+            raise conflict("export.adapter", "needs a base model on disk or on the hub: model.init=random has none")
         if self.model.lora.base != "fp32" and self.parallel.compile:
             raise conflict("model.lora.base", "and parallel.compile exclude each other: this combination is untested")
         for key, value in (

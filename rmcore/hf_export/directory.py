@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from rmcore.config import UserError
 from rmcore.data.tokens.encoder import TextEncoder, plain_backend_json
 from rmcore.data.tokens.templates import Template
+from rmcore.hf_export.adapter import AdapterParts, reloaded_adapter, store_as_trained, write_adapter
 from rmcore.hf_export.parity import (
     PROBE_TURNS,
     ExportError,
@@ -35,11 +36,13 @@ from rmcore.hf_export.parity import (
     Probe,
     check_export,
     check_tokenizer,
+    largest_difference,
     probe_text,
     reloaded,
 )
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
+from rmcore.host.model_directory import LORA_BASE
 from rmcore.model.classifier import architecture, brings_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.meta_model import model_on_meta, set_padding
@@ -59,7 +62,7 @@ class Package:
     and their rewards, as `temperature` is (rmcore.scoring.calibration). `max_shard_size`: the largest size of one
     safetensors file, such as "5GB". `towers`: weights that were not trained (rmcore.model.classifier), by their names
     in transformers. `trust_remote_code`: whether classes of the base model's repository may run; their code is
-    then copied into the directory.
+    then copied into the directory. `adapter`: write the adapter and the score head in place of the merged weights.
     """
 
     model_class: type[PreTrainedModel]
@@ -74,6 +77,7 @@ class Package:
     max_shard_size: str = SHARD_SIZE
     towers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     trust_remote_code: bool = False
+    adapter: AdapterParts | None = None
 
 
 def export_model(
@@ -114,7 +118,10 @@ def write_model(
     """
     temporary = empty_temporary(directory)
     try:
-        _write_weights(shapes, tensors, package, temporary)
+        if package.adapter is None:
+            _write_weights(shapes, tensors, package, temporary)
+        else:
+            _write_adapter(tensors, package, package.adapter, temporary)
         _write_texts(package, temporary)
         settle(temporary)
     except BaseException:
@@ -125,9 +132,27 @@ def write_model(
 
 def check_written(directory: Path, package: Package, probe: Probe) -> Parity:
     """Reload a directory that was written from `package` and compare it. Raises ExportError."""
-    parity = check_export(reloaded(directory, package.trust_remote_code), probe, package.dtype)
+    parity = check_weights(directory, package, probe)
     check_texts(directory, package, probe.token_ids)
     return parity
+
+
+def check_weights(
+    directory: Path,
+    package: Package,
+    probe: Probe,
+    on_device: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
+) -> Parity:
+    """Reload the model and compare its rewards; `on_device` moves it. Raises ExportError."""
+    if package.adapter is None:
+        return check_export(on_device(reloaded(directory, package.trust_remote_code)), probe, package.dtype)
+    model = on_device(reloaded_adapter(directory, package.hf_config, package.trust_remote_code))
+    plain = 0.0
+    if (stored := package.adapter.lora.base) != "fp32":
+        plain = largest_difference(model, probe)
+        store_as_trained(model, package.adapter)
+    parity = check_export(model, probe, torch.float32)
+    return parity._replace(plain=plain, stored=stored)
 
 
 def check_without_weights(
@@ -309,6 +334,19 @@ def _write_weights(
     config.architectures, config.dtype = [architecture(config, package.model_class)], package.dtype
     config.save_pretrained(directory)
     write_weights(directory, on_disk, package.dtype, stored(skeleton, weights), package.max_shard_size)
+
+
+def _write_adapter(
+    tensors: Iterable[tuple[str, torch.Tensor]], package: Package, adapter: AdapterParts, directory: Path
+) -> None:
+    """The adapter, and the config of the whole model, with which rmcore reads the directory."""
+    config = classifier_config(package.hf_config, package.tokenizer, package.normalisation, package.temperature)
+    setattr(config, OUTPUTS, {**(getattr(config, OUTPUTS, None) or {}), LORA_BASE: adapter.lora.base})
+    with torch.device("meta"):
+        skeleton = package.model_class(config)
+    write_adapter(tensors, adapter, skeleton, directory)
+    config.architectures, config.dtype = [architecture(config, package.model_class)], torch.float32
+    config.save_pretrained(directory)
 
 
 def _write_texts(package: Package, directory: Path) -> None:

@@ -32,6 +32,7 @@ from rmcore.data.tokens.templates import Template, template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.metrics import from_log
 from rmcore.evaluation.trained import TrainedModel
+from rmcore.hf_export.adapter import adapter_parts
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
@@ -103,8 +104,12 @@ def export(
         max_shard_size=max_shard_size,
         towers=towers(trained.hf_model),
         trust_remote_code=config.model.trust_remote_code,
+        adapter=adapter_parts(config.model, loaded.adapted, type(trained.hf_model), trained.tokenizer)
+        if config.export.adapter
+        else None,
     )
-    state = merged(trained.model.state_dict(), loaded.adapted)
+    whole = trained.model.state_dict()
+    state = whole if package.adapter else merged(whole, loaded.adapted)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     parity = export_model(shapes, state.items(), package, out, probe(loaded))
     if normalisation is not None:

@@ -22,6 +22,7 @@ from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory
 from rmcore.model.activation_offload import offload_inputs
+from rmcore.model.adapter import StoredAdapter
 from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
 from rmcore.model.found_weights import SCORE, check_found, listed
 from rmcore.model.layout_context import recompute_contexts
@@ -50,6 +51,8 @@ def load_model(
         UserError: files or weights are missing, a file is truncated, a weight contains NaN or Inf, or the architecture
             is another one.
     """
+    if (adapter := StoredAdapter.of(config)) is not None:
+        return _adapted(adapter, config, seed=seed, vocabulary=vocabulary, pad_token_id=pad_token_id)
     hf_config = reward_config(config, pad_token_id)
     random = config.init == "random"
     model, note = (_random(config, hf_config, seed), "") if random else _pretrained(config, hf_config)
@@ -64,6 +67,22 @@ def load_model(
         with torch.no_grad():
             score.weight.copy_(fresh_head(score.out_features, score.in_features, seed))
     turn_dropout_off(model)
+    return train_text_only(model)
+
+
+def _adapted(adapter: StoredAdapter, config: ModelConfig, **arguments: int) -> PreTrainedModel:
+    """The model of an exported adapter: merged, or, if it is trained further, the base model with the stored head."""
+    settled = Outputs.settled(config, load_model_config(config))
+    try:
+        model = load_model(adapter.base_config(settled), **arguments)
+    except UserError as error:
+        if adapter.base in (reason := str(error)):
+            raise UserError(f"the base model of the adapter {adapter.source}: {reason}") from None
+        raise
+    if config.lora.rank is None:
+        adapter.merge_into(model)
+    else:
+        adapter.load_head(model)
     return train_text_only(model)
 
 
