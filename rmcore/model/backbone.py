@@ -32,6 +32,8 @@ from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import check_indices, head_files
 from rmcore.model.synthetic_model import synthetic_model_config
 
+# Methods of quantised checkpoints whose layers transformers does not turn back into plain ones.
+UNTRAINABLE = ("aqlm", "auto-round", "awq", "bitsandbytes", "gptq", "hqq", "quanto")
 SYNTHETIC = "synthetic"  # model.name of the tiny model that comes with rmcore
 
 
@@ -108,12 +110,24 @@ def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hf_config = load_model_config(config)
+    refuse_quantised(config, hf_config)
     outputs = Outputs.of(config, hf_config)
     hf_config.num_labels = len(outputs.names)
     if outputs != Outputs() or hasattr(hf_config, KEY):
         outputs.store(hf_config)
     set_padding(hf_config, pad_token_id if pad_token_id < hf_config.get_text_config().vocab_size else None)
     return hf_config
+
+
+def refuse_quantised(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Raises UserError for weights in a format that cannot be trained, nor merged with what is trained."""
+    found = getattr(hf_config, "quantization_config", None) or {}
+    method = str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", "")).rpartition(".")[2]
+    if method.lower() in UNTRAINABLE:
+        raise UserError(
+            f"model.name {config.name}: its weights are quantised ({method.lower()}) and cannot be trained: give the "
+            "checkpoint that they were made of; model.lora.base=nf4 stores it in 4 bits"
+        )
 
 
 def check_finite(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> None:

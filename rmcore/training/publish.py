@@ -92,15 +92,16 @@ def model_directory(run: Run) -> Path:
 def package_of(run: Run, evaluations: Evaluations | None) -> Package:
     """Everything of the export except the weights."""
     config = run.config
+    adapter = None
+    if config.export.adapter:
+        adapter = adapter_parts(config.model, run.adapted, run.model_class, run.tokenizer)
     return Package(
         model_class=run.model_class,
         hf_config=run.hf_config,
         tokenizer=run.tokenizer,
         template=run.data.template,
         dtype=export_dtype(config),
-        adapter=adapter_parts(config.model, run.adapted, run.model_class, run.tokenizer)
-        if config.export.adapter
-        else None,
+        adapter=adapter,
         card=model_card(
             config,
             wants_text=run.data.template.wants_text,
@@ -108,6 +109,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
             metrics=evaluations.metrics if evaluations else None,
             outputs=Outputs.stored(run.hf_config),
             made=is_made(run.model_class),
+            adapter=adapter,
         ),
         config_yaml=config.dump_yaml(),
         towers=run.towers,

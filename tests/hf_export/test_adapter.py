@@ -1,4 +1,4 @@
-"""export.adapter: peft and rmcore load the adapter with the rewards of the merged model, and a training continues it."""
+"""export.adapter: peft and rmcore load the adapter with the rewards of the merged model, and trainings continue it."""
 
 import json
 import shutil
@@ -87,3 +87,96 @@ def test_peft_and_rmcore_compute_the_rewards_of_the_merged_model(trained: Any, t
     stored = json.loads((run / "model" / "adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == str(base) and stored["modules_to_save"] == ["score"]
     assert stored["target_modules"] and all("." not in name for name in stored["target_modules"])
+
+
+def test_a_training_continues_the_adapter_as_it_is(trained: Any, tmp_path: Path) -> None:
+    """With a rate of almost zero the export is the same adapter, to the last bit."""
+    base, run = trained
+    own = ["model.lora.dora=true", "model.lora.rslora=true", "model.head=stored", "optim.lr=1e-30"]
+    before = (run / "model" / "adapter_model.safetensors").read_bytes()
+    assert (train(run / "model", tmp_path / "more", *own) / "adapter_model.safetensors").read_bytes() == before
+    assert json.loads((tmp_path / "more/model/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    first, after = (
+        [json.loads(line)["train/rm/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, tmp_path / "more")
+    )
+    assert len(first) == len(after) == 4
+    assert after[0] < first[0] - 0.01  # the same pairs, after they were trained on
+
+
+@pytest.mark.parametrize(
+    "more, shown",
+    [
+        ([], "set model.lora.dora=true model.lora.rslora=true model.head=stored; to train all weights, merge it first"),
+        (
+            ["model.lora.dora=true", "model.lora.rslora=true", "model.head=stored", "model.lora.rank=8"],
+            "set model.lora.rank=4;",
+        ),
+    ],
+)
+def test_settings_that_would_change_the_adapter(trained: Any, more: list[str], shown: str) -> None:
+    with pytest.raises(UserError, match=r"is a LoRA adapter of .*base") as error:
+        check_adapter(load_config(None, settings(trained[1] / "model", trained[1], *more)).model)
+    assert shown in str(error.value) and "\n" not in str(error.value)
+
+
+def altered(trained: Any, folder: Path, **changes: Any) -> Path:
+    """A copy of the adapter with other values in adapter_config.json."""
+    shutil.copytree(trained[1] / "model", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_adapters_that_cannot_be_loaded(trained: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"base model is missing: .*no such directory.*adapter_config.json"):
+        rmcore.load(altered(trained, tmp_path / "moved", base_model_name_or_path=str(tmp_path / "nowhere")))
+    other = save_base(tmp_path / "other", hidden_size=48)
+    with pytest.raises(UserError, match=r"does not fit .*other.* of another shape: .*lora_A.weight \[4, 32\]"):
+        rmcore.load(altered(trained, tmp_path / "wrong", base_model_name_or_path=str(other)))
+    foreign = altered(trained, tmp_path / "foreign")
+    (foreign / "config.json").unlink()
+    with pytest.raises(UserError, match=r"is an adapter of .*base, not a model; .*rmcore convert DIR"):
+        rmcore.load(foreign)
+    whole = altered(trained, tmp_path / "both")
+    shutil.copy(trained[0] / "model.safetensors", whole)
+    with pytest.raises(UserError, match="transformers would add the adapter"):
+        rmcore.load(whole)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("bf16", marks=pytest.mark.slow), "nf4"])
+def test_an_adapter_of_a_stored_base(trained: Any, tmp_path: Path, kind: str, capfd: Any) -> None:
+    """rmcore's rewards are those of the stored base: of the merged export, and of the merged adapter."""
+    if kind != "bf16":
+        pytest.importorskip("bitsandbytes")
+    model = train(trained[0], tmp_path / "run", f"model.lora.base={kind}", "run.max_steps=2")
+    assert f"belongs to its {kind} base" in capfd.readouterr().out
+    export(str(tmp_path / "run"), str(tmp_path / "merged"), ["export.adapter=false"])
+    assert "the adapter" in export(str(model), str(tmp_path / "again"))[-1]
+    merged, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert merged.keys() == again.keys() and all(torch.equal(merged[name], again[name]) for name in merged)
+    expected = forward(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval())
+    torch.testing.assert_close(rmcore.load(model).score_texts(TEXTS), expected, rtol=1e-5, atol=1e-5)
+    assert max(abs(a - b) for a, b in zip(by_peft(model), expected, strict=True)) > 1e-4
+    card = (model / "README.md").read_text()
+    assert "library_name: peft" in card and f"weights in {kind}, which rmcore makes again" in card
+
+
+@pytest.mark.parametrize(
+    "more, shown",
+    [
+        ([], "export.adapter needs model.lora.rank"),
+        (["model.lora.rank=4", "model.init=random"], "model.init=random has none"),
+    ],
+)
+def test_what_has_no_adapter(tmp_path: Path, more: list[str], shown: str) -> None:
+    assert shown in "\n".join(mistakes(tmp_path, None, [*NEEDED, "export.adapter=true", *more]))
+
+
+def test_quantised_checkpoints_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UserError, match=r"its weights are quantised \(gptq\).*model.lora.base=nf4") as error:
+        rmcore.load(base, overrides=["data.template=none"])
+    assert "\n" not in str(error.value)
