@@ -29,7 +29,7 @@ def check_model_directory(name: str) -> None:
     for index in sorted(folder.glob("*.index.json")):
         indexed_files(index, f"model.name {name}: ")
     adapter = folder / ADAPTER
-    if not adapter.is_file() or _is_own(folder):
+    if not adapter.is_file() or is_own_adapter(folder):
         return
     if (folder / "config.json").is_file():
         raise UserError(
@@ -74,7 +74,7 @@ def indexed_files(index: Path, where: str = "") -> list[str]:
     return sorted(names)
 
 
-def _is_own(folder: Path) -> bool:
+def is_own_adapter(folder: Path) -> bool:
     """Whether rmcore exported the adapter: its config.json describes the whole model, whose weights are elsewhere."""
     try:
         own = json.loads((folder / "config.json").read_bytes()).get("rmcore")

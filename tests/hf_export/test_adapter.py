@@ -15,6 +15,7 @@ import rmcore
 from rmcore.config import UserError, load_config
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.hf_export.from_checkpoint import export
+from rmcore.hf_export.other_trainers import convert
 from rmcore.model.adapter import check_adapter
 from rmcore.train import fit
 from tests.harness.configs import NEEDED, mistakes
@@ -134,6 +135,8 @@ def test_adapters_that_cannot_be_loaded(trained: Any, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", hidden_size=48)
     with pytest.raises(UserError, match=r"does not fit .*other.* of another shape: .*lora_A.weight \[4, 32\]"):
         rmcore.load(altered(trained, tmp_path / "wrong", base_model_name_or_path=str(other)))
+    with pytest.raises(UserError, match=r"is an adapter that rmcore exported: `rmcore export .* merges it"):
+        convert(str(trained[1] / "model"), str(tmp_path / "out"))
     foreign = altered(trained, tmp_path / "foreign")
     (foreign / "config.json").unlink()
     with pytest.raises(UserError, match=r"is an adapter of .*base, not a model; .*rmcore convert DIR"):
