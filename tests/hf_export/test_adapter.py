@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification
 
 import rmcore
 from rmcore.config import UserError, load_config
@@ -18,24 +18,10 @@ from rmcore.hf_export.from_checkpoint import export
 from rmcore.hf_export.other_trainers import convert
 from rmcore.model.adapter import check_adapter
 from rmcore.train import fit
+from tests.harness.base_model import save_base
 from tests.harness.configs import NEEDED, mistakes
 
 TEXTS = ["Anna has a red lamp. What colour is it? It is red.", "Ben was.", "Who? Carl has it, and so has Dora."]
-
-
-def save_base(directory: Path, seed: int = 0, **changes: Any) -> Path:
-    """A base model on disk: a causal model without a score head."""
-    tokenizer = byte_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(seed)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = LlamaConfig(**{**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 512, **ids, **changes})
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def settings(base: Path | str, directory: Path, *more: str) -> list[str]:
