@@ -29,6 +29,7 @@ from rmcore.model.classifier import text_model, text_prefix
 from rmcore.model.found_weights import listed
 from rmcore.model.lora import PREFIX, add_lora, merged, store_base
 from rmcore.model.outputs import KEY
+from rmcore.model.synthetic_model import SYNTHETIC
 
 ROOT = "base_model.model."  # in front of peft's names
 
@@ -45,7 +46,7 @@ class StoredAdapter(NamedTuple):
     @classmethod
     def of(cls, config: ModelConfig) -> "StoredAdapter | None":
         """The adapter that `config.name` is; None if it is a whole model. Raises UserError for a broken one."""
-        if config.init == "random":
+        if config.init == "random" or config.name == SYNTHETIC:
             return None
         path = _file(config.name, config.revision, ADAPTER)
         if path is None:

@@ -30,11 +30,10 @@ from rmcore.model.meta_model import fresh_head, grow, model_on_meta, other_heads
 from rmcore.model.outputs import KEY, Outputs
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import check_indices, head_files
-from rmcore.model.synthetic_model import synthetic_model_config
+from rmcore.model.synthetic_model import SYNTHETIC, synthetic_model_config
 
 # Methods of quantised checkpoints whose layers transformers does not turn back into plain ones.
 UNTRAINABLE = ("aqlm", "auto-round", "awq", "bitsandbytes", "gptq", "hqq", "quanto")
-SYNTHETIC = "synthetic"  # model.name of the tiny model that comes with rmcore
 
 
 def load_model(

@@ -184,9 +184,8 @@ def _check(case: Case, folder: Path, what: str) -> int:
         assert resumed.order == whole.order, f"{what}, on {size}: another data order"
         if size == 2:
             assert same(resumed, whole), f"{what}, on {size}: other weights, by up to {furthest(resumed, whole)}"
-        elif case.precision == "fp32" and not (
-            case.formats or case.extra
-        ):  # others round gradients that differ in the last bit
+        elif case.precision == "fp32" and not (case.formats or case.extra):
+            # The others round gradients that differ in the last bit.
             far = furthest(resumed, reference(folder, *settings, size=size))
             assert far < ROUNDING, f"{what}, on {size}: {far}"
         else:

@@ -9,15 +9,23 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, OlmoeConfig
 
 import rmcore
 from rmcore.config import UserError, load_config
+from rmcore.config.lora import LoraConfig
+from rmcore.config.schema import ModelConfig
 from rmcore.data.synthetic import byte_tokenizer
+from rmcore.hf_export.adapter import AdapterParts, adapter_parts
 from rmcore.hf_export.from_checkpoint import export
 from rmcore.hf_export.other_trainers import convert
+from rmcore.hf_export.parity import check_export
 from rmcore.model.adapter import check_adapter
+from rmcore.model.backbone import load_model
+from rmcore.model.classifier import classifier_class, text_model
+from rmcore.model.lora import add_lora
 from rmcore.train import fit
+from tests.harness import exporting
 from tests.harness.base_model import save_base
 from tests.harness.configs import NEEDED, mistakes
 
@@ -169,3 +177,31 @@ def test_quantised_checkpoints_are_refused_in_one_sentence(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"its weights are quantised \(gptq\).*model.lora.base=nf4") as error:
         rmcore.load(base, overrides=["data.template=none"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family, dora", [("gpt2", True), ("gpt_neox", False), ("mistral", True)])
+def test_families_with_other_names_and_transposed_layers(tmp_path: Path, family: str, dora: bool) -> None:
+    """The export checks peft's rewards; merged by rmcore, the model has them too."""
+    tokenizer = byte_tokenizer()
+    model = exporting.classifier(family, tokenizer)
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(rank=3, alpha=12.0, dora=dora)
+    adapted = add_lora(text_model(model), lora, seed=1)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name or name == "score.weight":
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    parts = AdapterParts(str(tmp_path / "base"), None, lora, tuple(adapted))
+    probe = exporting.export(tmp_path / "out", family, model=model, adapter=parts)
+    pad = int(tokenizer.pad_token_id)
+    stored = ModelConfig(name=str(tmp_path / "out"), head="stored")
+    check_export(load_model(stored, seed=0, vocabulary=len(tokenizer), pad_token_id=pad), probe, torch.float32)
+
+
+def test_what_peft_could_not_load_is_refused(tmp_path: Path) -> None:
+    config, tokenizer = ModelConfig(name=str(save_base(tmp_path / "base"))), byte_tokenizer()
+    tokenizer.add_tokens(["<turn>"])
+    with pytest.raises(UserError, match=r"no embedding for 1 tokens of the tokenizer, '<turn>' among them"):
+        adapter_parts(config, [], LlamaForSequenceClassification, tokenizer)
+    with pytest.raises(UserError, match=r"transformers has no class OlmoeForSequenceClassification.*leave export"):
+        adapter_parts(config, [], classifier_class(OlmoeConfig()), tokenizer)

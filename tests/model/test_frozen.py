@@ -186,7 +186,7 @@ def test_a_sharded_base_computes_resumes_and_exports(tmp_path: Path, base: str, 
         a, b = ([line[key] for line in lines if key in line] for lines in (one, whole))
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5, err_msg=key)  # as in test_lora.py
     train(tmp_path, "again", 2, *split, "run.max_steps=3")
-    train(tmp_path, "again", 2, *split, "run.max_steps=5")
+    train(tmp_path, "again", 2, *split, "run.max_steps=5", "run.keep=3")
     resumed, published = files(tmp_path / "again" / "model"), files(tmp_path / "whole" / "model")
     assert published and all(torch.equal(resumed[name], published[name]) for name in published)
     export(str(tmp_path / "whole"), str(tmp_path / "out"))
