@@ -1,6 +1,7 @@
 """`rmcore export RUN -o DIR` writes a Hugging Face directory from a checkpoint and checks it by reloading it.
 
-Input: a run directory (its newest intact checkpoint) or one checkpoint, of any strategy and number of ranks.
+Input: a run directory (its newest intact checkpoint) or one checkpoint, of any strategy and number of ranks; or an
+adapter that rmcore exported, which is merged into its base model.
 Output: the directory that rmcore/hf_export/directory.py describes, the same as at the end of a training.
 Example: `rmcore export runs/hh/checkpoints/step-120 -o hh-120` prints "hh-120: step 120; rewards reloaded by
 transformers differ by 2.4e-07 (allowed 1.0e-05)".
@@ -26,7 +27,11 @@ def main(argv: list[str]) -> int:
         prog="rmcore export",
         description="Write a Hugging Face directory from a checkpoint and check it by reloading it.",
     )
-    parser.add_argument("run", metavar="RUN", help="run directory (its newest intact checkpoint), or one checkpoint")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="run directory (its newest intact checkpoint), one checkpoint, or an exported adapter",
+    )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="directory to write")
     parser.add_argument(
         "--normalise", action="store_true", help="store mean and deviation of the rewards of all held-out answers"

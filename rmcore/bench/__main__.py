@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "write rows and models for the other commands, from a tokenizer and preference files",
     "kernels": "the ops' kernels, compared with eager PyTorch and torch.compile",
     "train": "training, compared with TRL's RewardTrainer",
+    "curves": "what is learned with weights and averages stored in fewer bits, compared with fp32",
     "scaling": "weak scaling: 2 ranks of one thread, compared with 1",
     "score": "scoring, compared with transformers' padded forward",
     "serve": "the HTTP service: many clients at once, compared with one",

@@ -26,7 +26,7 @@ FREE: tuple[str, ...] = (
         "batch.shrink",
         "parallel",
     ),
-    *("log", "hub", "export"),
+    *("log", "export", "hub"),
     *("run.dir", "run.resume", "run.allow_changes", "run.keep", "run.keep_best", "run.save_every", "run.save_minutes"),
     *("run.evals", "run.metrics", "run.background_save", "run.max_bad_steps"),
 )

@@ -412,8 +412,8 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
     log: LogConfig = LogConfig()
-    hub: HubConfig = HubConfig()
     export: ExportConfig = ExportConfig()
+    hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -441,12 +441,12 @@ class Config(Section):
             raise conflict("model.weights", "is bf16, which needs parallel.precision=bf16 or auto")
         if self.model.weights == "bf16" and self.model.lora.rank is not None:
             raise conflict("model.weights", "is bf16, but LoRA trains few weights: set model.lora.base=bf16 instead")
-        if self.model.lora.base != "fp32" and self.parallel.traits.shards_weights:
-            raise conflict(
-                "model.lora.base",
-                f"{self.model.lora.base} needs parallel.strategy ddp or zero1: {self.parallel.strategy} cannot shard "
-                "stored codes",
-            )
+        if self.model.lora.base != "fp32" and self.parallel.offload:
+            raise conflict("model.lora.base", "and parallel.offload exclude each other: this combination is untested")
+        if self.export.adapter and self.model.lora.rank is None:
+            raise conflict("export.adapter", "needs model.lora.rank: without LoRA there is no adapter")
+        if self.export.adapter and self.model.init == "random":
+            raise conflict("export.adapter", "needs a base model on disk or on the hub: model.init=random has none")
         if self.model.lora.base != "fp32" and self.parallel.compile:
             raise conflict("model.lora.base", "and parallel.compile exclude each other: this combination is untested")
         for key, value in (

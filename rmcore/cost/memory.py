@@ -12,7 +12,7 @@ formats and LoRA make of it (rmcore.cost.formats). zero1 keeps 1/n of the averag
 all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp16).
 - copies: ddp and zero1 in bf16: what autocast casts, 2 (W - embedding); nothing if the weights are bf16, the largest
   matrix if LoRA's base is restored at each use. zero2: all weights gathered, w W. zero3, hsdp:
-  two layers, w (R + 2 B).
+  two layers, w (R + 2 B). Of a stored base only the largest matrix, under each of them.
 - deferred gradients: zero2 accumulates 4 W bytes unsharded when a step has several micro batches; zero3 and hsdp do
   not.
 - buffers, at the start of the backward: next to the activations, a layer's gradients (w B), two fp32 buffers of the
@@ -114,6 +114,9 @@ def memory_of_step(
         return Memory(kept.weights, gradients, averages, copies, max(0.0, last - activations), activations)
     each = traits.gathers_each_micro_batch
     gathered = min(everything, root + 2 * layer) if each else everything
+    if config.model.lora.base != "fp32":  # the stored base is gathered and restored one weight at a time
+        gathered *= 1.0 - model.adapted / everything
+        gathered += model.matrix
     waiting = 4.0 * model.trained if deferred and not each else 0.0
     copied = 4.0 if gloo and ranks > 1 else 0.0
     scattered = width + 4.0 + copied  # bytes per gradient of a layer, or of the root, in the reduction

@@ -16,6 +16,7 @@ from rmcore import __version__
 from rmcore.config import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.evaluation.metrics import prefix, sentences, table
+from rmcore.hf_export.adapter import AdapterParts
 from rmcore.host.markdown import markdown_code, markdown_text
 from rmcore.model.objectives import ONE
 from rmcore.model.outputs import Outputs
@@ -53,6 +54,34 @@ reward = output.outputs.data.item()
 
 Without `dtype`, vLLM computes fp32 weights in half precision. {served}
 """
+
+ADAPTER_USE = """\
+This directory holds a LoRA adapter and the score head; peft loads them onto the base model {base}.
+The reward of a text is the model's only logit, without sigmoid or softmax. Only differences between answers to the same
+prompt have a meaning. Pad on the right or not at all.
+
+```python
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    "{name}", num_labels={labels}, pad_token_id=tokenizer.pad_token_id
+).eval()
+{tokenize}
+with torch.no_grad():
+    reward = model(input_ids=ids).logits[0, 0].item()
+```
+
+`rmcore score`, `evaluate` and `serve` take the directory as it is. `rmcore export {name} -o DIR` merges it into a plain
+model for other programs.{stored}
+"""
+
+STORED = """
+
+The adapter was trained on the base model's weights in {stored}, which rmcore makes again and merges. The code above
+loads them in full precision, so its rewards differ a little."""
 
 SERVED_TEXTS = """\
 `vllm serve {name} --runner pooling --dtype {dtype}` returns the reward of a whole text from `/classify` (`input`), and
@@ -123,6 +152,7 @@ def model_card(
     outputs: Outputs = ONE,
     temperature: float | None = None,
     made: bool = False,
+    adapter: AdapterParts | None = None,
 ) -> str:
     """README.md of the exported directory.
 
@@ -135,15 +165,20 @@ def model_card(
         outputs: of the score head.
         temperature: of the probabilities, as config.json holds it.
         made: transformers has no class for the model (rmcore.model.classifier.is_made).
+        adapter: what an adapter states; None for a whole model.
     """
-    base = config.model.name
+    base = adapter.base if adapter else config.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     front["tags"] = ["reward-model", "rmcore"]
+    if adapter:
+        front |= {"library_name": "peft", "tags": [*front["tags"], "lora"]}
     if HUB_ID.fullmatch(base) and not os.path.isdir(base):
         front["base_model"] = base
     name: Any = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
     dtype = "bfloat16" if config.parallel.precision == "bf16" else "float32"
     use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers")
+    if adapter:
+        use = _adapter_use(name, adapter, len(outputs.names), wants_text)
     if not outputs.single:
         use = _of_several(use, outputs)
     if temperature is not None:
@@ -203,6 +238,14 @@ def _use(name: str, dtype: str, wants_text: bool, normalisation: Normalisation |
         stored = normalisation.stored()
         use += NORMALISED.format(name=name, dtype=dtype, what=what, stored=json.dumps(stored), **stored)
     return use.rstrip()
+
+
+def _adapter_use(name: str, adapter: AdapterParts, labels: int, wants_text: bool) -> str:
+    """The code that loads an adapter and computes a reward."""
+    stored = STORED.format(stored=adapter.lora.base) if adapter.lora.base != "fp32" else ""
+    tokenize = WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE
+    base = markdown_text(adapter.base)
+    return ADAPTER_USE.format(name=name, base=base, labels=labels, tokenize=tokenize, stored=stored).rstrip()
 
 
 def _of_several(use: str, outputs: Outputs) -> str:

@@ -15,8 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from rmcore.config import UserError
 from rmcore.data.tokens.encoder import TextEncoder, plain_backend_json
 from rmcore.data.tokens.templates import Template
+from rmcore.hf_export.adapter import AdapterParts, reloaded_adapter, store_as_trained, write_adapter
 from rmcore.hf_export.parity import (
     PROBE_TURNS,
     ExportError,
@@ -36,11 +37,13 @@ from rmcore.hf_export.parity import (
     check_export,
     check_language_model,
     check_tokenizer,
+    largest_difference,
     probe_text,
     reloaded,
 )
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
+from rmcore.host.model_directory import LORA_BASE
 from rmcore.model.classifier import architecture, brings_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.language_head import WEIGHT as LM_HEAD
@@ -63,7 +66,8 @@ class Package:
     safetensors file, such as "5GB". `towers`: weights that were not trained (rmcore.model.classifier), by their names
     in transformers. `trust_remote_code`: whether classes of the base model's repository may run; their code is
     then copied into the directory. `lm_head`: the directory also holds the trained language-model head, which is the
-    weight LM_HEAD of the engine, or the token embedding.
+    weight LM_HEAD of the engine, or the token embedding. `adapter`: write the adapter and the score head in place of
+    the merged weights.
     """
 
     model_class: type[PreTrainedModel]
@@ -79,6 +83,7 @@ class Package:
     towers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     trust_remote_code: bool = False
     lm_head: bool = False
+    adapter: AdapterParts | None = None
 
 
 def export_model(
@@ -120,7 +125,10 @@ def write_model(
     """
     temporary = empty_temporary(directory)
     try:
-        _write_weights(shapes, tensors, package, temporary)
+        if package.adapter is None:
+            _write_weights(shapes, tensors, package, temporary)
+        else:
+            _write_adapter(tensors, package, package.adapter, temporary)
         _write_texts(package, temporary)
         settle(temporary)
     except BaseException:
@@ -131,17 +139,33 @@ def write_model(
 
 def check_written(directory: Path, package: Package, probe: Probe) -> Parity:
     """Reload a directory that was written from `package` and compare it. Raises ExportError."""
-    parity = check_export(reloaded(directory, package.trust_remote_code), probe, package.dtype)
-    parity = with_language_model(parity, directory, package, probe)
+    parity = check_weights(directory, package, probe)
     check_texts(directory, package, probe.token_ids)
     return parity
 
 
-def with_language_model(parity: Parity, directory: Path, package: Package, probe: Probe) -> Parity:
-    """Check the logits, too, if the directory holds the language-model head. Raises ExportError."""
-    if not package.lm_head:
+def check_weights(
+    directory: Path,
+    package: Package,
+    probe: Probe,
+    on_device: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
+) -> Parity:
+    """Reload the model and compare its rewards, and the logits of a language-model head; `on_device` moves the model.
+
+    Raises ExportError.
+    """
+    if package.adapter is None:
+        parity = check_export(on_device(reloaded(directory, package.trust_remote_code)), probe, package.dtype)
+        if package.lm_head:
+            parity = parity._replace(language=check_language_model(directory, probe, package.dtype))
         return parity
-    return replace(parity, language=check_language_model(directory, probe, package.dtype))
+    model = on_device(reloaded_adapter(directory, package.hf_config, package.trust_remote_code))
+    plain = 0.0
+    if (stored := package.adapter.lora.base) != "fp32":
+        plain = largest_difference(model, probe)
+        store_as_trained(model, package.adapter)
+    parity = check_export(model, probe, torch.float32)
+    return parity._replace(plain=plain, stored=stored)
 
 
 def check_without_weights(
@@ -333,6 +357,19 @@ def _write_weights(
     config.save_pretrained(directory)
     on_disk |= {head: shapes[LM_HEAD]} if head else {}
     write_weights(directory, on_disk, package.dtype, in_files(), package.max_shard_size)
+
+
+def _write_adapter(
+    tensors: Iterable[tuple[str, torch.Tensor]], package: Package, adapter: AdapterParts, directory: Path
+) -> None:
+    """The adapter, and the config of the whole model, with which rmcore reads the directory."""
+    config = classifier_config(package.hf_config, package.tokenizer, package.normalisation, package.temperature)
+    setattr(config, OUTPUTS, {**(getattr(config, OUTPUTS, None) or {}), LORA_BASE: adapter.lora.base})
+    with torch.device("meta"):
+        skeleton = package.model_class(config)
+    write_adapter(tensors, adapter, skeleton, directory)
+    config.architectures, config.dtype = [architecture(config, package.model_class)], torch.float32
+    config.save_pretrained(directory)
 
 
 def _write_texts(package: Package, directory: Path) -> None:

@@ -31,12 +31,14 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.templates import Template, template_of
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluation.metrics import from_log
-from rmcore.evaluation.trained import TrainedModel
-from rmcore.hf_export.card import model_card
+from rmcore.evaluation.trained import TrainedModel, evaluation_config
+from rmcore.hf_export.adapter import adapter_parts
+from rmcore.hf_export.card import converted_card, model_card
 from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
 from rmcore.hf_export.probe import built_in, probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
+from rmcore.host.model_directory import ADAPTER
 from rmcore.model.backbone import load_model, load_model_config, position_limit
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
 from rmcore.model.language_head import WEIGHT as LM_HEAD
@@ -48,8 +50,9 @@ from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.precision import bf16_of, with_precision
 from rmcore.parallel.world import running_world
-from rmcore.scoring.calibration import calibrate
-from rmcore.scoring.normalisation import measure
+from rmcore.scoring.calibration import calibrate, read_temperature
+from rmcore.scoring.normalisation import KEY as NORMALISATION
+from rmcore.scoring.normalisation import measure, read_normalisation
 from rmcore.tracking.status import read_status
 
 
@@ -67,6 +70,10 @@ def export(
     `normalise`, `calibrated`: measure a mean and deviation, and fit a temperature, on the held-out data.
     """
     check_shard_size(max_shard_size)
+    if (Path(run) / ADAPTER).is_file():
+        if normalise or calibrated:
+            raise UserError(f"{run} is an adapter, without the data of its run: export a checkpoint of the run instead")
+        return merge_adapter(run, out, overrides, max_shard_size)
     checkpoint, manifest, lines = find_checkpoint(Path(run))
     config, precision_lines = config_of(manifest, overrides)
     lines += precision_lines
@@ -82,6 +89,9 @@ def export(
     temperature = calibration.temperature if calibration else None
     evaluated = manifest.config["run"].get("weights", "trained")  # the weights whose metrics the checkpoint holds
     trained = loaded.trained
+    adapter = None
+    if config.export.adapter:
+        adapter = adapter_parts(config.model, loaded.adapted, type(trained.hf_model), trained.tokenizer)
     package = Package(
         model_class=type(trained.hf_model),
         hf_config=trained.hf_model.config,
@@ -97,6 +107,7 @@ def export(
             outputs=Outputs.stored(trained.hf_model.config),
             temperature=temperature,
             made=is_made(type(trained.hf_model)),
+            adapter=adapter,
         ),
         config_yaml=config.dump_yaml(),
         normalisation=normalisation,
@@ -105,8 +116,10 @@ def export(
         towers=towers(trained.hf_model),
         trust_remote_code=config.model.trust_remote_code,
         lm_head=config.export.lm_head,
+        adapter=adapter,
     )
-    state = merged(trained.model.state_dict(), loaded.adapted)
+    whole = trained.model.state_dict()
+    state = whole if package.adapter else merged(whole, loaded.adapted)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     parity = export_model(shapes, state.items(), package, out, probe(loaded))
     if normalisation is not None:
@@ -118,6 +131,44 @@ def export(
         )
     difference = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
     return [*lines, f"{out}: step {manifest.step}; rewards reloaded by transformers {difference}", *parity.notes]
+
+
+def merge_adapter(source: str, out: str, overrides: Sequence[str], max_shard_size: str) -> list[str]:
+    """Write the whole model of an exported adapter; returns lines about it. Raises UserError, ExportError."""
+    config, lines = with_precision(
+        evaluation_config(source, "synthetic", list(overrides)), bf16_of(torch.device("cpu"))
+    )
+    tokenizer, hf_config = load_tokenizer(config), load_model_config(config.model)
+    trained = TrainedModel.load(config, tokenizer, torch.device("cpu"))
+    template = template_of(config, tokenizer)
+    trial = built_in(template, tokenizer, position_limit(hf_config))
+    trained.choose_path(trial)
+    with trained.autocast():
+        probe = probe_of(trained.model, trial, trained.device, trained.share, trained.dtype)
+    normalisation = read_normalisation(hf_config, source) if hasattr(hf_config, NORMALISATION) else None
+    saved, made = Path(source) / "rmcore_config.yaml", is_made(type(trained.hf_model))
+    package = Package(
+        model_class=type(trained.hf_model),
+        hf_config=trained.hf_model.config,
+        tokenizer=tokenizer,
+        template=template,
+        dtype=trained.dtype,
+        card=converted_card(source, wants_text=template.wants_text, normalisation=normalisation, made=made),
+        config_yaml=saved.read_text(encoding="utf-8") if saved.is_file() else config.dump_yaml(),
+        normalisation=normalisation,
+        temperature=read_temperature(hf_config, source),
+        max_shard_size=max_shard_size,
+        towers=towers(trained.hf_model),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    state = trained.model.state_dict()
+    parity = export_model({name: tuple(t.shape) for name, t in state.items()}, state.items(), package, out, probe)
+    difference = f"differ by {parity.difference:.1e} (allowed {parity.allowed:.1e})"
+    return [
+        *lines,
+        f"{out}: the adapter {source}, merged; rewards reloaded by transformers {difference}",
+        *parity.notes,
+    ]
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Manifest, list[str]]:

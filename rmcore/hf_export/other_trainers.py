@@ -34,7 +34,7 @@ from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import PROBE_TURNS, probe_text
 from rmcore.hf_export.probe import built_in, probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
-from rmcore.host.model_directory import indexed_files, refuse_lfs_pointer, refuse_missing_directory
+from rmcore.host.model_directory import indexed_files, is_own_adapter, refuse_lfs_pointer, refuse_missing_directory
 from rmcore.model.backbone import load_model, load_model_config, position_limit
 from rmcore.model.classifier import is_made, towers
 from rmcore.model.found_weights import HEAD_FILES, OTHER_HEAD
@@ -71,6 +71,8 @@ def convert(
     """
     check_shard_size(max_shard_size)
     refuse_missing_directory(source)
+    if is_own_adapter(Path(source)):
+        raise UserError(f"{source} is an adapter that rmcore exported: `rmcore export {source} -o {out}` merges it")
     adapter = Adapter.of(source, base)
     refuse_missing_directory(adapter.base if adapter else source)
     config = conversion_config(adapter.base if adapter else source, overrides)

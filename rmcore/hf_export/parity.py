@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,12 +55,12 @@ class Probe:
     logits_AV: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Parity:
+class Parity(NamedTuple):
     """The largest difference between the reloaded model's rewards and the engine's, and the largest allowed one.
 
     `left`: why texts must not be padded on the left. `made`: a class that transformers does not have. Most models have
-    neither. `language`: a sentence about the logits, where the export holds the language-model head.
+    neither. `language`: a sentence about the logits, where the export holds the language-model head. `stored`: of an
+    adapter, how the training stored its base; `plain`: the largest difference on the base in fp32.
     """
 
     difference: float
@@ -68,6 +68,8 @@ class Parity:
     left: str = ""
     made: str = ""
     language: str = ""
+    stored: str = "fp32"
+    plain: float = 0.0
 
     @property
     def notes(self) -> list[str]:
@@ -76,7 +78,23 @@ class Parity:
             *([f"note: pad this model's texts on the right, never on the left: {self.left}"] if self.left else []),
             *([f"note: transformers has no class {self.made}: the model loads in rmcore"] if self.made else []),
             *([self.language] if self.language else []),
+            *([self._base_note()] if self.stored != "fp32" else []),
         ]
+
+    def _base_note(self) -> str:
+        return (
+            f"note: the adapter belongs to its {self.stored} base, which rmcore makes again; on the base in fp32, as "
+            f"peft loads it, rewards differ by up to {self.plain:.1e}"
+        )
+
+
+@torch.no_grad()
+def largest_difference(model: PreTrainedModel, probe: Probe) -> float:
+    """The largest difference of the model's rewards from the engine's."""
+    texts = [torch.tensor([list(ids)], device=model.device) for ids in probe.token_ids]
+    alone = torch.stack([model(input_ids=text, use_cache=False).logits[0].double().cpu() for text in texts])
+    engine = torch.tensor(list(probe.rewards), dtype=torch.float64).reshape(alone.shape)
+    return float((alone - engine).abs().max())
 
 
 def reloaded(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -24,11 +24,13 @@ from rmcore.config import Config, UserError
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.templates import Template
 from rmcore.evaluation.trained import TrainedModel
+from rmcore.hf_export.adapter import adapter_parts
 from rmcore.hf_export.directory import Package, check_without_weights, check_written, write_model
 from rmcore.hf_export.parity import Parity
 from rmcore.hf_export.probe import probe_of, probe_texts
 from rmcore.host.command import ExplainedError
 from rmcore.host.memory import available_memory
+from rmcore.model.adapter import check_adapter
 from rmcore.model.backbone import (
     check_score,
     load_model,
@@ -106,6 +108,7 @@ def _rehearsed(
     began = time.monotonic()
     lora, seed, pad = config.model.lora, config.run.seed, int(tokenizer.pad_token_id)
     dtype = torch.bfloat16 if config.parallel.bf16 else torch.float32
+    check_adapter(config.model)
     skeleton = _on_meta(config, tokenizer)
     if config.loss.router_aux:
         RouterBalance(text_model(skeleton))  # the run would refuse a model without routers
@@ -126,11 +129,14 @@ def _rehearsed(
     head = empty_head(skeleton, "meta") if config.loss.sft else None
     adapted = add_lora(text_model(skeleton), lora, seed) if lora.rank else []
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
-    sizes = Sizes(count, trained, count * dtype.itemsize)
+    sizes = Sizes(count, trained, 4 * trained if config.export.adapter else count * dtype.itemsize)
 
     with tempfile.TemporaryDirectory(prefix="rmcore-") as folder:
         place = Path(folder) / "model"
-        if not sizes.small:
+        if config.export.adapter:  # peft would read the base model's weights
+            with refused():
+                adapter_parts(config.model, adapted, type(skeleton), tokenizer)
+        if config.export.adapter or not sizes.small:
             outputs = Outputs.stored(skeleton.config)
             engine = RewardModel(
                 text_model(skeleton),

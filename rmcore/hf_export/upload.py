@@ -23,6 +23,7 @@ from rmcore.host.terminal import one_line
 # What `write_model` leaves in a directory: weights, configs, the files of tokenizers, templates, the card.
 EXPORTED = re.compile(
     r"README\.md|rmcore_config\.yaml|config\.json|generation_config\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt|[\w.-]+\.model"
     r"|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja"

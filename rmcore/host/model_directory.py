@@ -12,12 +12,14 @@ from pathlib import Path
 from rmcore.host.command import UserError
 
 LFS = b"version https://git-lfs"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+LORA_BASE = "lora_base"  # in `rmcore` of config.json: marks an adapter that rmcore exported
 READ = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")  # weights, configs and tokenizers
 
 
 def check_model_directory(name: str) -> None:
-    """Raises UserError for Git LFS pointers, an index that leaves the directory, an adapter, and adapter files next to
-    weights."""
+    """Raises UserError for Git LFS pointers, an index that leaves the directory, an adapter of another program, and
+    adapter files next to weights."""
     folder = Path(name)
     if not folder.is_dir():
         return
@@ -26,8 +28,8 @@ def check_model_directory(name: str) -> None:
             refuse_lfs_pointer(file, f"model.name {name}: ")
     for index in sorted(folder.glob("*.index.json")):
         indexed_files(index, f"model.name {name}: ")
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
+    adapter = folder / ADAPTER
+    if not adapter.is_file() or is_own_adapter(folder):
         return
     if (folder / "config.json").is_file():
         raise UserError(
@@ -70,6 +72,16 @@ def indexed_files(index: Path, where: str = "") -> list[str]:
     if outside:
         raise UserError(f"{where}{index} refers to a file outside its directory: {min(map(repr, outside))[:200]}")
     return sorted(names)
+
+
+def is_own_adapter(folder: Path) -> bool:
+    """Whether rmcore exported the adapter: its config.json describes the whole model, whose weights are elsewhere."""
+    try:
+        own = json.loads((folder / "config.json").read_bytes()).get("rmcore")
+    except (OSError, ValueError, AttributeError):
+        return False
+    weights = [file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
+    return isinstance(own, dict) and LORA_BASE in own and [file.name for file in weights] == [ADAPTER_WEIGHTS]
 
 
 def _base(adapter: Path) -> str:

@@ -22,6 +22,7 @@ from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory
 from rmcore.model.activation_offload import offload_inputs
+from rmcore.model.adapter import StoredAdapter
 from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
 from rmcore.model.found_weights import SCORE, check_found, listed
 from rmcore.model.layout_context import recompute_contexts
@@ -29,9 +30,10 @@ from rmcore.model.meta_model import fresh_head, grow, model_on_meta, other_heads
 from rmcore.model.outputs import KEY, Outputs
 from rmcore.model.random_weights import NoDrawingRule, RandomWeights
 from rmcore.model.safetensors_weights import check_indices, head_files
-from rmcore.model.synthetic_model import synthetic_model_config
+from rmcore.model.synthetic_model import SYNTHETIC, synthetic_model_config
 
-SYNTHETIC = "synthetic"  # model.name of the tiny model that comes with rmcore
+# Methods of quantised checkpoints whose layers transformers does not turn back into plain ones.
+UNTRAINABLE = ("aqlm", "auto-round", "awq", "bitsandbytes", "gptq", "hqq", "quanto")
 
 
 def load_model(
@@ -50,6 +52,8 @@ def load_model(
         UserError: files or weights are missing, a file is truncated, a weight contains NaN or Inf, or the architecture
             is another one.
     """
+    if (adapter := StoredAdapter.of(config)) is not None:
+        return _adapted(adapter, config, seed=seed, vocabulary=vocabulary, pad_token_id=pad_token_id)
     hf_config = reward_config(config, pad_token_id)
     random = config.init == "random"
     model, note = (_random(config, hf_config, seed), "") if random else _pretrained(config, hf_config)
@@ -64,6 +68,22 @@ def load_model(
         with torch.no_grad():
             score.weight.copy_(fresh_head(score.out_features, score.in_features, seed))
     turn_dropout_off(model)
+    return train_text_only(model)
+
+
+def _adapted(adapter: StoredAdapter, config: ModelConfig, **arguments: int) -> PreTrainedModel:
+    """The model of an exported adapter: merged, or, if it is trained further, the base model with the stored head."""
+    settled = Outputs.settled(config, load_model_config(config))
+    try:
+        model = load_model(adapter.base_config(settled), **arguments)
+    except UserError as error:
+        if adapter.base in (reason := str(error)):
+            raise UserError(f"the base model of the adapter {adapter.source}: {reason}") from None
+        raise
+    if config.lora.rank is None:
+        adapter.merge_into(model)
+    else:
+        adapter.load_head(model)
     return train_text_only(model)
 
 
@@ -89,12 +109,24 @@ def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hf_config = load_model_config(config)
+    refuse_quantised(config, hf_config)
     outputs = Outputs.of(config, hf_config)
     hf_config.num_labels = len(outputs.names)
     if outputs != Outputs() or hasattr(hf_config, KEY):
         outputs.store(hf_config)
     set_padding(hf_config, pad_token_id if pad_token_id < hf_config.get_text_config().vocab_size else None)
     return hf_config
+
+
+def refuse_quantised(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Raises UserError for weights in a format that cannot be trained, nor merged with what is trained."""
+    found = getattr(hf_config, "quantization_config", None) or {}
+    method = str((found if isinstance(found, dict) else found.to_dict()).get("quant_method", "")).rpartition(".")[2]
+    if method.lower() in UNTRAINABLE:
+        raise UserError(
+            f"model.name {config.name}: its weights are quantised ({method.lower()}) and cannot be trained: give the "
+            "checkpoint that they were made of; model.lora.base=nf4 stores it in 4 bits"
+        )
 
 
 def check_finite(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> None:

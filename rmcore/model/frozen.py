@@ -4,7 +4,8 @@ Input: a linear layer. Output: a layer that computes the same with the numbers t
 Example: a weight [4096, 4096] takes 67 MB in fp32, 34 MB as bf16, 17 MB as int8 and 9.4 MB as nf4.
 
 Each forward and each backward restores the weight, in the dtype of the arithmetic, and drops it again: the graph keeps
-the codes. So the self-test computes in fp32, and bf16 training in bf16, from the same numbers.
+the codes. Under zero2, zero3 and hsdp each rank keeps its part of the codes (`shard`), and gathers the codes of one
+weight at a time. So the self-test computes in fp32, and bf16 training in bf16, from the same numbers.
 
 Source: QLoRA (Dettmers et al., arXiv 2305.14314); the formats are bitsandbytes' (rmcore.ops.blockwise).
 """
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from rmcore.ops.blockwise import restored, stored_as
 
@@ -36,7 +39,18 @@ class FrozenLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole weight in fp32, a new tensor; peft's DoRA reads it."""
-        return restored(self.codes, self.scale, self.shape, torch.float32)
+        return self.restored(torch.float32)
+
+    def restored(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight, a new tensor; a collective if the codes are sharded."""
+        codes, scale = (t.full_tensor() if isinstance(t, DTensor) else t for t in (self.codes, self.scale))
+        return restored(codes, scale, self.shape, dtype)
+
+    def shard(self, mesh: DeviceMesh, placements: list[Placement]) -> None:
+        """Keep this rank's part of codes and scales, as every rank of the mesh does; all ranks hold the same ones."""
+        for name in ("codes", "scale"):
+            # No rank sends anything: each one has the whole tensor.
+            setattr(self, name, distribute_tensor(getattr(self, name), mesh, placements, src_data_rank=None))
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -51,11 +65,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        weight = restored(layer.codes, layer.scale, layer.shape, x.dtype)
+        weight = layer.restored(x.dtype)
         return F.linear(x, weight.T if layer.transposed else weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         layer: FrozenLinear = ctx.layer
-        weight = restored(layer.codes, layer.scale, layer.shape, grad.dtype)
+        weight = layer.restored(grad.dtype)
         return grad @ (weight.T if layer.transposed else weight), None

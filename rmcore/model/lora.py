@@ -185,19 +185,20 @@ def merged_shapes(shapes: Mapping[str, tuple[int, ...]], adapted: Sequence[Adapt
 def visible_changes(parameters: Callable[[], Mapping[str, Tensor]], adapted: Sequence[Adapted]) -> Iterator[None]:
     """Within, untrained adapters change their weights, so that a layer that computes without its adapter shows.
 
-    B is UNTRAINED_B in place of 0. `parameters` returns the parameters by their names in the reward model.
+    B is UNTRAINED_B in place of what it was. `parameters` returns the parameters by their names in the reward model.
     """
 
-    def fill(value: float) -> None:
-        own = parameters()
-        for name, _, _ in adapted:
-            own[f"{name}.lora_B.default.weight"].fill_(value)
-
-    fill(UNTRAINED_B)
+    names = [f"{name}.lora_B.default.weight" for name, _, _ in adapted]
+    own = parameters()
+    before = {name: own[name].detach().clone() for name in names}
+    for name in names:
+        own[name].fill_(UNTRAINED_B)
     try:
         yield
     finally:
-        fill(0.0)
+        own = parameters()
+        for name, values in before.items():
+            own[name].copy_(values)
 
 
 def frozen_fingerprint(model: nn.Module) -> str:

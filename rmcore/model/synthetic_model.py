@@ -4,6 +4,8 @@ from transformers import LlamaConfig
 
 from rmcore.data.synthetic import MAX_POSITIONS
 
+SYNTHETIC = "synthetic"  # model.name of the tiny model that comes with rmcore
+
 
 def synthetic_model_config() -> LlamaConfig:
     """A Llama of two layers and 0.36 million parameters, which learns the synthetic task from random weights."""

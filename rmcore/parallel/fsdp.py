@@ -24,6 +24,8 @@ No rank ever holds the whole model: it is built on the meta device, and each ran
 With `model.weights=bf16` the shards are bf16, and need no cast before they are gathered. Gradients are reduced in fp32
 as before; FSDP2 then rounds the result to the dtype of the weights, once per reduction. It is stored in fp32, so that
 the sum over several micro batches is one of fp32 numbers.
+A stored base of LoRA (`model.lora.base`) is split too: its codes are flat buffers, and each layer gathers those of one
+weight in its forward and again in its backward (rmcore/model/frozen.py), under ZeRO-2 as under ZeRO-3.
 With `parallel.offload`, weights, gradients and AdamW's state stay in host memory; the layers visit the GPU one by one.
 """
 
@@ -43,10 +45,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from rmcore.config import Config
 from rmcore.model.backbone import decoder_layers
+from rmcore.model.frozen import FrozenLinear
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.ema import Ema
@@ -78,6 +81,14 @@ def shard(
     for layer in decoder_layers(model):
         fully_shard(layer, **arguments)
     return fully_shard(model, **arguments)
+
+
+def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split the stored base of LoRA over the ranks; under hsdp over those of a host."""
+    placements: list[Placement] = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            module.shard(mesh, placements)
 
 
 @torch.no_grad()
@@ -157,6 +168,7 @@ class FullySharded:
         )
         if shards:
             take_over(model, _in_bf16(shards.weights) if config.model.trains_bf16 else shards.weights)
+        shard_frozen(model, self.mesh)
         self.model = model
         self._parameters = list(self.model.parameters())
         if config.model.trains_bf16:

@@ -25,6 +25,7 @@ from rmcore.checkpoint.resume import Start
 from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.host.memory import return_freed_memory
+from rmcore.model.adapter import StoredAdapter, check_adapter
 from rmcore.model.backbone import check_finite, load_model
 from rmcore.model.classifier import text_model, text_prefix, towers
 from rmcore.model.language_head import language_head
@@ -93,6 +94,7 @@ class ShardedModel:
 def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start: Start) -> WholeModel | ShardedModel:
     """Load the model; a collective. Raises UserError, on all ranks, for model files that cannot be trained from."""
     notes: list[str] = []
+    first_error(world, "looking at the model", lambda: check_adapter(config.model))
     if config.parallel.traits.shards_weights:
         if world.device.type == "cpu":
             return_freed_memory()
@@ -151,9 +153,12 @@ def _load_whole(
     if config.model.lora.rank is not None:
         backbone = text_model(hf_model)
         adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, config.model.lora, seed))
+        stored = StoredAdapter.of(config.model)
         base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
         start.check_base(base)
         first_error(world, "storing the base", lambda: store_base(backbone, config.model.lora))
+        if stored is not None:
+            first_error(world, "loading the adapter", lambda: stored.load_adapters(hf_model))
     head = None
     if config.loss.sft:
         head = first_error(

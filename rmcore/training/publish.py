@@ -8,6 +8,7 @@ Rank 0 checks and pushes alone, which may take longer than a collective of the t
 in a group of their own, with a timeout of PATIENCE.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,16 +19,10 @@ from transformers import PreTrainedModel
 from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.evaluation.evaluate import Evaluations
+from rmcore.hf_export.adapter import adapter_parts
 from rmcore.hf_export.card import model_card
-from rmcore.hf_export.directory import (
-    Package,
-    check_texts,
-    set_aside,
-    take_place,
-    with_language_model,
-    write_model,
-)
-from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export, reloaded
+from rmcore.hf_export.directory import Package, check_texts, check_weights, set_aside, take_place, write_model
+from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
 from rmcore.host.cores import usable_cores
@@ -97,12 +92,16 @@ def model_directory(run: Run) -> Path:
 def package_of(run: Run, evaluations: Evaluations | None) -> Package:
     """Everything of the export except the weights."""
     config = run.config
+    adapter = None
+    if config.export.adapter:
+        adapter = adapter_parts(config.model, run.adapted, run.model_class, run.tokenizer)
     return Package(
         model_class=run.model_class,
         hf_config=run.hf_config,
         tokenizer=run.tokenizer,
         template=run.data.template,
         dtype=export_dtype(config),
+        adapter=adapter,
         card=model_card(
             config,
             wants_text=run.data.template.wants_text,
@@ -110,6 +109,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
             metrics=evaluations.metrics if evaluations else None,
             outputs=Outputs.stored(run.hf_config),
             made=is_made(run.model_class),
+            adapter=adapter,
         ),
         config_yaml=config.dump_yaml(),
         towers=run.towers,
@@ -130,7 +130,7 @@ def written(run: Run, package: Package, directory: Path) -> Path | None:
     try:
         if not run.world.is_main:
             return None
-        if not run.adapted:
+        if not run.adapted or package.adapter:
             return write_model(shapes, tensors, package, directory)
         plain = merged(dict(tensors), run.adapted)
         return write_model({n: tuple(t.shape) for n, t in plain.items()}, plain.items(), package, directory)
@@ -156,11 +156,9 @@ def checked(run: Run, package: Package, place: Path, probe: Probe, by_parts: boo
     if by_parts:
         parity = check_export(exported_shards(place, run.config, run.world), probe, package.dtype)
     elif run.world.is_main:
-        model = _on_device(reloaded(place, package.trust_remote_code), run.world.device)
-        with _all_cores() if model.num_parameters() > WORTH_ALL_CORES else nullcontext():
-            parity = check_export(model, probe, package.dtype)
-            del model
-            parity = with_language_model(parity, place, package, probe)
+        weights = sum(map(math.prod, run.strategy.shapes().values()))
+        with _all_cores() if weights > WORTH_ALL_CORES else nullcontext():
+            parity = check_weights(place, package, probe, lambda model: _on_device(model, run.world.device))
     else:
         return None
     check_texts(place, package, probe.token_ids)

@@ -42,7 +42,8 @@ def sizes_of(run: Run) -> Sizes:
     weights = sum(math.prod(shape) for shape in merged_shapes(run.strategy.shapes(), run.adapted).values())
     weights += sum(tensor.numel() for tensor in run.towers.values())
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
-    return Sizes(weights, trained, weights * export_dtype(run.config).itemsize)
+    exported = 4 * trained if run.config.export.adapter else weights * export_dtype(run.config).itemsize
+    return Sizes(weights, trained, exported)
 
 
 def rehearse(run: Run, sizes: Sizes) -> str:

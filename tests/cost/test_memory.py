@@ -195,6 +195,21 @@ def test_lora_is_counted_as_it_is_built(base: str) -> None:
     assert (dry.sizes.trained, found.gradients, found.optimizer) == (trained, 4 * trained, 8 * trained)
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_stored_base_is_sharded_and_never_gathered_whole(strategy: str) -> None:
+    """Of each adapted weight a rank holds its part of the codes, and in the forward one whole matrix at a time."""
+    none = TokenBytes(0.0, 0.0, counted=True)
+    found = {}
+    for base in ("fp32", "nf4"):
+        config = sections(strategy=strategy, rank=8, base=base)
+        dry = DryRun(LLAMA, lora=config.model.lora).sizes
+        found[base] = memory_of_step(config, dry, none, tokens=0, ranks=4, deferred=False)
+    assert found["fp32"].weights - found["nf4"].weights == pytest.approx((4 - 0.5625) * dry.adapted / 4)
+    if strategy == "zero2":  # bf16: everything is gathered
+        saved = found["fp32"].copies - found["nf4"].copies
+        assert saved == pytest.approx(2.0 * (dry.adapted - dry.matrix), rel=0.01)
+
+
 def test_a_dry_run_counts_the_activations_of_lora() -> None:
     """Frozen layers keep no input for their own gradient, adapters keep theirs; a restored weight is dropped."""
     lora = LoraConfig(rank=8, base="bf16")

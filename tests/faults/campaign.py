@@ -22,6 +22,7 @@ import numpy as np
 
 from rmcore.checkpoint import directory as names
 from rmcore.checkpoint.directory import steps
+from tests.harness.base_model import save_base
 from tests.harness.crash import CONTEXT, Fault, Outcome, copy_of, run, scratch_of
 from tests.harness.small_run import ROUNDING, STEPS, arguments, furthest, reference, same
 from tests.harness.tmpfs import small_disk
@@ -42,13 +43,21 @@ FORMATS = {
     "fp32": ((), (), *WIDE),
     "bf16": ((), *WIDE, *(("model.weights=bf16", *states) for states in ((), *WIDE))),
 }
-BASES = ((), ("model.lora.base=bf16", "model.lora.dora=true"), ("model.lora.base=nf4",))
+BASES = (
+    *((), ("model.lora.base=bf16", "model.lora.dora=true")),
+    *(("model.lora.base=int8", "model.lora.rslora=true"), ("model.lora.base=nf4",)),
+)
+# What excludes what is in rmcore/config/schema.py; `test_every_case_is_a_valid_configuration` holds this to it.
+EMA, SFT, SPLIT_ROWS = "optim.ema=0.9", "loss.sft=0.1", "parallel.context=2"
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """The settings of one run, how and where it ends, and whether it is killed once more while it resumes."""
+    """The settings of one run, how and where it ends, and whether it is killed once more while it resumes.
+
+    `extra`: one more setting, or "". `continues`: it begins with an adapter that another run has exported.
+    """
 
     strategy: str
     precision: str
@@ -57,6 +66,8 @@ class Case:
     background_save: bool
     lora: bool
     formats: tuple[str, ...]
+    extra: str
+    continues: bool
     kill: Fault
     again: Fault | None
 
@@ -68,11 +79,19 @@ class Case:
             given += [f"run.evals={self.evals}", f"data.eval.path={folder}/pairs.jsonl", "data.eval.split=train[:20%]"]
         if self.lora:
             given += ["model.lora.rank=4"]
-        return [*given, *self.formats]
+        if self.continues:
+            given += [f"model.name={folder}/first/model", "model.init=pretrained", "model.head=stored"]
+        return [*given, *self.formats, *([self.extra] if self.extra else [])]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of ranks on which the run can resume."""
+        return (2, 4) if self.extra == SPLIT_ROWS else (1, 2, 4)
 
     def __str__(self) -> str:
-        settings = f"{self.strategy}{' with LoRA' if self.lora else ''}, {self.precision}, {self.evals} evaluations"
-        settings += "".join(f", {setting}" for setting in self.formats)
+        lora = " with LoRA" + " continued" * self.continues if self.lora else ""
+        settings = f"{self.strategy}{lora}, {self.precision}, {self.evals} evaluations"
+        settings += "".join(f", {setting}" for setting in (*self.formats, self.extra) if setting)
         settings += f", recompute {self.recompute}, {'background' if self.background_save else 'blocking'} save"
         killed = f"{self.kill.action} rank {self.kill.rank} at {self.kill.point} number {self.kill.nth}"
         return f"{settings}: {killed}" + (f", and rank {self.again.rank} at {self.again.point}" if self.again else "")
@@ -92,9 +111,12 @@ def draw_case(seed: int, number: int) -> Case:
     again = None
     if rng.random() < 0.2:
         again = Fault(rng.choice(["resume.verify", "resume.read", "compute"]), "kill", rng.randrange(2))
-    precision, recompute = rng.choice(("fp32", "bf16")), rng.choice(("none", "full"))
-    background_save, lora = rng.choice((True, False)), strategy == "ddp" and rng.random() < 0.4
+    precision, recompute = rng.choice(("fp32", "bf16")), rng.choice(("none", "full", "offload"))
+    background_save, lora = rng.choice((True, False)), rng.random() < 0.4
     formats = rng.choice(BASES if lora else FORMATS[precision])
+    continues = lora and rng.random() < 0.3
+    possible = [] if "model.weights=bf16" in formats else [EMA, SPLIT_ROWS, *([] if lora else [SFT])]
+    extra = rng.choice([*[""] * 3, *possible])
     return Case(
         strategy=strategy,
         precision=precision,
@@ -103,6 +125,8 @@ def draw_case(seed: int, number: int) -> Case:
         background_save=background_save,
         lora=lora,
         formats=formats,
+        extra=extra,
+        continues=continues,
         kill=kill,
         again=again,
     )
@@ -115,10 +139,20 @@ def kills(folder: Path, cases: int, seed: int, say: Say = print) -> int:
         case = draw_case(seed, number)
         what = f"case {number} of seed {seed}: {case}"
         place = folder / f"case-{number}"
+        if case.continues:
+            first_adapter(case, place)
         checked += _check(case, place, what)
         shutil.rmtree(place)
         say(f"{what}: right")
     return checked
+
+
+def first_adapter(case: Case, folder: Path) -> None:
+    """Export an adapter to `folder`/first/model, in the format that the case continues."""
+    base = [f"model.name={save_base(folder / 'base')}", "model.init=pretrained", "model.lora.rank=4"]
+    given = arguments(folder, *base, *case.formats, "export.adapter=true", "run.max_steps=2")
+    first = run(folder / "first", given, 1, publish=True)
+    assert first.codes == [0], first.text
 
 
 def _check(case: Case, folder: Path, what: str) -> int:
@@ -144,18 +178,19 @@ def _check(case: Case, folder: Path, what: str) -> int:
         if second.codes == [0, 0]:  # killed after the last step: there was nothing to compute, and it is complete
             assert same(second, whole) and second.order == whole.order, what
             return 1
-    for size in (1, 2, 4):
+    for size in case.sizes:
         resumed = run(copy_of(killed, f"on-{size}"), given, size)
         assert resumed.codes == [0] * size, f"{what}, on {size}: {resumed.text}"
         assert resumed.order == whole.order, f"{what}, on {size}: another data order"
         if size == 2:
             assert same(resumed, whole), f"{what}, on {size}: other weights, by up to {furthest(resumed, whole)}"
-        elif case.precision == "fp32" and not case.formats:  # others round gradients that differ in the last bit
+        elif case.precision == "fp32" and not (case.formats or case.extra):
+            # The others round gradients that differ in the last bit.
             far = furthest(resumed, reference(folder, *settings, size=size))
             assert far < ROUNDING, f"{what}, on {size}: {far}"
         else:
             assert resumed.weights and all(np.isfinite(weight).all() for weight in resumed.weights.values()), what
-    return 3
+    return len(case.sizes)
 
 
 def _check_full_disk(case: Case, folder: Path, whole: Outcome, what: str) -> int:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import ENDS, damages, draw_case, kills
+from rmcore.config import load_config
+from tests.faults.campaign import EMA, ENDS, SFT, SPLIT_ROWS, STRATEGIES, damages, draw_case, kills
 from tests.harness.seed import random_seed
+from tests.harness.small_run import arguments
 
 pytestmark = pytest.mark.distributed
 
@@ -37,6 +39,14 @@ def test_the_cases_cover_all_settings() -> None:
     cases = [draw_case(1, number) for number in range(100)]
     assert cases == [draw_case(1, number) for number in range(100)], "the seed decides"
     assert len({(case.strategy, case.precision) for case in cases}) == 10
-    assert len({(case.evals, case.recompute, case.background_save) for case in cases}) == 8
+    assert len({(case.evals, case.recompute, case.background_save) for case in cases}) == 12
     assert {case.kill.action for case in cases} == set(ENDS)
-    assert any(case.lora for case in cases) and all(case.strategy == "ddp" for case in cases if case.lora)
+    assert {case.strategy for case in cases if case.lora} == set(STRATEGIES)
+    assert {case.extra for case in cases} == {"", EMA, SFT, SPLIT_ROWS} and any(case.continues for case in cases)
+    stored = {case.strategy for case in cases if "model.lora.base=nf4" in case.formats}
+    assert stored & {"zero2", "zero3"}
+
+
+def test_every_case_is_a_valid_configuration(tmp_path: Path) -> None:
+    for number in range(300):
+        load_config(None, arguments(tmp_path, *draw_case(2, number).settings(tmp_path)))
