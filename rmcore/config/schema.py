@@ -316,7 +316,8 @@ class RunConfig(Section):
     best_metric: Text | None = Field(
         None,
         description="metric of the evaluations, such as eval/rm/accuracy, by which to choose the best checkpoint; that "
-        "checkpoint is kept, and exported at the end; null: export the last weights",
+        "checkpoint is kept, and exported at the end; a metric of run.metrics needs an attribute `better`, more or "
+        "less; null: export the last weights",
     )
     patience: int | None = Field(
         None,

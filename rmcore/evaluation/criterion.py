@@ -21,6 +21,7 @@ from rmcore.config.schema import UNNAMED
 from rmcore.data.prepare import PreparedData
 from rmcore.evaluation.evaluate import metrics_of, own_objective
 from rmcore.evaluation.metrics import EVALUATION, logged, prefix
+from rmcore.evaluation.own_metrics import own_directions
 
 Quality = tuple[float, ...]
 SOMETIMES = {metric.name for metric in EVALUATION if metric.sometimes}
@@ -29,23 +30,38 @@ DIRECTION = {metric.name: 1 if metric.better == "more" else -1 for metric in EVA
 
 @dataclass(frozen=True)
 class Criterion:
-    """`keys`: the log names of the metrics that are compared, the later ones only where the earlier ones are equal."""
+    """Compares evaluations by their logged metrics.
+
+    Args:
+        keys: the log names of the metrics, the later ones only where the earlier ones are equal.
+        signs: of each metric, 1 if more of it is better, -1 if less.
+    """
 
     keys: tuple[str, ...]
+    signs: tuple[int, ...]
 
     @classmethod
     def of(cls, config: Config) -> Criterion:
         """The criterion of a run: run.best_metric, else the accuracy of the main evaluation set and then its loss.
 
-        Raises UserError, with the possible metrics, if run.best_metric cannot be a metric of the configured sets.
+        Raises UserError, with the possible metrics, if run.best_metric cannot be a metric of the configured sets, and
+        for a metric of run.metrics that does not state whether more or less of it is better.
         """
-        sets = list(config.data.eval_sets) or [UNNAMED]
-        if config.run.best_metric is None:
-            return cls((f"{prefix(sets[0])}accuracy", f"{prefix(sets[0])}loss"))
-        usual = [prefix(name) + metric for name in sets for metric in DIRECTION if metric not in SOMETIMES]
+        sets, wanted = list(config.data.eval_sets) or [UNNAMED], config.run.best_metric
+        if wanted is None:
+            return cls((f"{prefix(sets[0])}accuracy", f"{prefix(sets[0])}loss"), (1, -1))
+        own = own_directions(config.run.metrics)
+        names = [metric for metric in DIRECTION if metric not in SOMETIMES] + [name for name in own if own[name]]
+        usual = [prefix(name) + metric for name in sets for metric in names]
         rare = [prefix(name) + metric for name in sets for metric in DIRECTION if metric in SOMETIMES]
-        _check(config.run.best_metric, usual, rare)
-        return cls((config.run.best_metric,))
+        metric = wanted.rpartition("/")[2]
+        if own.get(metric) == 0 and wanted in [prefix(name) + metric for name in sets]:
+            raise UserError(
+                f"run.best_metric: {wanted} does not state whether more or less of it is better: set {metric}.better = "
+                '"more" or "less" where the function is defined'
+            )
+        _check(wanted, usual, rare)
+        return cls((wanted,), (own.get(metric) or DIRECTION[metric],))
 
     @property
     def name(self) -> str:
@@ -55,12 +71,16 @@ class Criterion:
     def quality(self, metrics: Mapping[str, Any] | None) -> Quality | None:
         """The quality of an evaluation by its logged metrics; None without an evaluation, or if a value is NaN."""
         found = []
-        for key in self.keys:
+        for key, sign in zip(self.keys, self.signs, strict=True):
             value = (metrics or {}).get(key)
             if value is None or math.isnan(value):
                 return None
-            found.append(DIRECTION[key.rpartition("/")[2]] * value)
+            found.append(sign * value)
         return tuple(found)
+
+    def value(self, quality: Quality) -> float:
+        """The value of the first metric, of which `quality` was made."""
+        return self.signs[0] * quality[0]
 
 
 def check_best_metric(config: Config, data: PreparedData) -> None:
@@ -76,7 +96,13 @@ def check_best_metric(config: Config, data: PreparedData) -> None:
     for name, part in data.evals.items():  # which metrics there are does not depend on the rewards
         zeros_A = np.zeros(int(part.answer_offset[-1]))
         found |= logged(metrics_of(part, zeros_A, objective, data.rewardbench.get(name)), name)
-    _check(wanted, [key for key in found if key.rpartition("/")[2] in DIRECTION])
+    own = [
+        prefix(name) + metric
+        for name in data.evals
+        for metric, sign in own_directions(config.run.metrics).items()
+        if sign
+    ]
+    _check(wanted, [key for key in found if key.rpartition("/")[2] in DIRECTION] + own)
 
 
 def _check(wanted: str, usual: Sequence[str], rare: Sequence[str] = ()) -> None:
@@ -119,8 +145,3 @@ class Progress:
         if quality is not None and (self.best is None or quality > self.best):
             return Progress(self.metric, quality, step)
         return replace(self, since=self.since + 1)
-
-    @property
-    def value(self) -> float:
-        """The best value of the metric; NaN before there is one."""
-        return math.nan if self.best is None else self.best[0] * DIRECTION[self.metric.rpartition("/")[2]]

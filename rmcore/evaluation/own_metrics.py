@@ -6,6 +6,8 @@ Example: run.metrics=[mine:worst_margin] logs eval/rm/worst_margin, where mine.p
 
     def worst_margin(rewards_A, data):
         return (rewards_A[data.winner_P] - rewards_A[data.loser_P]).min()
+
+    worst_margin.better = "more"  # so that run.best_metric may be eval/rm/worst_margin
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from rmcore.host.imports import imported
 from rmcore.model.objectives import OBJECTIVES
 
 KEY = "run.metrics"
+BETTER = {"more": 1, "less": -1, None: 0}
 
 
 def check_functions(config: Config) -> None:
@@ -40,6 +43,20 @@ def own_metrics(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
         if short in found or any(metric.name == short for metric in EVALUATION):
             raise UserError(f"{KEY}: there is a metric {short} already: give the function of {name} another name")
         found[short] = imported(name, KEY)
+    return found
+
+
+def own_directions(names: Sequence[str]) -> dict[str, int]:
+    """1 for each metric of which more is better, -1 if less is, and 0 if its function does not state it.
+
+    The function states it by its attribute `better`, "more" or "less". Raises UserError for another value.
+    """
+    found = {}
+    for short, function in own_metrics(names).items():
+        better = getattr(function, "better", None)
+        if better is not None and better not in ("more", "less"):
+            raise UserError(f'{KEY}: {short}.better must be "more" or "less", not {better!r}')
+        found[short] = BETTER[better]
     return found
 
 

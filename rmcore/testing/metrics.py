@@ -20,8 +20,11 @@ def check_metric(function: Callable[..., Any]) -> None:
     """Raise AssertionError unless the function returns one finite number that does not depend on the order of the data.
 
     Args:
-        function: takes the fp64 rewards [A] of all answers, and their labels.
+        function: takes the fp64 rewards [A] of all answers, and their labels. Its attribute `better`, if it has one,
+            must be "more" or "less": which of them run.best_metric and run.patience look for.
     """
+    better = getattr(function, "better", None)
+    assert better in (None, "more", "less"), f'the attribute better must be "more" or "less", not {better!r}'
     data = labelled()
     rewards_A = rewards_for(data)
     value = _number(function, rewards_A, Judged.of(data))

@@ -47,7 +47,7 @@ class Patience:
         if not self.over:
             return ""
         best = self._progress
-        found = f"since step {best.step} ({best.value:.4f})" if best.best else "in any evaluation"
+        found = f"since step {best.step} ({self.criterion.value(best.best):.4f})" if best.best else "in any evaluation"
         return f"stopped early: no better {best.metric} {found}, run.patience={self._limit}"
 
     def stored(self) -> dict[str, Any] | None:

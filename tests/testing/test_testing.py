@@ -73,6 +73,16 @@ def test_metrics() -> None:
     with pytest.raises(AssertionError, match="a finite number"):
         check_metric(lambda rewards_A, data: float("nan"))
 
+    def smallest(rewards_A: Any, data: Any) -> Any:
+        return margins(rewards_A, data).min()
+
+    for better in ("more", "less"):
+        smallest.better = better  # type: ignore[attr-defined]
+        check_metric(smallest)
+    smallest.better = "higher"  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match='better must be "more" or "less", not \'higher\''):
+        check_metric(smallest)
+
 
 def test_readers() -> None:
     rows = [{"q": "2+2?", "good": "4", "bad": "5"}, {"q": "Why?", "good": "So.", "bad": "No."}]

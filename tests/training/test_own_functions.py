@@ -4,7 +4,9 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,12 +32,29 @@ squared.traits = Traits(scores=True, counts="answers")
 def worst_margin(rewards_A, data):
     return (rewards_A[data.winner_P] - rewards_A[data.loser_P]).min()
 
+worst_margin.better = "more"
+
+def spread(rewards_A, data):
+    return rewards_A.std()
+
+spread.better = "less"
+
+def undirected(rewards_A, data):
+    return rewards_A.std()
+
+def misdirected(rewards_A, data):
+    return rewards_A.std()
+
+misdirected.better = "higher"
+
 def renamed(row):
     return {"prompt": row["q"], "chosen": row["good"], "rejected": row["bad"], "source": row["source"]}
 
 def refuses(row):
     raise KeyError("q")
 """
+
+BEST = "run.metrics=[own_functions:{0}];run.best_metric=eval/rm/{0};run.evals=1;data.eval.path=pairs.jsonl"
 
 
 @pytest.fixture
@@ -97,6 +116,21 @@ def test_own_functions_train_as_those_of_rmcore(folder: Path) -> None:
     assert rmcore.load(own.model_dir, device="cpu").score("Why?", ["So."])[0] is not None
 
 
+@pytest.mark.parametrize(("metric", "best"), [("worst_margin", max), ("spread", min)])
+def test_the_best_checkpoint_by_an_own_metric_is_exported(folder: Path, metric: str, best: Any) -> None:
+    run = fit(folder, metric, *BEST.format(metric).split(";"), "run.evals=4", "optim.lr=0.1", "run.save_minutes=null")
+    values = {row["step"]: row[f"eval/rm/{metric}"] for row in run.evaluations}
+    chosen = best(values.values())
+    assert len(set(values.values())) == 4
+    assert run.status["best"] == {"step": run.status["best"]["step"], "metric": f"eval/rm/{metric}", "value": chosen}
+    assert run.metrics["own"][metric] == pytest.approx(chosen, abs=1e-6)
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    model = run.load(device="cpu")
+    rewards = np.array([model.score(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows], dtype=float)
+    found = {"worst_margin": (rewards[:, 0] - rewards[:, 1]).min(), "spread": rewards.std(ddof=1)}[metric]
+    assert found == pytest.approx(chosen, rel=1e-4, abs=1e-4), "the exported weights are those of the best evaluation"
+
+
 def test_traits_say_what_an_objective_reads(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     scored = [row | {"score_chosen": 1.0, "score_rejected": float(n % 2)} for n, row in enumerate(rows)]
@@ -118,6 +152,14 @@ def test_traits_say_what_an_objective_reads(folder: Path) -> None:
         ("loss.name=broken:f", "broken.py:1: ZeroDivisionError"),
         ("run.metrics=[own_functions:accuracy]", "run.metrics: there is a metric accuracy already"),
         ("run.metrics=[own_functions:lost]", "has no function lost"),
+        (
+            BEST.format("undirected"),
+            "run.best_metric: eval/rm/undirected does not state whether more or less of it is better: set "
+            'undirected.better = "more" or "less"',
+        ),
+        (BEST.format("misdirected"), 'run.metrics: misdirected.better must be "more" or "less", not \'higher\''),
+        (BEST.format("spread").replace("eval/rm/spread", "eval/rm/spred"), "did you mean eval/rm/spread?"),
+        (BEST.format("spread").replace("eval/rm", "eval/other"), "have no eval/other/spread"),
         ("data.train.format=own_functions:refuses", "pairs.jsonl:1: data.train.format failed: KeyError: 'q'"),
         ("data.train.format=builtins:len", "pairs.jsonl:1: data.train.format must return a row (a dict), not int"),
         ("data.train.format=own functions", "expected module:function | null, got `own functions`"),
@@ -127,7 +169,7 @@ def test_traits_say_what_an_objective_reads(folder: Path) -> None:
 def test_mistakes_are_one_message(folder: Path, override: str, words: str) -> None:
     (folder / "broken.py").write_text("1 / 0\n")
     with pytest.raises(rmcore.UserError) as caught:
-        fit(folder, "wrong", override)
+        fit(folder, "wrong", *override.split(";"))
     assert words in str(caught.value)
 
 
