@@ -40,7 +40,7 @@ from rmcore.hf_export.parity import (
 )
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
-from rmcore.model.classifier import architecture, brings_code, text_prefix
+from rmcore.model.classifier import architecture, brings_code, is_custom_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.meta_model import model_on_meta, set_padding
 from rmcore.model.outputs import KEY as OUTPUTS
@@ -300,7 +300,7 @@ def _write_weights(
     # Stored buffers keep their dtype: in bf16 the biases of a router would choose other experts.
     buffers = {name for name, _ in skeleton.named_buffers() if name in skeleton.state_dict()}
     on_disk = stored_shapes(skeleton)
-    special = skeleton.is_custom_code() or hasattr(config, "quantization_config") or buffers
+    special = is_custom_code(type(skeleton)) or hasattr(config, "quantization_config") or buffers
     if special or on_disk is None:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
         state = {name: tensor if name in buffers else tensor.to(package.dtype) for name, tensor in weights}
