@@ -44,7 +44,7 @@ from rmcore.hf_export.parity import (
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
 from rmcore.host.model_directory import LORA_BASE
-from rmcore.model.classifier import architecture, brings_code, text_prefix
+from rmcore.model.classifier import architecture, brings_code, is_custom_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.language_head import name_in_files
@@ -341,7 +341,7 @@ def _write_weights(
     # Stored buffers keep their dtype: in bf16 the biases of a router would choose other experts.
     buffers = {name for name, _ in skeleton.named_buffers() if name in skeleton.state_dict()}
     on_disk = stored_shapes(skeleton)
-    special = skeleton.is_custom_code() or hasattr(config, "quantization_config") or buffers
+    special = is_custom_code(type(skeleton)) or hasattr(config, "quantization_config") or buffers
 
     def in_files() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:

@@ -81,9 +81,17 @@ def architecture(hf_config: PretrainedConfig, model_class: type[PreTrainedModel]
     It is the class's own name, except where transformers gives text models of families with towers another one:
     Gemma3TextForSequenceClassification is written as Gemma3ForSequenceClassification, after Gemma3ForCausalLM.
     """
-    if model_class.is_custom_code() or not issubclass(model_class.config_class or PretrainedConfig, type(hf_config)):
+    if is_custom_code(model_class) or not issubclass(model_class.config_class or PretrainedConfig, type(hf_config)):
         return model_class.__name__
     return f"{_stem(decoder_class(type(hf_config)))}ForSequenceClassification"
+
+
+def is_custom_code(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the class is not one of transformers: from a model's repository, or a module of the user's.
+
+    Newer versions of transformers have a method of this name; 5.3 does not.
+    """
+    return model_class.is_remote_code() or not model_class.__module__.startswith("transformers.")
 
 
 def is_made(model_class: type[PreTrainedModel]) -> bool:

@@ -11,7 +11,15 @@ from rmcore.bench.models import exact, families, tiny_config, tried
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.model.backbone import decoder_layers, load_model
-from rmcore.model.classifier import classifier_class, decoder_class, is_made, text_model, text_prefix, towers
+from rmcore.model.classifier import (
+    classifier_class,
+    decoder_class,
+    is_custom_code,
+    is_made,
+    text_model,
+    text_prefix,
+    towers,
+)
 from rmcore.model.lazy_model import NeedsWholeModel, open_lazy_model
 from rmcore.model.meta_model import model_on_meta, set_padding
 
@@ -65,7 +73,7 @@ def test_no_family_crashes(family: str) -> None:
 
 def test_a_made_class_is_one_of_transformers_by_name_and_place() -> None:
     kind = classifier_class(tiny_config("olmoe"))
-    assert kind.__name__ == "OlmoeForSequenceClassification" and is_made(kind) and not kind.is_custom_code()
+    assert kind.__name__ == "OlmoeForSequenceClassification" and is_made(kind) and not is_custom_code(kind)
     assert classifier_class(tiny_config("olmoe")) is kind
     assert not is_made(classifier_class(tiny_config("llama")))
 
