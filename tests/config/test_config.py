@@ -123,11 +123,12 @@ log.trackio | true | false | false
 log.mlflow | true | false | false
 log.samples | whole number >= 0 | 10
 log.report | none | html | png | html
+export.adapter | true | false | false
+export.lm_head | true | false | false
 hub.push | true | false | false
 hub.repo | text | null | null
 hub.revision | text | null | null
 hub.private | true | false | true
-export.lm_head | true | false | false
 """
 
 
