@@ -140,7 +140,9 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
         write_text_atomically(directory / "config.yaml", state.config.dump_yaml())
     introduce(state, rehearsed)
     with start_tracker(world, config, steps=state.plan.steps, start=state.position) as tracker:
-        end = take_best(state, train(state, tracker, heartbeat, signals), tracker)
+        trained = train(state, tracker, heartbeat, signals)
+        heartbeat.at("export")
+        end = take_best(state, trained, tracker)
         with state.chosen_weights():
             publish(state, end.evaluations, tracker)
         report_run(state, end, tracker)

@@ -1,25 +1,25 @@
 """Measures exactness, ceilings and training rates on one GPU, compared with a padded loop and TRL; takes minutes.
 
 Input: this machine. Pythia shapes with random weights, and random tokens in the lengths of 256 real HH and TL;DR pairs
-(lengths.json): no network, no tokenizer, no `datasets`.
+(lengths.json): no network, no tokenizer, no `datasets`. A whole run trains the embedded model.
 Output: one JSON file of sections, each with its results or the error that ended it, the most valuable first: ceiling,
-ops, exactness, sync, train, attention, profile. Next to it, a file of the same name with `.jsonl` gets a line for each
-result at once, so that a machine that goes away takes nothing with it.
+ops, exactness, run, kernels, train, profile, attention. Next to it, a file of the same name with `.jsonl` gets a line
+for each result at once, so that a machine that goes away takes nothing with it.
 Example: train of 1.4b on HH lengths: tokens per second, MFU, sharing ratio, peak memory, for rmcore, for a padded loop
 over the same pairs, and for TRL's RewardTrainer where it is installed.
 
 Ratio: none is computed; divide the pairs per second of two arms. `mfu_of_h100` is the share of an H100's dense bf16
-peak. `within_twice_bf16` is true if the error of the fast path in bf16 is at most twice that of the padded forward in
-bf16, both compared with the padded forward in fp32.
+peak. `within_twice_bf16` is true if the errors of every fast path in bf16 are at most twice those of the padded forward
+in bf16, all compared with the padded forward in fp64.
 
 `--tiny` runs every section on any machine in seconds, with small shapes.
 """
 
+import importlib.util
 import json
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
+from rmcore.bench.gpu_checks import kernel_table, model_errors, small_models, whole_run, within_twice
 from rmcore.bench.gpu_train import Rows, padded_run, rmcore_run, rows_of_lengths
 from rmcore.bench.gpu_trl import python_with_trl, trl_run
 from rmcore.bench.measure import machine, parser, write_results
 from rmcore.data.batches.batch import AttentionLayout, build_batch
 from rmcore.model.attention import attention_forward
 from rmcore.model.layout_context import packed_layout
-from rmcore.model.reward_model import PADDED, SHARED, RewardModel
+from rmcore.model.reward_model import RewardModel
 from rmcore.model.selftest import choose_path
 from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
 from rmcore.ops.pairwise import pairwise_loss
@@ -51,14 +52,6 @@ def neox(shape: tuple[int, int, int, int], vocabulary: int = VOCABULARY) -> Pret
     sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     sizes |= {"intermediate_size": mlp, "vocab_size": vocabulary, "max_position_embeddings": 2048}
     return AutoConfig.for_model("gpt_neox", rotary_pct=0.25, pad_token_id=1, num_labels=1, **sizes)
-
-
-def llama(shape: tuple[int, int, int, int], vocabulary: int) -> PretrainedConfig:
-    """Half as many key heads as query heads."""
-    layers, width, heads, mlp = shape
-    sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    sizes |= {"num_key_value_heads": heads // 2, "intermediate_size": mlp, "vocab_size": vocabulary}
-    return AutoConfig.for_model("llama", pad_token_id=1, num_labels=1, **sizes)
 
 
 class Bench:
@@ -126,7 +119,12 @@ def ceiling(bench: Bench) -> dict[str, Any]:
     source = torch.empty((1 << 20) if bench.tiny else (1 << 30), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     copied = bench.timed(lambda: target.copy_(source))
-    return {"matrix_tflops": 2e-12 * size**3 / product, "copy_tb_per_s": 2e-12 * source.numel() / copied}
+    found = {"matrix_tflops": 2e-12 * size**3 / product, "copy_tb_per_s": 2e-12 * source.numel() / copied}
+    if not bench.cuda:
+        return found
+    memory = torch.cuda.get_device_properties(bench.device).total_memory
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": torch.cuda.nccl.version()}
+    return found | {"memory_gb": memory / 1e9, "versions": versions}
 
 
 def ops(bench: Bench) -> dict[str, Any]:
@@ -145,7 +143,10 @@ def ops(bench: Bench) -> dict[str, Any]:
             out = torch.cat([x.double().flatten() for x in (out if isinstance(out, tuple) else (out,))])
             upstream = torch.linspace(-1.0, 1.0, out.numel(), device=out.device, dtype=out.dtype)
             results.append([out, *torch.autograd.grad(out, given, upstream)])
-        offs = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(*results, strict=True)]
+        offs = [
+            float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300))
+            for a, b in zip(*results, strict=True)
+        ]
         return {"result_off": offs[0], "gradients_off": max(offs[1:])}
 
     for kind in (torch.float32, torch.bfloat16):
@@ -154,6 +155,13 @@ def ops(bench: Bench) -> dict[str, Any]:
             call = partial(lambda hidden, head: pairwise_loss(hidden, head, rows_A, *pairs))
             name = f"pairwise {size} {kind}"
             found[name] = bench.note(name, errors(call, *inputs))
+            if size == 128:
+                for name, index_A in (("no answers", rows_A[:0]), ("each answer twice", rows_A.repeat(2))):
+                    inputs = (torch.randn(n, size, device=bench.device, dtype=kind).squeeze(0) for n in (tokens, 1))
+                    few = [x[:0] if not index_A.numel() else x for x in pairs]
+                    call = partial(lambda hidden, head, a, p: pairwise_loss(hidden, head, a, *p), a=index_A, p=few)
+                    name = f"pairwise, {name} {kind}"
+                    found[name] = bench.note(name, errors(call, *inputs))
         key, value = (torch.randn(tokens, 4, 80, device=bench.device, dtype=kind) for _ in range(2))
         name = f"gather {kind}"
         found[name] = bench.note(name, errors(lambda k, v: gather_prefix_kv(k, v, plan), key, value))
@@ -170,62 +178,54 @@ def ops(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def gradient(bench: Bench, model: RewardModel, path: str, half: bool) -> tuple[Tensor, Tensor]:
-    """Rewards of the first 8 comparisons by a path (pruned where possible), and the whole gradient as one vector."""
-    model.use(path, pruned=True)
-    batch = build_batch(bench.rows["hh"].data, range(8), share=path == SHARED).on(bench.device)
-    model.zero_grad(set_to_none=True)
-    with bench.half() if half else nullcontext():
-        out = model(batch)
-    out.loss_sum.backward()
-    return out.rewards_A.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 def exactness(bench: Bench) -> dict[str, Any]:
-    """Errors of rewards and gradients, compared with the padded forward in fp32: of the fast path in fp32 and bf16, and
-    of the padded forward in bf16.
-    """
-    found = {}
-    small = (2, 64, 2, 128) if bench.tiny else (6, 512, 8, 2048)
-    configs = {"gpt_neox": neox(small, bench.vocabulary), "llama": llama(small, bench.vocabulary)}
-    for name, config in configs.items():
-        model = bench.model(config)
-        data, numbers = bench.rows["hh"].data, list(range(8))
-        with torch.no_grad():  # larger weights than those of a fresh model make errors visible
-            for parameter in model.parameters():
-                parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)
-
-        exact = gradient(bench, model, PADDED, False)
-        errors: dict[str, Any] = {}
-        for label, arguments in {
-            "fp32 shared": (SHARED, False),
-            "bf16 padded": (PADDED, True),
-            "bf16 shared": (SHARED, True),
-        }.items():
-            rewards, gradients = gradient(bench, model, *arguments)
-            errors[label] = {
-                "rewards_off": float((rewards - exact[0]).abs().max()),
-                "gradients_off": float((gradients - exact[1]).norm() / exact[1].norm()),
-            }
-        errors["chosen"] = choose_path(
-            model, data, numbers[:4], bench.device, half=bench.half() if bench.cuda else None, gradients=True
-        )[1]
-        errors["within_twice_bf16"] = all(
-            errors["bf16 shared"][key] <= 2 * errors["bf16 padded"][key] for key in ("rewards_off", "gradients_off")
-        )
-        found[name] = errors
+    """Errors of rewards and gradients of whole models, by every way to compute them, compared with padded fp64."""
+    found: dict[str, Any] = {}
+    for name, config in small_models(bench.vocabulary, bench.tiny).items():
+        if bench.late:
+            break
+        errors: dict[str, Any] = dict(model_errors(config, bench.rows["hh"], bench.device, lambda: bench.late))
+        errors["within_twice_bf16"] = within_twice(errors)
+        data, numbers = bench.rows["hh"].data, list(range(4))
+        half = bench.half() if bench.cuda else None
+        errors["chosen"] = choose_path(bench.model(config), data, numbers, bench.device, half=half, gradients=True)[1]
+        found[name] = bench.note(f"exactness {name}", errors)
     return found
 
 
-def sync(bench: Bench) -> dict[str, Any]:
-    """Checks that a training step never waits for the device: PyTorch's sync debug mode raises if it does."""
-    if not bench.cuda:
-        return {"missing": "no CUDA device"}
-    config = neox((2, 256, 4, 1024))
-    run = rmcore_run(
-        bench.model(config), bench.rows["hh"], bench.world, steps=3, pairs=16, tokens=8192, forbid_sync=True
-    )
-    return {"steps_without_waiting": run["steps"]}
+# How whole runs share the work.
+RUNS = {
+    "ddp": ("parallel.strategy=ddp",),
+    "zero2": ("parallel.strategy=zero2",),
+    "zero3 compiled": ("parallel.strategy=zero3", "parallel.compile=true"),
+    "zero3 offload": ("parallel.strategy=zero3", "parallel.offload=true"),
+    "ddp fp32": ("parallel.strategy=ddp", "parallel.precision=fp32"),
+}
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """rmcore's own loop: it must not wait for the device, and resume from its checkpoint to rounding."""
+    found: dict[str, Any] = {}
+    for name, overrides in RUNS.items():
+        if bench.late or ("compiled" in name and not bench.cuda):
+            continue
+        try:
+            result = whole_run(bench.world, *overrides)
+        except Exception:
+            result = {"error": traceback.format_exc()[-1500:]}
+        found[name] = bench.note(f"run {name}", result)
+    failed = {name: result["error"] for name, result in found.items() if "error" in result}
+    if failed:
+        raise RuntimeError(f"whole runs: {failed}")
+    return found
+
+
+def kernels(bench: Bench) -> dict[str, Any]:
+    """Microseconds of the ops' kernels, of eager PyTorch and of torch.compile, and their rate compared with a copy."""
+    return {
+        name: bench.note(f"kernel {name}", result)
+        for name, result in kernel_table(bench.device, lambda: bench.late, bench.tiny)
+    }
 
 
 def random_inputs(
@@ -276,10 +276,11 @@ def attention(bench: Bench) -> dict[str, Any]:
 
 # What is measured, the most valuable first: shape, rows, and arms.
 ORDER = (
-    ("1.4b", "hh", ("ddp", "zero2", "zero2 compiled")),
-    ("2.8b", "hh", ("ddp", "zero2 compiled")),
-    ("1.4b", "tldr", ("zero2 compiled",)),
+    ("1.4b", "hh", ("ddp", "zero2", "zero2 compiled", "ddp compiled")),
+    ("2.8b", "hh", ("ddp compiled", "zero2 compiled")),
+    ("1.4b", "tldr", ("ddp compiled",)),
     ("1.4b", "hh", ("trl best", "padded", "padded, no cuDNN", "padded, recomputed", "trl default")),
+    ("1.4b", "hh", ("trl best, no cuDNN", "ddp fp8 compiled")),
     ("410m", "hh", ("ddp", "ddp compiled", "padded")),
 )
 
@@ -287,7 +288,7 @@ ORDER = (
 def train(bench: Bench) -> dict[str, Any]:
     """Training rates in the order of ORDER: rmcore by strategy, compiled and not, the padded loop, and TRL."""
     found: dict[str, Any] = {} if bench.trl else {"trl": {"missing": "trl and datasets are not installed"}}
-    pairs, steps = (4, 2) if bench.tiny else (64, 8)
+    pairs, steps = (4, 2) if bench.tiny else (256, 4)
     for shape, name, arms in ORDER:
         shape = "tiny" if bench.tiny else shape
         for arm in arms:
@@ -306,8 +307,10 @@ def train_arm(bench: Bench, config: PretrainedConfig, rows: Rows, arm: str, pair
     if arm.startswith("trl"):
         return trl_arm(bench, config, rows, arm.removeprefix("trl "), pairs, steps)
     if not arm.startswith("padded"):
-        strategy, _, compiled = arm.partition(" ")
-        call = partial(rmcore_run, strategy=strategy, compiled=bool(compiled))
+        strategy, *more = arm.split()
+        if "fp8" in more and not (bench.cuda and importlib.util.find_spec("torchao")):
+            return {"missing": "a GPU and torchao"}
+        call = partial(rmcore_run, strategy=strategy, compiled="compiled" in more, fp8="fp8" in more)
         return with_less_memory(bench, config, call, rows, pairs, steps)
     torch.backends.cuda.enable_cudnn_sdp("no cuDNN" not in arm)
     try:
@@ -323,7 +326,9 @@ def trl_arm(bench: Bench, config: PretrainedConfig, rows: Rows, arm: str, pairs:
         torch.cuda.empty_cache()
     try:
         threads = torch.get_num_threads()
-        return trl_run(bench.trl, config, rows, arm=arm, steps=steps, pairs=pairs, threads=threads)
+        name, _, changed = arm.partition(", ")
+        cudnn = changed != "no cuDNN"
+        return trl_run(bench.trl, config, rows, arm=name, steps=steps, pairs=pairs, threads=threads, cudnn=cudnn)
     except RuntimeError as error:
         return {"error": str(error)[-1500:]}
 
@@ -346,26 +351,31 @@ def with_less_memory(
 
 
 def profile(bench: Bench) -> dict[str, Any]:
-    """The operations of one step of the 1.4b shape that take longest, as text."""
+    """The operations of one step of the 1.4b shape that take longest, as text: eager, and on a GPU compiled."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if bench.cuda else []
-    if bench.late:
-        return {"missing": "out of time"}
     config = neox(bench.shapes["tiny" if bench.tiny else "1.4b"], bench.vocabulary)
-    with torch.profiler.profile(activities=activities) as profiler:
-        rmcore_run(bench.model(config), bench.rows["hh"], bench.world, steps=1, pairs=16, tokens=8192, strategy="zero2")
-    order = "self_device_time_total" if bench.cuda else "self_cpu_time_total"
-    return {"table": profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)}
+    order, found = "self_device_time_total" if bench.cuda else "self_cpu_time_total", {}
+    for compiled in (False, True) if bench.cuda else (False,):
+        if bench.late:
+            return found or {"missing": "out of time"}
+        step = partial(rmcore_run, bench.model(config), bench.rows["hh"], bench.world, steps=1, pairs=16, tokens=8192)
+        with torch.profiler.profile(activities=activities) as profiler:
+            step(strategy="ddp", compiled=compiled)
+        table = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+        found["table compiled" if compiled else "table"] = table
+    return found
 
 
 SECTIONS = {
     "ceiling": ceiling,
     "ops": ops,
     "exactness": exactness,
-    "sync": sync,
+    "run": run,
+    "kernels": kernels,
     "train": train,
-    "attention": attention,
     "profile": profile,
+    "attention": attention,
 }
 
 

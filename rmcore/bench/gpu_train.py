@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmcore.config.schema import Config
+from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import model_flops_per_token
 from rmcore.cost.machines import PEAK_FLOPS
-from rmcore.cost.memory import choose_budget
+from rmcore.cost.memory import arithmetic_of, choose_budget, memory_of_step
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
 from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.compiled import speed_up
+from rmcore.model.fp8 import use_fp8
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.make import make_strategy
 from rmcore.parallel.world import World
@@ -58,13 +60,19 @@ def rows_of_lengths(lengths: list[list[int]], vocabulary: int) -> Rows:
     return Rows(in_memory(rows, LengthLimits(max_tokens=2048)))
 
 
-def settings_of(pairs: int, recompute: str, compiled: bool, strategy: str = "ddp") -> Config:
+def settings_of(pairs: int, recompute: str, compiled: bool, strategy: str = "ddp", fp8: bool = False) -> Config:
     return Config.model_validate(
         {
             "model": {"name": "random"},
             "data": {"train": {"path": "random"}},
             "batch": {"pairs": pairs},
-            "parallel": {"strategy": strategy, "precision": "bf16", "recompute": recompute, "compile": compiled},
+            "parallel": {
+                "strategy": strategy,
+                "precision": "bf16",
+                "recompute": recompute,
+                "compile": compiled,
+                "fp8": fp8,
+            },
         }
     )
 
@@ -79,15 +87,17 @@ def rmcore_run(
     tokens: int,
     strategy: str = "ddp",
     compiled: bool = False,
-    forbid_sync: bool = False,
+    fp8: bool = False,
 ) -> dict[str, Any]:
-    """The steps of `rmcore.train`, without logging. `forbid_sync`: PyTorch raises if the host waits for the device."""
+    """The steps of `rmcore.train`, without logging."""
     data, device = rows.data, world.device
-    config = settings_of(pairs, "auto", compiled, strategy)
+    config = settings_of(pairs, "auto", compiled, strategy, fp8)
     longest = int(data.tokens_N.max())
     chosen = choose_budget(config, model.backbone.config, longest, device, 1)
     budget = max(longest, min(tokens, chosen.tokens))
     speed_up(model.backbone, recompute=chosen.recompute, compiled=compiled)
+    if fp8:
+        use_fp8(model.backbone)
     model.use(SHARED, pruned=True)
     chosen_strategy = make_strategy(config, model, world)
     flops_of = model_flops(model, rows)
@@ -107,8 +117,6 @@ def rmcore_run(
         for step, micro_batches in loader:
             if step.index == WARM:
                 watch.start()
-                if forbid_sync:
-                    torch.cuda.set_sync_debug_mode("error")
             for batch, is_last in micro_batches:
                 with chosen_strategy.gradient_sync(is_last), chosen_strategy.autocast():
                     out = chosen_strategy.model(batch)
@@ -117,9 +125,17 @@ def rmcore_run(
             chosen_strategy.clip_grad_norm(1.0)
             chosen_strategy.optimizer.step()
             chosen_strategy.optimizer.zero_grad(set_to_none=True)
-    if forbid_sync:
-        torch.cuda.set_sync_debug_mode("default")
-    return watch.record(flops_of) | {"budget": budget, "recompute": chosen.recompute}
+    sizes = DryRun(model.backbone.config)
+    memory = memory_of_step(
+        config,
+        sizes.sizes,
+        sizes.token_bytes(arithmetic_of(config, cuda=device.type == "cuda"), chosen.recompute),
+        tokens=watch.most,
+        ranks=1,
+        deferred=watch.batches > steps,
+    )
+    predicted = {"budget": budget, "recompute": chosen.recompute, "predicted_gb": memory.total / 1e9}
+    return watch.record(flops_of) | predicted
 
 
 def padded_run(
@@ -182,7 +198,7 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.computed = self.logical = self.pairs = self.batches = 0
+        self.computed = self.logical = self.pairs = self.batches = self.most = 0
         self._began = 0.0
 
     def start(self) -> None:
@@ -194,7 +210,7 @@ class Watch:
 
     def count(self, computed: int, logical: int, pairs: int) -> None:
         self.computed, self.logical, self.pairs = self.computed + computed, self.logical + logical, self.pairs + pairs
-        self.batches += 1
+        self.batches, self.most = self.batches + 1, max(self.most, computed)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

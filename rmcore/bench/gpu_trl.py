@@ -48,9 +48,20 @@ def prepare(directory: Path, config: PretrainedConfig, rows: Rows) -> None:
 
 
 def trl_run(
-    python: str, config: PretrainedConfig, rows: Rows, *, arm: str, steps: int, pairs: int, threads: int
+    python: str,
+    config: PretrainedConfig,
+    rows: Rows,
+    *,
+    arm: str,
+    steps: int,
+    pairs: int,
+    threads: int,
+    cudnn: bool = True,
 ) -> dict[str, Any]:
-    """`arm` as in train_trl.py. Micro batches are halved until they fit. Raises RuntimeError like `run_child`."""
+    """`arm` as in train_trl.py; `cudnn`: PyTorch may choose cuDNN's attention.
+
+    Micro batches are halved until they fit. Raises RuntimeError like `run_child`.
+    """
     script = str(Path(__file__).with_name("train_trl.py"))
     with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as name:
         prepare(Path(name), config, rows)
@@ -63,6 +74,7 @@ def trl_run(
             "batch": pairs,
             "threads": threads,
             "warm": WARM,
+            "cudnn": cudnn,
             "max_steps": steps + WARM,
         }
         accumulate = 1

@@ -82,6 +82,7 @@ def main(settings: dict[str, Any]) -> None:
 
     measure = load_measure()
     torch.set_num_threads(settings["threads"])
+    torch.backends.cuda.enable_cudnn_sdp(settings.get("cudnn", True))
     logging.set_verbosity_error()
     arm = settings["arm"]
     with open(settings["data"], encoding="utf-8") as lines:

@@ -485,6 +485,13 @@ class Config(Section):
             raise conflict("export.lm_head", "needs loss.sft, which trains the language-model head")
         return self
 
+    def computes_with_copies(self, *, cuda: bool) -> bool:
+        """Whether the model computes with bf16 copies of its fp32 weights (rmcore.parallel.half_copies): full training
+        in bf16 on GPUs, under ddp and zero1."""
+        parallel, model = self.parallel, self.model
+        casts = cuda and parallel.bf16 and not parallel.traits.shards_weights and not parallel.fp8
+        return casts and not model.trains_bf16 and model.lora.rank is None
+
     @property
     def losses(self) -> tuple[LossConfig, ...]:
         """The different objectives of data.train, in its order; sources with equal settings share one."""

@@ -97,7 +97,7 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     # The micro batch: its budget, and how the pairs of a step are divided into ranks and micro batches.
     if machine.is_cpu:
         budget = cpu_budget(config, data.longest)
-        per_token = model.token_bytes(arithmetic_of(config), budget.recompute, cuda=False)
+        per_token = model.token_bytes(arithmetic_of(config, cuda=False), budget.recompute, cuda=False)
         most_tokens = None
     else:
         budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)

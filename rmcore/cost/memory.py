@@ -10,9 +10,10 @@ The model, in bytes. W parameters, B of them in a decoder layer and R outside th
 2 in bf16, 4 in fp32. Weights, gradients and AdamW's two averages take 4 + 4 + 8 bytes per parameter, or what other
 formats and LoRA make of it (rmcore.cost.formats). zero1 keeps 1/n of the averages; zero2, zero3 and hsdp keep 1/n of
 all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp16).
-- copies: ddp and zero1 in bf16: what autocast casts, 2 (W - embedding); nothing if the weights are bf16, the largest
-  matrix if LoRA's base is restored at each use. zero2: all weights gathered, w W. zero3, hsdp:
-  two layers, w (R + 2 B). Of a stored base only the largest matrix, under each of them.
+- copies: ddp and zero1 in bf16: on GPUs 2 W (rmcore.parallel.half_copies); on CPUs, and with LoRA or FP8, what autocast
+  casts, 2 (W - embedding); nothing if the weights are bf16, the largest matrix if LoRA's base is restored at each use.
+  zero2: all weights gathered, w W. zero3, hsdp: two layers, w (R + 2 B). Of a
+  stored base only the largest matrix, under each of them.
 - deferred gradients: zero2 accumulates 4 W bytes unsharded when a step has several micro batches; zero3 and hsdp do
   not.
 - buffers, at the start of the backward: next to the activations, a layer's gradients (w B), two fp32 buffers of the
@@ -78,11 +79,12 @@ class Memory:
         return self.total - self.activations
 
 
-def arithmetic_of(config: Config) -> str:
+def arithmetic_of(config: Config, *, cuda: bool = True) -> str:
     """How weights get their precision: AUTOCAST, CAST or FP32 of rmcore.cost.dry_run."""
     if not config.parallel.bf16:
         return FP32
-    return CAST if config.parallel.traits.shards_weights or config.model.trains_bf16 else AUTOCAST
+    cast = config.parallel.traits.shards_weights or config.model.trains_bf16 or config.computes_with_copies(cuda=cuda)
+    return CAST if cast else AUTOCAST
 
 
 def memory_of_step(
@@ -109,7 +111,7 @@ def memory_of_step(
         largest = max(1.0 / ranks, model.embedding / everything if share == 1.0 else 0.0)  # zero1: whole parameters
         averages = kept.averages * (largest if traits.shards_optimizer else 1.0)
         gradients = kept.gradients / (ranks if traits.shards_gradients else 1)
-        copies = _casts(config, model)
+        copies = _casts(config, model, cuda=not gloo)
         last = kept.width * model.embedding * (share == 1.0)
         return Memory(kept.weights, gradients, averages, copies, max(0.0, last - activations), activations)
     each = traits.gathers_each_micro_batch
@@ -127,10 +129,12 @@ def memory_of_step(
     return Memory(weights, gradients, averages, width * gathered, buffers, activations)
 
 
-def _casts(config: Config, model: Sizes) -> float:
+def _casts(config: Config, model: Sizes, *, cuda: bool) -> float:
     """Bytes of the copies in which ddp and zero1 multiply, in bf16, or restore, weights that are stored otherwise."""
     if config.model.trains_bf16:
         return 0.0
+    if config.computes_with_copies(cuda=cuda):
+        return 2.0 * model.total
     half = config.parallel.bf16
     if config.model.lora.base != "fp32":
         return (2.0 if half else 4.0) * model.matrix + 2.0 * half * model.adapters

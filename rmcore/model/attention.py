@@ -7,8 +7,8 @@ a sees p0 p1 a; b sees p0 p1 b, never a.
 
 It is exact: attention is causal, so the hidden states of p0 p1 do not depend on a or b. Three implementations compute
 the same function: the op `ragged_attention` (CPU), variable-length kernels with the shared keys gathered once for each
-answer (CUDA, rmcore.model.varlen), and one composition of PyTorch calls per segment (CUDA with soft capping or sinks,
-or in fp32 with a window).
+answer (CUDA, rmcore.model.varlen), and products over groups of padded segments (CUDA with soft capping or sinks, or in
+fp32 with a window; rmcore.model.grouped_attention). `composed_attention` is what tests compare them with.
 """
 
 from functools import lru_cache
@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
+from rmcore.model.grouped_attention import grouped_attention
 from rmcore.model.layout_context import current_layout, current_part
 from rmcore.model.pruning import current_scored_rows
 from rmcore.model.row_split import SplitHeads
@@ -77,7 +78,7 @@ def attention_forward(
     if (plan := layout.gather) is not None and takes_varlen(key_TGK, value_TGV, terms):
         out_THV = varlen_attention(query_THK, key_TGK, value_TGV, plan, terms)
     elif query.is_cuda:
-        out_THV = composed_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
+        out_THV = grouped_attention(query_THK, key_TGK, value_TGV, layout, terms)
     else:
         out_THV = ragged_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
     return (split.back(out_THV) if split else out_THV).unsqueeze(0), None

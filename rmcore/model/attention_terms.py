@@ -26,7 +26,10 @@ class Terms(NamedTuple):
         return self.softcap == 0 and self.sinks_H is None and self.slopes_H is None
 
     def adjusted(self, scores_HLM: Tensor, behind_LM: Tensor) -> Tensor:
-        """The scores with soft cap and ALiBi; `behind_LM`: how far before each query a key is in the text."""
+        """The scores with soft cap and ALiBi; `behind_LM`: how far before each query a key is in the text.
+
+        Both may have a dimension for segments before theirs; then `behind` has one of size 1 for the heads.
+        """
         if self.softcap > 0:
             scores_HLM = self.softcap * torch.tanh(scores_HLM / self.softcap)
         if self.slopes_H is not None:
@@ -37,5 +40,5 @@ class Terms(NamedTuple):
         """The probabilities of the keys [H, L, M], with a sink as one more key."""
         if self.sinks_H is None:
             return scores_HLM.softmax(-1)
-        sink_HL1 = self.sinks_H.to(scores_HLM.dtype)[:, None, None].expand(*scores_HLM.shape[:2], 1)
+        sink_HL1 = self.sinks_H.to(scores_HLM.dtype)[:, None, None].expand(*scores_HLM.shape[:-1], 1)
         return torch.cat([scores_HLM, sink_HL1], -1).softmax(-1)[..., :-1]

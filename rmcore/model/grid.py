@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmcore.data.batches.batch import RaggedBatch
+from rmcore.data.batches.batch import RaggedBatch, sent
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class Grid:
                 start_RL[place, own] = start - origin
                 prefix_start_RL[place, own], prefix_end_RL[place, own] = prefix_start - origin, prefix_end - origin
         cell_T = (token_RL.flatten() >= 0).nonzero().squeeze(1)  # the grid is filled in the packed order
-        token_RL = token_RL.to(device)
+        token_RL = sent(token_RL, device)
         position_RL = batch.position_ids_T[token_RL.clamp(min=0)].where(token_RL >= 0, 0)
-        return cls(token_RL, position_RL, *(x.to(device) for x in (start_RL, prefix_start_RL, prefix_end_RL, cell_T)))
+        return cls(
+            token_RL, position_RL, *(sent(x, device) for x in (start_RL, prefix_start_RL, prefix_end_RL, cell_T))
+        )
 
     def by_position(self, sees: Callable[..., Any]) -> Callable[..., Any]:
         """A mask function of columns: the key belongs to the text of the query, and `sees` their positions."""

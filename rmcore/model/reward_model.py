@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rmcore.data.batches.batch import RaggedBatch
+from rmcore.data.batches.batch import RaggedBatch, sent
 from rmcore.model.attention import NAME
 from rmcore.model.grid import Grid
 from rmcore.model.language_head import language_loss
@@ -302,4 +302,4 @@ def _rectangle(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
     for place, rows in enumerate(texts):
         grid[place, : len(rows)] = torch.tensor(rows)
     cell_T = torch.cat([torch.arange(len(rows)) + place * longest for place, rows in enumerate(texts)])
-    return grid.to(batch.input_ids_T.device), cell_T.to(batch.input_ids_T.device)
+    return sent(grid, batch.input_ids_T.device), sent(cell_T, batch.input_ids_T.device)

@@ -14,7 +14,8 @@ broadcasts them. This costs one more pass over the weights and saves 8 * (1 - 1/
 DDP averages over ranks, so the loop multiplies the summed loss by world size / global weight: the local sums are added
 over ranks and divided once. One rank needs no wrapping.
 
-With `model.weights=bf16` the gradients are fp32 too: see rmcore/parallel/reduction.py, which takes the place of DDP.
+With `model.weights=bf16` the gradients are fp32 too: see rmcore/parallel/reduction.py, which takes the place of DDP. So
+it does on GPUs in bf16, where the model computes with copies of the fp32 weights (rmcore/parallel/half_copies.py).
 """
 
 import inspect
@@ -31,6 +32,7 @@ from rmcore.config import Config
 from rmcore.host.memory import keep_freed_memory, return_freed_memory
 from rmcore.model.reward_model import RewardModel
 from rmcore.parallel.ema import Ema
+from rmcore.parallel.half_copies import HalfCopies
 from rmcore.parallel.optim import adamw_arguments, adamw_class, parameter_groups, trained_dtype, trained_in_bf16
 from rmcore.parallel.reduction import GradientReduction
 from rmcore.parallel.strategy import Shards, gradient_norms
@@ -52,17 +54,19 @@ class DataParallel:
         self.dtype = trained_dtype(config)
         if world.device.type == "cpu":
             return_freed_memory() if _saves_memory(config) else keep_freed_memory()
-        self._parameters = list(self._inner.parameters())
         self._reduction: GradientReduction | None = None
         in_bf16 = config.model.trains_bf16
+        self._copies = HalfCopies(self._inner) if config.computes_with_copies(cuda=_is_cuda(world)) else None
         if in_bf16:
             trained_in_bf16(self._inner)
-            for parameter in self._parameters:
+            for parameter in self._inner.parameters():
                 parameter.grad_dtype = torch.float32
-            if world.size > 1:
-                self._reduction = GradientReduction([p for p in self._parameters if p.requires_grad], world.size)
-        self._half = config.parallel.bf16 and not in_bf16  # bf16 weights need no casts
-        self.model = self._inner if world.size == 1 or in_bf16 else self._replicate()
+        own_reduction = in_bf16 or self._copies is not None
+        if own_reduction and world.size > 1:
+            self._reduction = GradientReduction([p for p in self._inner.parameters() if p.requires_grad], world.size)
+        self._half = config.parallel.bf16 and not own_reduction  # bf16 weights and copies need no casts
+        self.model = self._inner if world.size == 1 or own_reduction else self._replicate()
+        self._parameters = list(self.named_parameters().values())
         groups = parameter_groups(self.named_parameters(), config.optim)
         arguments = adamw_arguments(config.optim)
         adamw = adamw_class(config, self.named_parameters())
@@ -88,9 +92,14 @@ class DataParallel:
         return self.model.no_sync()
 
     def autocast(self) -> AbstractContextManager:
+        if self._copies:
+            self._copies.refresh()
         return torch.autocast(self._world.device.type, dtype=torch.bfloat16, enabled=self._half)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
+        if self._copies:
+            self._copies.hand_over_gradients()
+            self._copies.changing()  # the update follows
         self.grad_norms_W = gradient_norms(self._parameters)
         norm = torch.linalg.vector_norm(self.grad_norms_W)
         if max_norm > 0:
@@ -98,14 +107,22 @@ class DataParallel:
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        if self._copies:
+            self._copies.changing()  # whoever reads a checkpoint or exchanges averages asks first
+            return dict(self._copies.weights)
         return dict(self._inner.named_parameters())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._inner.state_dict().items()}
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._inner.state_dict().items():
+        state = self._copies.state_dict(self._inner) if self._copies else self._inner.state_dict()
+        for name, tensor in state.items():
             yield name, tensor.detach().cpu() if self._world.is_main else tensor.new_empty(0)
+
+
+def _is_cuda(world: World) -> bool:
+    return world.device.type == "cuda"
 
 
 def _saves_memory(config: Config) -> bool:

@@ -62,7 +62,7 @@ from rmcore.parallel.optim import (
     trained_in_bf16,
 )
 from rmcore.parallel.placement import held
-from rmcore.parallel.strategy import Shards, Weights, gradient_norms
+from rmcore.parallel.strategy import Shards, Weights, clip_local_gradients, gradient_norms
 from rmcore.parallel.world import World, device_mesh
 
 
@@ -199,7 +199,7 @@ class FullySharded:
         dist.all_reduce(square, group=self.mesh.get_group("shard"))  # under hsdp every host has the same gradients
         norm = square.sqrt()
         if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
+            clip_local_gradients(self._parameters, max_norm, norm)
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

@@ -81,6 +81,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
+def clip_local_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """What nn.utils.clip_grads_with_norm_ does, by one kernel for all gradients that this rank holds a part of.
+
+    Of DTensors it multiplies each by itself, through their dispatch.
+    """
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+
+
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of each gradient as far as this rank holds it, fp32 [W]; 0 where there is none."""
     grads = [None if p.grad is None else local(p.grad) for p in parameters]

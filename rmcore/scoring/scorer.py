@@ -11,8 +11,8 @@ token budget is split. The reward of a text depends on the other texts of its mi
 
 import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,24 @@ from rmcore.parallel.precision import Bf16, bf16_of, with_precision
 from rmcore.scoring.calibration import probabilities, read_temperature
 from rmcore.scoring.normalisation import read_normalisation
 from rmcore.scoring.rows import Rendered, comparison_of
+
+UNDER_WAY = 1  # micro batches that a GPU computes while the host packs the next one
+
+
+def _read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy the values to the host, and return what waits for them; later work of a GPU does not delay it."""
+    if values.device.type != "cuda":
+        return values.cpu
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return read
 
 
 class Text(NamedTuple):
@@ -198,6 +216,12 @@ class Scorer:
         trained = self._trained
         several = len(self.outputs) if len(self.outputs) > 1 else 0
         values_AK = torch.zeros(int(data.answer_offset[-1]), 1 + several, dtype=torch.float64)
+        under_way: deque[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = deque()
+
+        def finish_oldest() -> None:
+            places_a, read = under_way.popleft()
+            values_AK[places_a] = read()
+
         with torch.inference_mode(), trained.autocast():
             for numbers_C in micro_batches(computed_tokens(data, trained.share), trained.token_budget):
                 if time.monotonic() > deadline:
@@ -206,7 +230,12 @@ class Scorer:
                 places = [np.arange(data.answer_offset[n], data.answer_offset[n + 1]) for n in batch.comparisons_C]
                 output = trained.model(batch)
                 columns = [output.rewards_A.unsqueeze(1), *([output.outputs_AK] if several else [])]
-                values_AK[torch.from_numpy(np.concatenate(places))] = torch.cat(columns, 1).double().cpu()
+                found = _read_later(torch.cat(columns, 1).double())
+                under_way.append((torch.from_numpy(np.concatenate(places)), found))
+                if len(under_way) > UNDER_WAY:  # a GPU computes while the host packs; the deadline still counts
+                    finish_oldest()
+            while under_way:
+                finish_oldest()
         return values_AK
 
     @property

@@ -8,12 +8,16 @@ failure is in the store, so rank 1's thread ends its process too.
 
 A thread on every rank writes the rank's place into the process group's store twice per second. It works while a
 collective waits. When a collective times out, NCCL ends the process without an exception, so on GPUs the thread reports
-a phase that has lasted nearly that long. Phases of a step: data (waiting for a micro batch), compute (forward),
-backward (with its gradient sync), update, boundary; evaluate and save where they are due.
+a phase that has lasted nearly that long. After a signal to stop, a thread ends a process whose step does not move, also
+one without other ranks: the scheduler would kill it soon, and the status would remain "running".
+
+Phases of a step: data (waiting for a micro batch), compute (forward), backward (with its gradient sync), update,
+boundary; evaluate and save where they are due; export after the last step.
 """
 
 import json
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -39,8 +43,34 @@ BEAT_SECONDS = 0.5  # between two beats
 LISTEN_SECONDS = 3.0  # within this time a live rank beats, and a failed rank publishes its message
 GRACE_SECONDS = 15.0  # for a rank to leave by itself after another one failed
 NCCL_SECONDS = 20.0  # before NCCL would end the process, its hang is reported
+SIGNAL_SECONDS = 20.0  # after a signal, for a step to move; schedulers kill 30 s after it (torchrun, Kubernetes, Slurm)
+UNUSUAL = 4.0  # a phase moves if it has not taken UNUSUAL times as long as the longest one of its kind
 STEP_PHASES = ("data", "compute", "backward", "update", "boundary")  # none lasts as long as a collective may wait
 SLOW, SLOW_SECONDS = 1.5, 0.05  # a slow rank takes SLOW times as long as the median rank, and SLOW_SECONDS longer
+
+
+class DeviceTime:
+    """How long a GPU takes between two marks, of which every second one ends what is measured."""
+
+    def __init__(self) -> None:
+        self._marks: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """Queue a mark behind the work of the device so far."""
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        self._marks.append(mark)
+
+    def seconds(self) -> float:
+        """Since the last call; waits for the marks."""
+        marks, self._marks = self._marks, []
+        if marks:
+            marks[-1].synchronize()
+        return sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=False)) / 1e3
+
+
+class StuckError(RuntimeError):
+    """The main thread of this rank does not move, and the process has to end."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,8 @@ class Heartbeat:
         self.step, self.phase, self._since = 0, "start", time.monotonic()
         self.tokens = 0  # of the micro batch under way
         self._own_seconds, self._steps = 0.0, 0
+        self._device_time = DeviceTime() if world.device.type == "cuda" else None
+        self._longest: dict[str, float] = {}  # seconds, by phase
         self.run_dir: str | None = None  # where to write run_status.json, once this run owns the directory
         self._end, self._one_thread, self._printed = threading.Event(), threading.Lock(), False
         self._store = None
@@ -91,8 +123,11 @@ class Heartbeat:
     def at(self, phase: str, step: int | None = None) -> None:
         """This rank enters a phase; costs well under a microsecond."""
         now = time.monotonic()
+        self._longest[self.phase] = max(self._longest.get(self.phase, 0.0), now - self._since)
         if self.phase in ("data", "compute"):  # up to the gradient sync, a rank does not wait for other ranks
             self._own_seconds += now - self._since
+        if self._device_time and (phase == "compute" or (self.phase, phase) == ("compute", "backward")):
+            self._device_time.mark()
         self.step, self.phase, self._since = self.step if step is None else step, phase, now
         fault(phase)
 
@@ -110,8 +145,12 @@ class Heartbeat:
         self.at("update")
 
     def report_slow_rank(self, tracker: Tracker) -> None:
-        """Print which rank takes far longer than the others; a collective, once per log interval."""
-        seconds = self._own_seconds / max(1, self._steps)
+        """Print which rank takes far longer than the others; a collective, once per log interval.
+
+        On GPUs the time counts in which the device, and not the host, computes the forwards.
+        """
+        on_device = self._device_time.seconds() if self._device_time else 0.0
+        seconds = max(self._own_seconds, on_device) / max(1, self._steps)
         self._own_seconds, self._steps = 0.0, 0
         seconds_by_rank = all_gather_json(self._world, seconds)
         slowest, median = max(seconds_by_rank), statistics.median_low(seconds_by_rank)
@@ -121,6 +160,24 @@ class Heartbeat:
                 f"rank {rank} is slow: it takes {slowest:.3f} s per step before the backward, the median rank "
                 f"{median:.3f} s"
             )
+
+    def watch_after(self, number: int) -> None:
+        """Called in a thread when a signal came. Returns when the run ends; ends the process if a step hangs."""
+        came = time.monotonic()
+        while not self._end.wait(BEAT_SECONDS):
+            phase, since = self.phase, self._since
+            waited = time.monotonic() - max(came, since)
+            limit = max(SIGNAL_SECONDS, UNUSUAL * self._longest.get(phase, 0.0))
+            if phase in STEP_PHASES and waited > limit and self._since == since:
+                name = signal.Signals(number).name
+                self.failed(
+                    StuckError(
+                        f"{name} came, and the step did not move for {waited:.0f} s, so it is not saved; run the same "
+                        "command again to resume from the newest checkpoint"
+                    )
+                )
+                sys.stderr.flush()
+                os._exit(1)
 
     def failed(self, error: BaseException) -> None:
         """The run ends with this error: one rank prints the reason and writes it to run_status.json.
@@ -190,6 +247,8 @@ class Heartbeat:
                 f"{where}: out of memory; a micro batch of {self.tokens:,} tokens does not fit: set batch.tokens lower "
                 f"than that, or parallel.recompute=full, or batch.shrink=true and start again ({str(error)[:200]})"
             )
+        if isinstance(error, StuckError):
+            return f"{where}: {error}"
         return f"{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"
 
     def _missing_ranks(self, before: dict[int, Place]) -> str:

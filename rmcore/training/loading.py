@@ -24,7 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from rmcore.checkpoint.resume import Start
 from rmcore.config import UserError
 from rmcore.config.schema import Config
-from rmcore.host.memory import return_freed_memory
+from rmcore.host.memory import available_memory, return_freed_memory
 from rmcore.model.adapter import StoredAdapter, check_adapter
 from rmcore.model.backbone import check_finite, load_model
 from rmcore.model.classifier import text_model, text_prefix, towers
@@ -119,11 +119,37 @@ def _opened(config: Config, tokenizer: PreTrainedTokenizerFast) -> LazyModel | s
         return str(reason)
 
 
+def check_host_memory(config: Config, model: nn.Module, world: World) -> None:
+    """Raises UserError unless the weights, gradients and averages that parallel.offload keeps fit into this host.
+
+    Of a GPU's rank, weights and gradients are pinned, for which PyTorch rounds each tensor up to a power of two.
+    """
+    ranks = world.local_size if config.parallel.traits.by_host else world.size
+    weight = 2 if config.model.trains_bf16 else 4
+    average = {"fp32": 8.0, "bf16": 4.0, "int8": 2.04}[config.optim.states]
+    need = 0.0
+    for parameter in model.parameters():
+        elements = -(-parameter.shape[0] // ranks) * parameter[:1].numel()
+        trained = parameter.requires_grad
+        copied = [weight * elements, 4 * elements * trained]
+        if world.device.type == "cuda":
+            copied = [1 << (size - 1).bit_length() for size in copied if size]
+        need += sum(copied) + average * elements * trained
+    need, free = need * world.local_size, available_memory()
+    if need > free:
+        raise UserError(
+            f"parallel.offload=true keeps {need / 1e9:.0f} GB of weights, gradients and AdamW's averages in the memory "
+            f"of this host, of which {free / 1e9:.0f} GB are free: use more hosts, optim.states=bf16, or no offload"
+        )
+
+
 def _load_sharded(parts: LazyModel, config: Config, world: World) -> ShardedModel:
     mesh = device_mesh(world, by_host=config.parallel.traits.by_host)
     skeleton = parts.build()
     model = first_error(world, "loading the model", lambda: _reward_model(skeleton, config, parts.pad_token_id))
     offload = config.parallel.offload
+    if offload:
+        first_error(world, "looking at the memory", lambda: check_host_memory(config, model, world))
 
     def read() -> Weights:
         weights = sharded_for_test(model, parts, mesh, world, offload=offload)

@@ -40,7 +40,7 @@ class Ending(Exception):
 @contextmanager
 def recorded(run_dir: str, heartbeat: Heartbeat, signals: Signals) -> Iterator[None]:
     """Goes around a run that owns its directory. Prints and writes how it ended; raises Ending for any exception."""
-    heartbeat.run_dir = run_dir
+    heartbeat.run_dir, signals.watch = run_dir, heartbeat.watch_after
     try:
         yield
     except Stopped as stop:

@@ -8,6 +8,9 @@ Example: SIGTERM during step 7 -> step 7 ends, all ranks agree to stop, checkpoi
 Schedulers send TERM or what their users chose (USR1, USR2), a terminal INT or QUIT, and HUP when it closes. Under nohup
 HUP stays ignored, unless torchrun, which handles it, forwards it.
 
+Python calls a handler only between two steps of its interpreter. While the main thread hangs in a native call (a CUDA
+call, say, that waits for a collective of NCCL), a thread of this module still sees the signal, and calls `watch`.
+
 Signals within TWICE seconds count as one, because a scheduler signals every process and torchrun forwards the signal
 again.
 """
@@ -17,8 +20,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 from rmcore.host.terminal import print_text
@@ -48,7 +51,8 @@ def give_up_if_stopped(world: World, signals: "Signals") -> None:
 
 
 class Signals:
-    """The signals of this process. `received`: the number of a signal that came while deferred, 0 for none.
+    """The signals of this process. `received`: the number of a signal that came while deferred, 0 for none. `watch`: if
+    set, a thread calls it with the number of the first signal.
 
     guest: the run is part of a program or a notebook. Only SIGINT and SIGTERM are caught, and only if the program does
     not handle them itself; a second signal raises KeyboardInterrupt and does not end the process.
@@ -56,6 +60,7 @@ class Signals:
 
     def __init__(self, *, guest: bool = False) -> None:
         self.received = 0
+        self.watch: Callable[[int], None] | None = None
         self._guest = guest
         self._first = 0.0
         self._deferred = False
@@ -74,11 +79,34 @@ class Signals:
             guests = (signal.SIGINT, signal.SIGTERM) if is_main else ()
             caught = [number for number in guests if signal.getsignal(number) in free]
         former = {number: signal.signal(number, self._handle) for number in caught}
+        listening = nullcontext() if self._guest else self._listening(caught)
         try:
-            yield self
+            with listening:
+                yield self
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def _listening(self, caught: list[signal.Signals]) -> Iterator[None]:
+        """The interpreter writes the number of each signal into a pipe at once, and a thread reads it."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+        def listen() -> None:
+            with os.fdopen(reading, "rb", buffering=0) as numbers:
+                while number := numbers.read(1):
+                    if number[0] in caught and self.watch is not None:
+                        self.watch(number[0])
+                        return
+
+        threading.Thread(target=listen, name="rmcore-signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(former)
+            os.close(writing)
 
     @contextmanager
     def deferred(self, world: World) -> Iterator[None]:

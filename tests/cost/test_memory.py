@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, Llam
 from rmcore.config.lora import LoraConfig
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, DryRun, LiveBytes, TokenBytes
-from rmcore.cost.memory import cpu_budget, gpu_budget, memory_of_step
+from rmcore.cost.memory import arithmetic_of, cpu_budget, gpu_budget, memory_of_step
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import recompute_activations
@@ -133,6 +133,16 @@ def test_strategies_shard_what_they_promise() -> None:
     later = memory_of_step(config_of(strategy="zero2"), sizes, none, tokens=1000, ranks=4, deferred=True)
     assert later.copies == 2 * n and later.buffers - of["zero2"].buffers == 4 * n
     assert memory_of_step(config_of(strategy="zero3"), sizes, none, tokens=1000, ranks=4, deferred=True) == of["zero3"]
+
+
+def test_ddp_computes_with_copies_of_all_weights_on_gpus_and_by_casts_on_cpus() -> None:
+    sizes, none, config = DryRun(NEOX).sizes, TokenBytes(0.0, 0.0, counted=True), config_of()
+    gpu, cpu = (
+        memory_of_step(config, sizes, none, tokens=0, ranks=1, deferred=False, gloo=gloo).copies
+        for gloo in (False, True)
+    )
+    assert (gpu, cpu) == (2 * sizes.total, 2 * (sizes.total - sizes.embedding))
+    assert (arithmetic_of(config), arithmetic_of(config, cuda=False)) == (CAST, AUTOCAST)
 
 
 def test_the_budget_grows_with_the_memory_and_recompute_is_used_when_needed() -> None:

@@ -186,6 +186,8 @@ def _rank(
     survive_lost_output()  # as `python -m rmcore.train` does
     torch.set_num_threads(1)
     heartbeat.BEAT_SECONDS, heartbeat.LISTEN_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 1.0, 4.0  # one machine is fast
+    if any(fault.action == "hang-in-native-code" for fault in faults):
+        heartbeat.SIGNAL_SECONDS, heartbeat.UNUSUAL = 2.0, 0.0
     rmcore.train.running_world = functools.partial(
         rmcore.train.running_world, init_method=f"file://{folder}/rendezvous"
     )
@@ -307,6 +309,13 @@ def _act(fault: Fault) -> None:
         time.sleep(0.3)
     elif fault.action == "hang":
         time.sleep(600)
+    elif fault.action == "hang-in-native-code":
+        import ctypes
+
+        lock = ctypes.create_string_buffer(64)  # a mutex of glibc: no signal ends the second call, and no handler runs
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
     elif fault.action == "outlast":
         time.sleep(1.5 * _RUN[-1].config.parallel.timeout_seconds)
     elif fault.action == "nan":

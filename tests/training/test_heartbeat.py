@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,3 +60,33 @@ def test_what_counts_as_a_hang(
     beat.at(phase, step=1)
     beat._since -= 585.0
     assert beat._hangs() == hangs
+
+
+def test_a_slow_gpu_counts_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host queues the forward of a micro batch at once; the device takes 3 s for each of two, in one step."""
+    times = iter([10.0, 13.0, 20.0, 23.0])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = next(times)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    seen: list[float] = []
+    monkeypatch.setattr(module, "all_gather_json", lambda world, seconds: [seen.append(seconds), seconds, 1.0][1:])
+    beat = Heartbeat(World(0, 1, 0, 1, torch.device("cuda"), 600.0))
+    batch = SimpleNamespace(computed_tokens=8)
+    for _ in beat.through(1, [(batch, False), (batch, True)]):  # type: ignore[list-item]
+        beat.at("backward")
+    lines: list[str] = []
+    beat.report_slow_rank(SimpleNamespace(say=lines.append))  # type: ignore[arg-type]
+    assert seen == [pytest.approx(6.0)]
+    assert lines == ["rank 0 is slow: it takes 6.000 s per step before the backward, the median rank 1.000 s"]

@@ -81,6 +81,14 @@ def complaints(found: dict[str, Any]) -> list[str]:
     return broken
 
 
+def print_model(found: dict[str, Any]) -> None:
+    """One line per GPU: the modelled milliseconds of a step by kind of work, and MFU."""
+    for gpu, times in found.get("modelled", {}).items():
+        if isinstance(times, dict):
+            kinds = ", ".join(f"{kind} {times[f'{kind}_ms']:.0f} ms" for kind in ("products", "attention", "other"))
+            print(f"  modelled on {gpu}: {kinds}; MFU {times['mfu_percent']:.1f} %", flush=True)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit code 1 when a run fails or breaks a bound; the records of the others are written."""
     p = parser("nullgpu", __doc__)
@@ -115,6 +123,7 @@ def main(arguments: Sequence[str]) -> int:
             except RuntimeError as error:  # a failed run must not lose the records of the others
                 found = asked | {"broken": [str(error)[-2500:]]}
             runs.append(found)
-            print({key: value for key, value in found.items() if key != "kernels"}, flush=True)
+            print({key: value for key, value in found.items() if key not in ("kernels", "modelled")}, flush=True)
+            print_model(found)
             write_results("nullgpu", record, options.out)
     return int(any(run["broken"] for run in runs))

@@ -1,7 +1,8 @@
 """One run of training steps on the stand-in of `rmcore.bench nullgpu`.
 
 Input: settings as JSON, in a process into which the stand-in is preloaded.
-Output: one record: waits, launches, host milliseconds and bytes of the measured steps.
+Output: one record: waits, launches, host milliseconds and bytes of the measured steps; and from one more step, the
+time that a GPU would take at least (roofline.py).
 Example: {"model": "1.4b", "strategy": "zero2", "waits": 0, "launches_per_layer": 102.3, "peak_gb": 64.2, ...}
 """
 
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from rmcore.bench.gpu import SHAPES, TINY, neox
 from rmcore.bench.gpu_train import rows_of_lengths
 from rmcore.bench.measure import machine, report
+from rmcore.bench.nullgpu.roofline import Trace, modelled
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.memory import arithmetic_of, choose_budget, memory_of_step
+from rmcore.data.batches.batch import AttentionLayout, RaggedBatch
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.model.backbone import turn_dropout_off
@@ -93,6 +97,12 @@ class Counters:
         return {name: int(count) for count, name in lines}
 
 
+def visible_pairs(layout: AttentionLayout) -> int:
+    """Pairs of tokens of which one attends to the other."""
+    lengths = ((end - start, until - since) for start, end, since, until in layout.segments_S4.tolist())
+    return sum(own * prefix + own * (own + 1) // 2 for own, prefix in lengths)
+
+
 def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
     device, hf_config = world.device, shape_of(settings["model"])
     lengths = json.loads((Path(__file__).parents[1] / "lengths.json").read_text(encoding="utf-8"))
@@ -125,8 +135,8 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
         pairs_per_step=pairs,
         token_budget=budget,
         world_size=world.size,
-        epochs=steps * pairs // len(data) + 1,
-        max_steps=steps,
+        epochs=(steps + 1) * pairs // len(data) + 1,
+        max_steps=steps + 1,  # the last one is traced
     )
 
     with torch.device(device):
@@ -138,11 +148,23 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
     speed_up(model.backbone, recompute=chosen.recompute, compiled=settings["compiled"])
     strategy = make_strategy(config, model, world)
 
+    def learn(batch: RaggedBatch, is_last: bool, weight: float) -> None:
+        with strategy.gradient_sync(is_last):
+            with strategy.autocast():
+                out = strategy.model(batch)
+            (out.loss_sum * (world.size / weight)).backward()
+
+    def update() -> None:
+        strategy.clip_grad_norm(1.0)
+        strategy.optimizer.step()
+        strategy.optimizer.zero_grad(set_to_none=True)
+
     counted, layers = Counters(), dry.sizes.layers
     batches = tokens = launches = most = deferred = compilations = 0
     seconds = update_seconds = 0.0
     with Loader(data, plan.steps_from(0), world.rank, device) as loader:
-        for step, micro_batches in loader:
+        work_of_steps = iter(loader)
+        for step, micro_batches in islice(work_of_steps, steps):
             if step.index == steps - MEASURED:
                 counted.reset()
                 torch.cuda.reset_peak_memory_stats()
@@ -151,43 +173,54 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
             measured = step.index >= steps - MEASURED
             for batch, is_last in micro_batches:
                 before, began = counted.launches, time.process_time()
-                with strategy.gradient_sync(is_last):
-                    with strategy.autocast():
-                        out = strategy.model(batch)
-                    (out.loss_sum * (world.size / step.global_weight)).backward()
+                learn(batch, is_last, step.global_weight)
                 if measured:
-                    batches, tokens, most = (
-                        batches + 1,
-                        tokens + batch.computed_tokens,
-                        max(most, batch.computed_tokens),
-                    )
+                    batches, tokens = batches + 1, tokens + batch.computed_tokens
+                    most = max(most, batch.computed_tokens)
                     launches += counted.launches - before
                     seconds += time.process_time() - began
                 deferred = deferred or not is_last
             began = time.process_time()
-            strategy.clip_grad_norm(1.0)
-            strategy.optimizer.step()
-            strategy.optimizer.zero_grad(set_to_none=True)
+            update()
             if measured:
                 update_seconds += time.process_time() - began
-    torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
+        record = settings | {
+            "recompute": chosen.recompute,
+            "tokens": tokens / batches,
+            "most_tokens": most,
+            "micro_batches": batches / MEASURED,
+            "launches_per_layer": launches / batches / layers,
+            "host_ms": 1e3 * seconds / batches,
+            "update_ms": 1e3 * update_seconds / MEASURED,
+            "product_tflop": counted.flops / MEASURED / 1e12,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+            "graph_breaks": sum(counters["graph_break"].values()),
+            "late_compilations": counters["stats"]["unique_graphs"] - compilations,
+        }
+        found = counted.by_name()
+
+        trace, traced, visible = Trace(), 0, 0
+        counted.reset()
+        step, micro_batches = next(work_of_steps)
+        with trace.recording():
+            for batch, is_last in micro_batches:
+                learn(batch, is_last, step.global_weight)
+                traced, visible = traced + batch.computed_tokens, visible + visible_pairs(batch.layout)
+            update()
+        # FLOPs of a step without recompute, as rmcore.cost.flops counts them; and those of attention, with it.
+        sizes, pair = dry.sizes, 12.0 * dry.sizes.width * (layers - 1)
+        useful = 6.0 * traced * (sizes.products + sizes.last) + pair * visible
+        again = {"none": 0.0}.get(chosen.recompute, pair * visible / 3.0)
+
+        model_of_time = modelled(trace, products=counted.flops, attention=pair * visible + again, useful=useful)
     found = counted.by_name()
     predicted = memory_of_step(config, dry.sizes, per_token, tokens=most, ranks=world.size, deferred=bool(deferred))
-    return settings | {
-        "recompute": chosen.recompute,
-        "tokens": tokens / batches,
-        "most_tokens": most,
-        "micro_batches": batches / MEASURED,
+    return record | {
         "waits": sum(count for name, count in found.items() if name.startswith("SYNC")),
-        "launches_per_layer": launches / batches / layers,
-        "host_ms": 1e3 * seconds / batches,
-        "update_ms": 1e3 * update_seconds / MEASURED,
-        "product_tflop": counted.flops / MEASURED / 1e12,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
         "predicted_gb": predicted.total / 1e9,
-        "graph_breaks": sum(counters["graph_break"].values()),
-        "late_compilations": counters["stats"]["unique_graphs"] - compilations,
+        "modelled": model_of_time,
         "kernels": dict(sorted(found.items(), key=lambda item: -item[1])[:40]),
         "machine": machine(),
     }

@@ -167,8 +167,16 @@ class RaggedBatch(Judged):
         return self.mapped(lambda t: t.to(device, non_blocking=True))
 
     def on(self, device: torch.device) -> "RaggedBatch":
-        """The batch on `device`, with the index tensors that attention reads there."""
-        return (self.with_varlen() if device.type == "cuda" else self).to(device)
+        """The batch on `device`, with the index tensors that attention reads there.
+
+        A copy from memory that is not pinned would wait until a GPU has computed all that came before.
+        """
+        return (self.with_varlen().pin_memory() if device.type == "cuda" else self).to(device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the host does not wait for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def build_batch(
