@@ -40,6 +40,7 @@ from rmcore.model.meta_model import set_padding
 from rmcore.model.outputs import Outputs
 from rmcore.model.pruning import OUTPUT, QUERY, attention_of
 from rmcore.model.reward_model import SHARED, RewardModel
+from rmcore.model.row_split import ContextGroup
 
 RECOMPUTES = ("none", "selective", "full", "offload")  # the fastest first
 # Bytes per token, layer and unit of width in bf16: an estimate that others checked against llm.c.
@@ -93,29 +94,32 @@ class DryRun:
     ) -> None:
         self.hf_config, self._trust, self._lora = hf_config, trust_remote_code, lora
         self.sizes = _sizes(hf_config, self._meta_model(hf_config), lora)
-        self._known: dict[tuple[str, str, bool], TokenBytes] = {}
+        self._known: dict[tuple[str, str, bool, int], TokenBytes] = {}
 
-    def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True) -> TokenBytes:
+    def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True, context: int = 1) -> TokenBytes:
         """Activation bytes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute` (one of RECOMPUTES).
 
         cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer; and what
             `offload` moves to host memory is not on the device.
+        context: ranks that compute each row together; the bytes are those per token of a rank's own part, with the
+            buffers of the exchange, and with the keys and values that are repeated for more ranks than heads.
         """
         if recompute == "offload" and not cuda:
-            return self.token_bytes(arithmetic, "full", cuda=False)
-        key = arithmetic, recompute, cuda and arithmetic != FP32
+            return self.token_bytes(arithmetic, "full", cuda=False, context=context)
+        key = arithmetic, recompute, cuda and arithmetic != FP32, context
         if key not in self._known:
             self._known[key] = self._count(*key)
         return self._known[key]
 
-    def _count(self, arithmetic: str, recompute: str, cuda: bool) -> TokenBytes:
+    def _count(self, arithmetic: str, recompute: str, cuda: bool, context: int) -> TokenBytes:
         layers, half = self.sizes.layers, 4.0 if arithmetic == FP32 else 2.0
         # All bytes are linear in the tokens, and those that are kept are linear in the layers as well. A constant part
         # (bf16 copies of weights) cancels in the difference of two lengths. Pruning is tried first, as a run's
         # self-test does.
         for pruned in (True, False):
             try:
-                two, three = (self._slope(count, arithmetic, recompute, pruned, cuda) for count in (2, 3))
+                how = arithmetic, recompute, pruned, cuda, context
+                two, three = (self._slope(count, *how) for count in (2, 3))
                 break
             except Exception:  # a model that fails on fake tensors must not stop `rmcore plan` or a run
                 continue
@@ -130,15 +134,18 @@ class DryRun:
         kept = two[0] + (kept_layers - 2) * (three[0] - two[0])
         return TokenBytes(kept, max(two[1], three[1]), counted=True)
 
-    def _slope(self, layers: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool) -> tuple[float, float]:
+    def _slope(
+        self, layers: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool, context: int
+    ) -> tuple[float, float]:
         """(kept, working) bytes per token of a model with so many layers."""
-        short, long = (self._live_bytes(layers, count, arithmetic, recompute, pruned, cuda) for count in (2, 4))
-        tokens = 2 * (PREFIX + 2 * TAIL)
+        how = arithmetic, recompute, pruned, cuda, context
+        short, long = (self._live_bytes(layers, count, *how) for count in (2, 4))
+        tokens = 2 * (PREFIX + 2 * TAIL) / context
         kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
         return kept, max(0.0, peak - kept)
 
     def _live_bytes(
-        self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool
+        self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool, context: int
     ) -> tuple[int, int]:
         """Live bytes after the forward, and their peak until the backward ends; not parameters and gradients."""
         small = copy.deepcopy(self.hf_config)
@@ -150,7 +157,7 @@ class DryRun:
         lora = self._lora if find_spec("peft") is not None else FULL
         if lora.rank is not None:
             add_lora(text_model(hf_model), lora, seed=0)
-        shapes = _batch(comparisons, cuda)
+        shapes = _batch(comparisons, cuda, context)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _to_fake(hf_model)
             turn_dropout_off(hf_model)
@@ -158,6 +165,7 @@ class DryRun:
                 store_base(text_model(hf_model), lora.model_copy(update={"base": "bf16"}))
             score = cast(nn.Linear, hf_model.score)
             model = RewardModel(text_model(hf_model), score, pad_token_id=0, outputs=Outputs.stored(hf_model.config))
+            model.context = _Alone(None, 0, context) if context > 1 else None
             model.use(SHARED, pruned=pruned)
             recompute_activations(model.backbone, recompute)
             model.train()
@@ -269,10 +277,20 @@ class _Comparisons:
         )
 
 
+class _Alone(ContextGroup):
+    """One rank of a context group without the others: its tensors have the shapes of the exchanged ones."""
+
+    def exchange(self, values_N: Tensor) -> Tensor:
+        return torch.empty_like(values_N.contiguous())
+
+    def gather(self, values: Tensor) -> Tensor:
+        return torch.cat([values.contiguous()] * self.size)
+
+
 @cache
-def _batch(comparisons: int, cuda: bool) -> RaggedBatch:
+def _batch(comparisons: int, cuda: bool, context: int) -> RaggedBatch:
     """Shapes of a batch without memory."""
-    batch = build_batch(_Comparisons(), range(comparisons))
+    batch = build_batch(_Comparisons(), range(comparisons), multiple=context)
     return (batch.with_varlen() if cuda else batch).mapped(lambda t: t.to("meta"))
 
 

@@ -97,11 +97,12 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     # The micro batch: its budget, and how the pairs of a step are divided into ranks and micro batches.
     if machine.is_cpu:
         budget = cpu_budget(config, data.longest)
-        per_token = model.token_bytes(arithmetic_of(config, cuda=False), budget.recompute, cuda=False)
+        arithmetic = arithmetic_of(config, cuda=False)
+        per_token = model.token_bytes(arithmetic, budget.recompute, cuda=False, context=parallel.context)
         most_tokens = None
     else:
         budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)
-        per_token = model.token_bytes(arithmetic_of(config), budget.recompute)
+        per_token = model.token_bytes(arithmetic_of(config), budget.recompute, context=parallel.context)
         most_tokens = largest_budget(config, sizes, per_token, machine.memory, ranks, step_tokens)
     micro_batches, idle, largest = _balance(config, data, setting, budget.tokens)
 

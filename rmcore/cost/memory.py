@@ -20,7 +20,7 @@ all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp1
   reduce-scatter (2 * 4 B) and one of the all-gather (w B). At its end: the embedding's gradient, w R and 4 R (ddp:
   4 R). The larger of the two moments counts. gloo scatters a copy: 4 B or 4 R more.
 - activations: tokens * (kept + working), counted by a dry run. There are no logits. Of a row that N ranks compute
-  together (`parallel.context`), each has 1/N of the tokens.
+  together (`parallel.context`), each has 1/N of the tokens; the dry run is that of one of the ranks.
 README.md has this as a table, and compares it with measurements.
 """
 
@@ -181,7 +181,7 @@ def gpu_budget(
     wanted = max(longest, configured or context * ENOUGH_TOKENS)
     sizes, fits = trained_sizes(config, model), dict[str, int]()
     for name in RECOMPUTES if recompute == "auto" else (recompute,):
-        per_token = model.token_bytes(arithmetic_of(config), name)
+        per_token = model.token_bytes(arithmetic_of(config), name, context=context)
         fits[name] = largest_budget(config, sizes, per_token, device_memory, ranks, step_tokens)
         if fits[name] >= wanted:
             break

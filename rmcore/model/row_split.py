@@ -30,9 +30,23 @@ from rmcore.data.batches.batch import RaggedBatch
 class ContextGroup:
     """The `size` ranks that compute one packed row together; this one is number `rank` of them."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     rank: int
     size: int
+
+    def exchange(self, values_N: Tensor) -> Tensor:
+        """[N, ...] -> [N, ...]: entry r goes to rank r, entry s comes from rank s."""
+        values_N = values_N.contiguous()
+        received_N = torch.empty_like(values_N)
+        dist.all_to_all_single(received_N, values_N, group=self.group)
+        return received_N
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[t, ...] -> [N * t, ...], the values of all ranks."""
+        values = values.contiguous()
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values, group=self.group)
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class RowPart:
 
     def whole(self, values_t: Tensor) -> Tensor:
         """[T, ...] on every rank, from the [T/N, ...] of each; not differentiable."""
-        return _gathered(values_t, self.ranks)
+        return self.ranks.gather(values_t.detach())
 
 
 class SplitHeads:
@@ -133,11 +147,11 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_N: Tensor, ranks: ContextGroup) -> Tensor:
         ctx.ranks = ranks
-        return _exchanged(values_N, ranks)
+        return ranks.exchange(values_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchanged(grads[0], ctx.ranks), None
+        return ctx.ranks.exchange(grads[0]), None
 
 
 class _GatherOwn(torch.autograd.Function):
@@ -146,22 +160,8 @@ class _GatherOwn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_a: Tensor, ranks: ContextGroup) -> Tensor:
         ctx.ranks = ranks
-        return _gathered(values_a, ranks)
+        return ranks.gather(values_a)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].chunk(ctx.ranks.size)[ctx.ranks.rank], None
-
-
-def _exchanged(values_N: Tensor, ranks: ContextGroup) -> Tensor:
-    values_N = values_N.contiguous()
-    received_N = torch.empty_like(values_N)
-    dist.all_to_all_single(received_N, values_N, group=ranks.group)
-    return received_N
-
-
-def _gathered(values: Tensor, ranks: ContextGroup) -> Tensor:
-    values = values.detach().contiguous()
-    parts = [torch.empty_like(values) for _ in range(ranks.size)]
-    dist.all_gather(parts, values, group=ranks.group)
-    return torch.cat(parts)

@@ -126,5 +126,8 @@ def _is_cuda(world: World) -> bool:
 
 
 def _saves_memory(config: Config) -> bool:
-    """Whether something is stored in fewer bits: then memory counts for more than page faults (rmcore.host.memory)."""
-    return {config.model.weights, config.optim.states, config.model.lora.base} != {"fp32"}
+    """Whether memory counts for more than page faults (rmcore.host.memory): something is stored in fewer bits, or ranks
+    divide rows that are too long for one.
+    """
+    formats = {config.model.weights, config.optim.states, config.model.lora.base}
+    return formats != {"fp32"} or config.parallel.context > 1

@@ -83,6 +83,13 @@ def test_a_dry_run_counts_what_a_real_run_keeps(config: PretrainedConfig, arithm
     assert predicted.total == pytest.approx(peak, rel=0.1)
 
 
+def test_repeated_key_heads_of_a_context_group_are_counted() -> None:
+    """Two ranks divide 2 key heads; six ranks repeat them to 6: keys and values of 4 more heads in each layer."""
+    dry = DryRun(LLAMA)
+    two, six = (dry.token_bytes(FP32, "none", cuda=False, context=ranks) for ranks in (2, 6))
+    assert six.kept - two.kept == pytest.approx(2 * 4 * 32 * 4.0 * 5, rel=0.1)
+
+
 def test_a_model_that_fails_on_fake_tensors_gets_the_rule_of_thumb(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no fake kernel")

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from rmcore.config import UserError, load_config
-from rmcore.cost.dry_run import LiveBytes
+from rmcore.cost.dry_run import FP32, DryRun, LiveBytes
 from rmcore.data.batches.batch import build_batch
 from rmcore.model.classifier import new_classifier
 from rmcore.model.long_rope import check_split
@@ -156,12 +156,15 @@ def test_each_rank_holds_its_part_of_the_activations(tmp_path: Path) -> None:
     """A quarter on 4 ranks; 5 % (kept) and 10 % (peak) for what does not shrink: ids, and the keys of scored rows.
 
     It may be less: a slice of the projection that makes queries, keys and values at once keeps all of it, an exchanged
-    copy does not.
+    copy does not. The plan's dry run of one rank counts the same bytes.
     """
+    counted = DryRun(transformers.GPTNeoXConfig(**WIDE)).token_bytes(FP32, "none", cuda=False, context=4)
     for result in run_ranks(activations, 4, tmp_path):
         (kept, peak), (own_kept, own_peak) = result.value
         assert 0 < own_kept < 1.05 * kept / 4
         assert own_kept < own_peak < 1.1 * peak / 4
+        assert counted.kept * 2048 / 4 == pytest.approx(own_kept, rel=0.06)
+        assert counted.total * 2048 / 4 == pytest.approx(own_peak, rel=0.1)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
