@@ -1,6 +1,6 @@
 """Prints the results files as Markdown tables.
 
-Input: rmcore/bench/results/{train,score,scaling,profile,data}*.json, those that exist.
+Input: rmcore/bench/results/{train,score,scaling,profile,data,curves}*.json, those that exist.
 Output: tables on standard output: medians with the least and the greatest value of the undisturbed runs.
 Example: `| pythia-14m | fp32 | 51.20 (50.10-52.00) | ...`.
 """
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rmcore.bench import profile, scaling, score, train
+from rmcore.bench import curves, profile, scaling, score, train
 from rmcore.bench.measure import RESULTS, parser, spread, undisturbed
 
 TRAIN_COLUMNS = ("pairs_per_s", "epoch_pairs_per_s", "computed_tokens_per_s", "share_of_matrix_rate", "peak_rss_mb")
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
         "scaling": scaling_table,
         "profile": profile_table,
         "data": data_table,
+        "curves": curves.table,
     }
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -61,7 +61,8 @@ class Sizes(NamedTuple):
     @property
     def small(self) -> bool:
         """Whether a rehearsal writes and reloads the whole model: it takes little time, disk and memory."""
-        return self.exported <= WHOLE and 4 * self.weights <= MEMORY_SHARE * available_memory()
+        read = max(self.exported, 2 * self.weights)  # of an adapter, also its base model
+        return read <= WHOLE and 4 * self.weights <= MEMORY_SHARE * available_memory()
 
 
 @contextmanager

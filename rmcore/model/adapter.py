@@ -124,7 +124,7 @@ class StoredAdapter(NamedTuple):
         Raises UserError unless the file holds exactly these.
         """
         prefix, tensors = text_prefix(model), self._tensors()
-        wanted = {
+        wanted: dict[str, Tensor] = {
             stored_name(f"{PREFIX}{n}", prefix): p for n, p in text_model(model).named_parameters() if ".lora_" in n
         }
         wanted[stored_name(HEAD, prefix)] = cast(nn.Linear, model.score).weight

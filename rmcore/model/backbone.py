@@ -53,7 +53,7 @@ def load_model(
             is another one.
     """
     if (adapter := StoredAdapter.of(config)) is not None:
-        return _adapted(adapter, config, seed=seed, vocabulary=vocabulary, pad_token_id=pad_token_id)
+        return _adapted(adapter, config, seed, vocabulary, pad_token_id)
     hf_config = reward_config(config, pad_token_id)
     random = config.init == "random"
     model, note = (_random(config, hf_config, seed), "") if random else _pretrained(config, hf_config)
@@ -71,11 +71,14 @@ def load_model(
     return train_text_only(model)
 
 
-def _adapted(adapter: StoredAdapter, config: ModelConfig, **arguments: int) -> PreTrainedModel:
+def _adapted(
+    adapter: StoredAdapter, config: ModelConfig, seed: int, vocabulary: int, pad_token_id: int
+) -> PreTrainedModel:
     """The model of an exported adapter: merged, or, if it is trained further, the base model with the stored head."""
     settled = Outputs.settled(config, load_model_config(config))
     try:
-        model = load_model(adapter.base_config(settled), **arguments)
+        base = adapter.base_config(settled)
+        model = load_model(base, seed=seed, vocabulary=vocabulary, pad_token_id=pad_token_id)
     except UserError as error:
         if adapter.base in (reason := str(error)):
             raise UserError(f"the base model of the adapter {adapter.source}: {reason}") from None

@@ -96,6 +96,20 @@ def test_data_prepares_the_same_rows_each_way_and_the_table_shows_it(tmp_path, c
     assert f"| datasets.map | {rates[1]:,.0f} " in table and "planning 3,000 pairs, 12 steps, every step cut" in table
 
 
+@pytest.mark.slow
+@needs_shared
+def test_curves_trains_each_arm_on_the_same_pairs(tmp_path, capsys):
+    out = tmp_path / "curves.json"
+    arguments = ["curves", "--model", str(SHARED / "data/stories260k"), "--out", str(out), "--held-out", "0.5"]
+    arguments += ["--data", str(SHARED / "data/ci/hh_helpful_64.jsonl"), "--arms", "fp32", "bf16 states"]
+    assert main([*arguments, "--set", "data.template=none", "batch.pairs=8", "run.max_steps=2", "log.every=1"]) == 0
+    record = json.loads(out.read_text())
+    assert record["train"] + record["eval"] == 64
+    assert [step for step, _ in record["runs"]["bf16 states"]["loss"]] == [1, 2]
+    assert set(record["runs"]["bf16 states"]["difference"]) == {"difference", "low", "high", "p"}
+    assert "| bf16 states | " in capsys.readouterr().out
+
+
 def test_bf16_is_compared_with_the_better_precision_of_the_peer():
     def run(arm, precision, rate, epoch, others=0.0):
         return {
