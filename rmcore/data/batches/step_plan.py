@@ -160,8 +160,8 @@ class Plan:
             if not counted_N.any():
                 unit = loss.traits.unit.removesuffix("s")
                 raise UserError(
-                    f"loss.name={loss.name} counts nothing in data.train: no {unit} of its sources is left, or none has a "
-                    "label that it reads"
+                    f"loss.name={loss.name} counts nothing in data.train: no {unit} of its sources is left, or none "
+                    "has a label that it reads"
                 )
         language_N = chosen_tokens_N(data) if config.loss.sft else None
         if language_N is not None and not language_N.any():
