@@ -162,7 +162,7 @@ def trained(tmp_path: Path, name: str, steps: int, *more: str) -> list[float]:
     overrides += [f"model.name={tiny_base(family, tmp_path / 'base', name)}", "data.template=simple_chat"]
     overrides += ["batch.pairs=8", f"run.max_steps={steps}", "run.evals=1", "log.every=1", "log.tensorboard=false"]
     overrides += [f"data.cache={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "log.report=none"]
-    run_ranks(train_rank, 1, tmp_path / "ranks", [str(config), *overrides, *more])
+    run_ranks(train_rank, 1, tmp_path / "ranks", [str(config), *overrides, *more], timeout=900)
 
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())
     assert status["status"] == "completed" and status["step"] == steps and status["eval"]["count"] > 0
