@@ -34,7 +34,17 @@ LAYERS = (
     *("commands", "bench"),
 )
 # The stages inside rmcore/data/, likewise; its own files (prepare.py, pipeline.py) put them together.
-DATA_LAYERS = ("drop_reasons", "labels", "synthetic", "formats", "reading", "tokens", "batches", "inspection")
+DATA_LAYERS = (
+    "drop_reasons",
+    "labels",
+    "synthetic",
+    "sandbox",
+    "formats",
+    "reading",
+    "tokens",
+    "batches",
+    "inspection",
+)
 # What can be run lies in the root of the package, and nothing else.
 COMMANDS = {*(MODULES_OF_COMMANDS.get(name, name) for name in COMMANDS_OF_THE_CONSOLE), "__main__"} - {"bench"}
 # Folders whose modules must be importable with these libraries alone: `--help` must not wait for torch.

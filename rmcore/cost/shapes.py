@@ -63,6 +63,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _llama("mistral", 4096, 32, 32, 8, 14336, 32000, 32768),
     "HuggingFaceH4/mistral-7b-sft-beta": _llama("mistral", 4096, 32, 32, 8, 14336, 32000, 32768),
     "meta-llama/Llama-3.1-8B": _llama("llama", 4096, 32, 32, 8, 14336, 128256, 131072),
+    "meta-llama/Llama-3.1-8B-Instruct": _llama("llama", 4096, 32, 32, 8, 14336, 128256, 131072),
+    "allenai/Llama-3.1-Tulu-3-8B-SFT": _llama("llama", 4096, 32, 32, 8, 14336, 128264, 131072),
+    "meta-llama/Llama-3.2-3B-Instruct": {
+        **_llama("llama", 3072, 28, 24, 8, 8192, 128256, 131072),
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "meta-llama/Meta-Llama-3-70B": _llama("llama", 8192, 80, 64, 8, 28672, 128256, 8192),
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        **_llama("qwen2", 1536, 28, 12, 2, 8960, 151936, 32768),
+        "tie_word_embeddings": True,
+    },
     "Qwen/Qwen3-0.6B": _qwen3(1024, 28, 16, 3072),
     "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 16, 6144),
     "Qwen/Qwen3-4B": _qwen3(2560, 36, 32, 9728),

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
-from rmcore.host.model_directory import check_model_directory
+from rmcore.host.model_directory import check_model_directory, refuse_missing_directory
 from rmcore.model.activation_offload import offload_inputs
 from rmcore.model.adapter import StoredAdapter
 from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
@@ -159,6 +159,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The model's own config. Raises UserError when it cannot be loaded."""
     if config.name == SYNTHETIC:
         return synthetic_model_config()
+    refuse_missing_directory(config.name)
     check_model_directory(config.name)
     try:
         return AutoConfig.from_pretrained(

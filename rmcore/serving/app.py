@@ -40,7 +40,7 @@ from starlette.exceptions import HTTPException
 
 from rmcore import __version__
 from rmcore.config import UserError
-from rmcore.data.tokens.sandbox import until
+from rmcore.data.sandbox import until
 from rmcore.scoring.files import with_rewards
 from rmcore.scoring.rows import Rendered
 from rmcore.scoring.scorer import Scorer, Text, Valued

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,10 +21,12 @@ from torch import Tensor
 from rmcore.config.loss import TRAITS, LossConfig, Name
 from rmcore.data.batches.batch import Judged, build_batch
 from rmcore.data.batches.counting import counted_N, size_N
-from rmcore.data.synthetic import synthetic_rows
+from rmcore.data.synthetic import attribute_rows, synthetic_rows
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
 from rmcore.data.tokens.limits import LengthLimits, in_memory
+from rmcore.evaluate import main as evaluate
 from rmcore.evaluation.evaluate import objective_loss
+from rmcore.hf_export.average import average
 from rmcore.model.objectives import OBJECTIVES, Objective
 from rmcore.model.reward_model import SHARED, RewardModel
 from tests.harness.oracle import PAD, tiny_model
@@ -336,10 +338,18 @@ def test_the_objectives_own_loss_in_evaluation() -> None:
 
 
 def write_rows(path: Path, count: int, layout: str) -> None:
-    """The synthetic task as rows of `layout`: pairs, pairs and ties, scores of two answers, or ranks of three."""
-    lines = []
+    """The synthetic task as rows of `layout`: pairs, pairs and ties, scores of two answers, or ranks of three, ..."""
+    lines: list[dict[str, Any]] = attribute_rows(2 * count, 5, "train") if layout == "attributes" else []
     for number, row in enumerate(synthetic_rows(count, 5, "train")):
-        if layout == "options":
+        if layout == "attributes":
+            break
+        if (
+            layout == "probability"
+        ):  # of ten judges, eight prefer the right answer; it is the first one in every other row
+            first, second = (row["chosen"], row["rejected"])[:: 1 if number % 2 else -1]
+            share = 0.8 if number % 2 else 0.2
+            lines.append({"prompt": row["prompt"], "answer_a": first, "answer_b": second, "probability": share})
+        elif layout == "options":
             answers = [row["rejected"], row["chosen"], " Nobody knows."]
             lines.append({"prompt": row["prompt"], "answers": answers, "probabilities": [0.15, 0.8, 0.05]})
         elif layout == "margins":
@@ -393,10 +403,12 @@ MORE = {
 }
 
 
-def run(tmp_path: Path, name: str, rows: int, *overrides: str, size: int = 1) -> tuple[list[dict], dict]:
+def run(
+    tmp_path: Path, name: str, rows: int, *overrides: str, size: int = 1, layout: str = ""
+) -> tuple[list[dict], dict]:
     """The logged lines of a run and its last evaluation."""
     data, directory = tmp_path / "rows.jsonl", tmp_path / f"run-{size}-{len(overrides)}"
-    write_rows(data, rows, LAYOUT[name])
+    write_rows(data, rows, layout or LAYOUT[name])
     settings = [
         *RUN,
         f"loss.name={name}",
@@ -425,6 +437,49 @@ def test_it_learns_the_synthetic_task(tmp_path: Path, name: str) -> None:
     # It is missing where it equals eval/rm/loss, and where the evaluation data have no scores.
     without = ("bradley_terry", "regression", "listwise", "quantile_regression", "scaled_bradley_terry")
     assert ("eval/rm/objective_loss" in last) == (name not in without)
+
+
+# Forms of the objectives, regularisers, and averages of weights: the objective, the layout of its rows, its keys.
+FORMS = {
+    "soft labels": ("bradley_terry", "probability", []),
+    "log barrier": ("bradley_terry", "pairs", ["loss.log_barrier=0.02"]),
+    "ranked probability score": ("listwise", "options", ["loss.brier=0", "loss.rps=1.0"]),
+    "attributes": ("regression", "attributes", ["model.outputs=[correct, polite]", "loss.output=[correct, polite]"]),
+    "sft": ("bradley_terry", "pairs", ["loss.sft=0.1"]),
+    "length decorrelation": ("bradley_terry", "pairs", ["loss.length_decorrelation=0.3"]),
+    "moving average": ("bradley_terry", "pairs", ["optim.ema=0.98", "run.weights=ema"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_learns_the_synthetic_task(tmp_path: Path, form: str) -> None:
+    name, layout, keys = FORMS[form]
+    _, last = run(tmp_path, name, 1000, f"run.epochs={8 if name == 'regression' else 6}", *keys, layout=layout)
+    print(f"{form} ({name}): held-out accuracy {last['eval/rm/accuracy']:.3f} of {last['eval/rm/count']} pairs")
+    assert last["eval/rm/count"] == 256 and last["eval/rm/accuracy"] > 0.62, last
+
+
+@pytest.mark.slow
+def test_an_average_learns_the_synthetic_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models that were trained on from one, with other orders of the data, and their average (WARM)."""
+    _, first = run(tmp_path, "bradley_terry", 1000, "run.epochs=4")
+    start = [f"model.name={tmp_path / 'run-1-1' / 'model'}", "model.init=pretrained", "model.head=stored"]
+    folders, found = [], [first["eval/rm/accuracy"]]
+    for seed in (2, 3):
+        folders.append(tmp_path / f"seed-{seed}")
+        more = [*start, "run.epochs=2", f"run.seed={seed}", f"run.dir={folders[-1]}"]
+        run_ranks(
+            train_rank, 1, tmp_path / f"ranks-{seed}", [*RUN, f"data.train.path={tmp_path / 'rows.jsonl'}", *more]
+        )
+        status = json.loads((folders[-1] / "run_status.json").read_text())
+        found.append(status["eval"]["accuracy"])
+    average([str(folder / "model") for folder in folders], str(tmp_path / "average"))
+    capsys.readouterr()
+    assert evaluate([str(tmp_path / "average"), "synthetic", "data.split=test", "data.amount=256", "--json"]) == 0
+    found.append(json.loads(capsys.readouterr().out)["accuracy"])
+    print(f"before, two continued, their average: held-out accuracies {found}")
+    assert found[-1] > 0.62 and found[-1] > min(found[1:3]) - 0.03
 
 
 @pytest.mark.distributed

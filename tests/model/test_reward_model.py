@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from rmcore.config import UserError
+import rmcore.model.reward_model as module
+from rmcore.config import UserError, load_config
 from rmcore.data.batches.batch import build_batch
 from rmcore.model.attention import composed_attention
+from rmcore.model.objectives import Objective, objective_of
 from rmcore.model.reward_model import PACKED, PADDED, PATHS, SHARED
 from rmcore.model.selftest import choose_path, trial_comparisons
 from rmcore.ops.ragged_attention import ragged_attention
+from tests.harness.configs import NEEDED
 from tests.harness.oracle import (
     BOUND,
     EXACT_SHARED,
@@ -179,3 +182,37 @@ def test_the_composition_and_the_op_agree(window, groups):
     key, value = torch.randn(2, rows, 4 // groups, 8, generator=generator, dtype=torch.float64)
     ours = composed_attention(query, key, value, layout.segments_S4, 0.3, window)
     assert_close(ours, ragged_attention(query, key, value, layout.segments_S4, 0.3, window), 1e-12, "attention")
+
+
+PLAIN = ["loss.label_smoothing=0.1", "loss.centering=0.01", "loss.margin=data", "loss.length_decorrelation=1.0"]
+
+
+@pytest.mark.parametrize("key", ["loss.name=bradley_terry", *PLAIN])
+def test_plain_bradley_terry_is_computed_by_the_fused_op(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op gets all pairs, and no function of rmcore.model.objectives runs."""
+    objective = objective_of(load_config(None, [*NEEDED, key]))
+    model = reward_model(tiny_model("llama"), SHARED)
+    model.objective = objective
+    given = []
+
+    def recorded(*arguments, **named):
+        given.append(arguments[3].numel())
+        return fused(*arguments, **named)
+
+    def unused(*_):
+        raise AssertionError("computed by autograd")
+
+    fused = module.pairwise_loss
+    monkeypatch.setattr(module, "pairwise_loss", recorded)
+    monkeypatch.setattr(Objective, "loss_sum", unused)
+    batch = build_batch(odd_items(), range(8))
+    model(batch).loss_sum.backward()
+    assert given == [batch.winner_P.numel()] and given[0] > 8
+
+
+def test_another_objective_is_not_computed_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Objective, "loss_sum", lambda *_: pytest.fail("reached"))
+    model = reward_model(tiny_model("llama"), SHARED)
+    model.objective = objective_of(load_config(None, [*NEEDED, "loss.log_barrier=0.1"]))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        model(build_batch(odd_items(), range(8)))

@@ -155,7 +155,14 @@ class Plan:
                 f"batch.tokens={token_budget} is less than the longest comparison ({longest} tokens), which is never "
                 f"cut: set batch.tokens to {longest} or more, or lower data.max_tokens"
             )
-        weight_N, *more_weights = counted_of(config, data)
+        weight_N, *more_weights = counts = counted_of(config, data)
+        for loss, counted_N in zip(config.losses, counts, strict=True):
+            if not counted_N.any():
+                unit = loss.traits.unit.removesuffix("s")
+                raise UserError(
+                    f"loss.name={loss.name} counts nothing in data.train: no {unit} of its sources is left, or none "
+                    "has a label that it reads"
+                )
         language_N = chosen_tokens_N(data) if config.loss.sft else None
         if language_N is not None and not language_N.any():
             raise UserError("loss.sft: no answer of data.train is chosen over another; set loss.sft=0")

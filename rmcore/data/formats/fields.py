@@ -14,6 +14,8 @@ from typing import Any
 
 from rmcore.config import UserError
 
+LARGEST = 3.4028234663852886e38  # in fp32, in which labels are stored
+
 
 def value(row: Mapping[str, Any], name: str, where: str) -> Any:
     """The value of a column that must be present and not null."""
@@ -59,6 +61,8 @@ def number_of(found: Any, name: str, where: str) -> float:
         result = math.nan if isinstance(found, bool) else float(found)
     if not math.isfinite(result):
         raise UserError(f"{where}: {name} must be a finite number, not {short(found)}")
+    if abs(result) > LARGEST:
+        raise UserError(f"{where}: {name} is too large for fp32: {short(found)}")
     return result
 
 

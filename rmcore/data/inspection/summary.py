@@ -40,7 +40,7 @@ def drop_table(report: dict[str, Any], config: Config) -> str:
         NO_VALUE: "a column that its expression reads is null",
         IDENTICAL: "chosen and rejected are the same tokens",
         EMPTY: "prompt and answer are both empty",
-        UNDECIDED: "all answers tie, or there is only one",
+        UNDECIDED: "all answers tie, there is only one, or the weight of the row is 0",
         REPEATED: "prompt, answers and judgement of an earlier row",
         CONTRADICTED: "another row judges the same answers differently",
         REFUSED: next((w for w in report["warnings"] if w.startswith("data.template")), ""),

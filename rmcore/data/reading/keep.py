@@ -1,6 +1,7 @@
 """Selects rows by an expression over their columns, such as `reward_margin > 0`.
 
-Input: the rows of a source, and the expression of its key `keep`: an expression of Jinja, which runs in its sandbox.
+Input: the rows of a source, and the expression of its key `keep`: an expression of Jinja, which runs in
+rmcore's sandbox, within its budget of work.
 Output: the numbers of the rows for which it is true, and how many others there are, by reason.
 Example: reward_margin 1.5, -0.2 and null with `reward_margin > 0` -> the first row is kept, one is not wanted, and one
 has no value.
@@ -14,15 +15,16 @@ from typing import Any, NamedTuple
 import datasets
 import jinja2
 import jinja2.meta
-import jinja2.sandbox
 import numpy
 
 from rmcore.config import UserError
 from rmcore.data.drop_reasons import NO_VALUE, NOT_KEPT
 from rmcore.data.formats.fields import listed, short
 from rmcore.data.reading.files import JSON, WHERE
+from rmcore.data.sandbox import Sandbox, bounded
 
 _ROWS_A_READ = 4096
+_LONGEST = 10_000  # characters of an expression
 
 
 class Kept(NamedTuple):
@@ -40,13 +42,17 @@ def keep_rows(rows: datasets.Dataset, index: numpy.ndarray, expression: str, ori
     be computed for a row, is not true or false, or is true for no row.
     """
     place = f"{key}.keep"
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    if len(expression) > _LONGEST:
+        raise UserError(f"{place} has {len(expression):,} characters; at most {_LONGEST:,} are read")
+    environment = Sandbox(undefined=jinja2.StrictUndefined)
     environment.globals = {}
     try:
-        compute = environment.compile_expression(expression, undefined_to_none=False)
-        names = jinja2.meta.find_undeclared_variables(environment.parse("{{ " + expression + " }}"))
-    except jinja2.TemplateError as error:
-        raise UserError(f"{place}: {expression!r} is not an expression: {error}") from None
+        with bounded({}):
+            compute = environment.compile_expression(expression, undefined_to_none=False)
+            names = jinja2.meta.find_undeclared_variables(environment.parse("{{ " + expression + " }}"))
+    except Exception as error:  # also what Python raises for its length or depth, and the sandbox for its work
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: {short(expression)} is not an expression: {reason}") from None
     unknown = set(names)
     kept: list[int] = []
     dropped: Counter[str] = Counter()
@@ -54,7 +60,8 @@ def keep_rows(rows: datasets.Dataset, index: numpy.ndarray, expression: str, ori
         unknown -= row.keys()
         values = {name: row.get(name) for name in names}
         try:
-            wanted = compute(**values)
+            with bounded(values):
+                wanted = compute(**values)
         except Exception as error:  # whatever Python raises for these values, and the sandbox for what is not allowed
             if None in values.values() and isinstance(error, TypeError):
                 dropped[NO_VALUE] += 1

@@ -34,7 +34,7 @@ from rmcore.config import Config, UserError
 from rmcore.data.formats.comparison import Comparison, Turns
 from rmcore.data.formats.fields import short
 from rmcore.data.formats.turns import EVERYTHING, REASONING, TemplateReads, all_texts
-from rmcore.data.tokens.sandbox import Sandbox, TooMuchWork, bounded, written
+from rmcore.data.sandbox import Sandbox, TooMuchWork, bounded, written
 from rmcore.host.terminal import one_line
 
 _END = "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"

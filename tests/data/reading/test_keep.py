@@ -90,6 +90,12 @@ REFUSED = [
     ("prompt.__class__.__mro__ == 3", r"cannot be computed for .*unsafe"),
     ("range(3) == 3", r"reads range, which no row has"),
     ("1 }}{% for x in y %}", r"is not an expression"),
+    ("9 ** (10 ** 9) > reward_margin", r"cannot be computed for .*pool.*1 .*more than 4096 bits"),
+    ("prompt * 10**12 == source", r"cannot be computed for .*pool.*1 .*writes or computes more than"),
+    ('("x" * 10**12) | length > 3', r"cannot be computed for .*pool.*1 .*writes or computes more than"),
+    ("(" * 4000 + "1" + ")" * 4000 + " > 0", r"is not an expression: .*recursion"),
+    ("1" * 9000 + " > 0", r"is not an expression: "),
+    ("1 == 1 or " * 1100, r"has 11,000 characters; at most 10,000 are read"),
 ]
 
 

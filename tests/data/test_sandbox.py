@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison
-from rmcore.data.tokens.sandbox import SECONDS, Sandbox, TooMuchWork, bounded, until
+from rmcore.data.sandbox import SECONDS, Sandbox, TooMuchWork, bounded, until
 from rmcore.data.tokens.templates import TemplateRefused, load_template
 from tests.harness.paths import ROOT
 

@@ -1,7 +1,7 @@
-"""A sandbox for chat templates that bounds what one rendering may do: the work, the size of its values, and its time.
+"""A sandbox for Jinja that bounds what one rendering may do: the work, the size of its values, and its time.
 
-Input: Jinja sources, and the variables of a rendering. Output: jinja2 templates. A rendering inside `bounded` that
-exceeds its bound raises TooMuchWork.
+Input: Jinja sources (chat templates, expressions that select rows), and the variables of a rendering. Output: jinja2
+templates. A rendering inside `bounded` that exceeds its bound raises TooMuchWork.
 Example: {{ "x" * 10**9 }}, {{ 9**9**9 }} and five nested loops over range(1000) end within a second, in a few MB.
 
 Jinja's own sandbox keeps a template from Python's internals, but not from a gigabyte of text. Here every operation that
