@@ -25,8 +25,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 USE = """\
 The reward of a text is the model's only logit, without sigmoid or softmax. Only differences between answers to the same
-prompt have a meaning. You may pad on the right or not at all: the model reads the reward at the last token before the
-padding.
+prompt have a meaning. {padding}
 
 With transformers:
 
@@ -53,6 +52,12 @@ reward = output.outputs.data.item()
 
 Without `dtype`, vLLM computes fp32 weights in half precision. {served}
 """
+
+PADDED = """\
+You may pad on the right or not at all: the model reads the reward at the last token before the padding."""
+
+ALONE = """\
+Never pad a text: padding changes the rewards of this model. Compute each text by itself."""
 
 SERVED_TEXTS = """\
 `vllm serve {name} --runner pooling --dtype {dtype}` returns the reward of a whole text from `/classify` (`input`), and
@@ -123,6 +128,7 @@ def model_card(
     outputs: Outputs = ONE,
     temperature: float | None = None,
     made: bool = False,
+    alone: bool = False,
 ) -> str:
     """README.md of the exported directory.
 
@@ -135,6 +141,7 @@ def model_card(
         outputs: of the score head.
         temperature: of the probabilities, as config.json holds it.
         made: transformers has no class for the model (rmcore.model.classifier.is_made).
+        alone: padding changes the rewards (`ALONE` of rmcore.model.reward_model).
     """
     base = config.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
@@ -144,6 +151,8 @@ def model_card(
     name: Any = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
     dtype = "bfloat16" if config.parallel.precision == "bf16" else "float32"
     use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers")
+    if alone:
+        use = use.replace(PADDED, ALONE)
     if not outputs.single:
         use = _of_several(use, outputs)
     if temperature is not None:
@@ -198,7 +207,8 @@ def _use(name: str, dtype: str, wants_text: bool, normalisation: Normalisation |
     for ours, theirs in MADE if made else ():
         use = use.replace(ours, theirs)
     served = (SERVED_TEXTS if wants_text else SERVED_TURNS).format(name=name, dtype=dtype)
-    use = use.format(name=name, dtype=dtype, served=served, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
+    tokenize = WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE
+    use = use.format(name=name, dtype=dtype, padding=PADDED, served=served, tokenize=tokenize)
     if normalisation is not None:
         stored = normalisation.stored()
         use += NORMALISED.format(name=name, dtype=dtype, what=what, stored=json.dumps(stored), **stored)

@@ -14,6 +14,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template
 from rmcore.hf_export.parity import Probe
+from rmcore.model.reward_model import computes_alone
 from rmcore.model.selftest import BEYOND_LONGEST, Shortened, trial_comparisons
 from rmcore.scoring.rows import comparison_of, trial_rows
 from rmcore.scoring.scorer import pack
@@ -40,7 +41,7 @@ def probe_of(
     model.eval()
     outputs_AK = model(batch).outputs_AK
     model.train(was_training)
-    return Probe(texts, outputs_AK.flatten().tolist(), precision)
+    return Probe(texts, outputs_AK.flatten().tolist(), precision, computes_alone(model))
 
 
 def probe_texts(data: TokenizedComparisons) -> list[list[int]]:

@@ -7,10 +7,11 @@ loss (rmcore.model.language_head).
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
-it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `PADDED`; the self-test chooses one.
+it only a shard. Four paths compute the same numbers: `SHARED`, `PACKED`, `PADDED` and `ALONE`. The self-test chooses
+one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -34,8 +35,7 @@ from rmcore.model.router_balance import Routed, RouterBalance, balance_A
 from rmcore.model.row_split import ContextGroup, RowPart
 from rmcore.ops.pairwise import pairwise_loss
 
-SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
-PATHS = (SHARED, PACKED, PADDED)
+SHARED, PACKED, PADDED, ALONE = PATHS = "shared", "packed", "padded", "alone"  # fastest first
 
 
 class Output(NamedTuple):
@@ -79,9 +79,12 @@ class RewardModel(nn.Module):
     Attributes:
         context: the ranks that compute each packed row together; None: this rank computes whole rows. All of them get
             the same batches, whose rows are a multiple of their number (`build_batch`), and return the same output.
+        most: set where every forward of the backbone is a collective. Returns the largest of the numbers that the ranks
+            call it with.
     """
 
     context: ContextGroup | None = None
+    most: Callable[[int], int] | None = None
 
     def __init__(
         self,
@@ -123,12 +126,13 @@ class RewardModel(nn.Module):
     def use(self, path: str, *, pruned: bool = False, masked: bool = False) -> None:
         """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
 
-        pruned: run the last layer on the scored tokens only (ignored by the padded path).
+        pruned: run the last layer on the scored tokens only (ignored by transformers' own forwards, the last two).
         masked: share prompts through the model's own attention and masks (ignored by the other paths).
         """
-        self.path, self.pruned = path, pruned and self.can_prune and path != PADDED
+        own = path in (PADDED, ALONE)
+        self.path, self.pruned = path, pruned and self.can_prune and not own
         self.masked = masked and path == SHARED
-        self.backbone.set_attn_implementation(self._own_attention if path == PADDED or self.masked else NAME)
+        self.backbone.set_attn_implementation(self._own_attention if own or self.masked else NAME)
         if self.masked:
             prepare(self.backbone)
 
@@ -140,13 +144,18 @@ class RewardModel(nn.Module):
             for masked in ([False, True] if path == SHARED else [False])
             for pruned in (True, False)
         ]
-        return [way for way in ways if self.context is None or not (way["path"] == PADDED or way["masked"])]
+        splits = (SHARED, PACKED)
+        return [way for way in ways if self.context is None or (way["path"] in splits and not way["masked"])]
 
     def forward(self, batch: RaggedBatch) -> Output:
         if self.context is not None:
             return self._split(batch, self.context)
         batch, long_T = self.long_rope.separated(batch)
-        by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
+        by_path = {
+            SHARED: self.masked_hidden if self.masked else self.packed_hidden,
+            PADDED: self.padded_hidden,
+            ALONE: self.alone_hidden,
+        }
         recorded: AbstractContextManager[list[Routed]] = nullcontext([])
         if self._balance and torch.is_grad_enabled():
             recorded = self._balance.recorded()
@@ -245,7 +254,7 @@ class RewardModel(nn.Module):
     def _in_packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
         """[T, ...] from the values of a layer that flattens its tokens, such as a router, on any path."""
         if self.path != PADDED:
-            return values[Grid.of(batch).cell_T] if self.masked else values
+            return values[Grid.of(batch).cell_T] if self.masked else values[: batch.computed_tokens]
         return values[_rectangle(batch)[1]]
 
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
@@ -259,11 +268,10 @@ class RewardModel(nn.Module):
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
-        mask = torch.ones_like(text_T)[None]
-        hidden = self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state
+        hidden_D = self._hidden_alone(text_T)[-1].double().cpu()
         if self.outputs.single:
-            return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
-        return self.outputs.reward((self.score.weight.double().cpu() @ hidden[0, -1].double().cpu()).unsqueeze(0))[0]
+            return hidden_D @ self.score.weight[0].double().cpu()
+        return self.outputs.reward((self.score.weight.double().cpu() @ hidden_D).unsqueeze(0))[0]
 
     def padded_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same [T, D] through the model's own attention, with each text as a row of a right-padded rectangle.
@@ -276,6 +284,26 @@ class RewardModel(nn.Module):
         with long_texts(long_T, grid):
             hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, cell_T)
+
+    def alone_hidden(self, batch: RaggedBatch, _: Tensor | None = None) -> Tensor:
+        """The same, each text by itself: for models in which padding, or a neighbor, changes the values of a text.
+
+        Where the backbone's forward is a collective, a rank with fewer texts than others also computes single tokens.
+        Their rows follow the T rows, and nothing reads them.
+        """
+        texts = [batch.input_ids_T[start:end] for start, end, *_ in batch.layout.segments_S4.tolist()]
+        more = self.most(len(texts)) - len(texts) if self.most else 0
+        return torch.cat([self._hidden_alone(text_T) for text_T in (*texts, *[texts[0][:1]] * more)])
+
+    def _hidden_alone(self, text_T: Tensor) -> Tensor:
+        """Final hidden states [tokens, D] of one text."""
+        mask = torch.ones_like(text_T)[None]
+        return self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state[0]
+
+
+def computes_alone(model: nn.Module) -> bool:
+    """Whether padding would change the rewards of the reward model in `model`, which a strategy may have wrapped."""
+    return any(isinstance(module, RewardModel) and module.path == ALONE for module in model.modules())
 
 
 def _rectangle(batch: RaggedBatch) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from rmcore.data.batches.batch import build_batch
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.model.backbone import recompute_activations, turn_dropout_off
 from rmcore.model.objectives import Objective
-from rmcore.model.reward_model import PACKED, PADDED, SHARED, RewardModel
+from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
 from rmcore.model.router_balance import RouterBalance
 from rmcore.parallel.world import running_world
 from rmcore.training.assembly import assemble
@@ -82,7 +82,7 @@ def balances(model: Scored, items: Items) -> list[Tensor]:
     return list(torch.stack(found).split([len(one.tails) for one in items]))
 
 
-@pytest.mark.parametrize("path", [SHARED, PACKED, PADDED])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_value_and_gradients_equal_the_formula_on_the_padded_forward(kind: str, path: str) -> None:
     items, model = odd_items(), scored(kind)
