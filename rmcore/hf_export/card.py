@@ -70,7 +70,7 @@ prompt, up to where the answer begins, and the answer with what the template wri
 
 # Of a class that rmcore made: (what the text above has, what it has here).
 MADE = (
-    ("With transformers:", "Transformers has no class for this model. With rmcore:"),
+    ("With transformers:", "Transformers has no class for this model with a linear score head. With rmcore:"),
     (
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
         "from transformers import AutoConfig, AutoTokenizer\n\nfrom rmcore.model.classifier import classifier_class\n",

@@ -34,6 +34,9 @@ class ExportError(ExplainedError):
     """The exported model is not the trained one."""
 
 
+NO_CLASS = "transformers has no class {} with a linear score head"
+
+
 @dataclass(frozen=True)
 class Probe:
     """Texts (token ids without padding) and the engine's rewards for them, to compare with after writing.
@@ -71,7 +74,7 @@ class Parity:
         return [
             *([f"note: never pad this model's texts: {self.alone}"] if self.alone else []),
             *([f"note: pad this model's texts on the right, never on the left: {self.left}"] if left else []),
-            *([f"note: transformers has no class {self.made}: the model loads in rmcore"] if self.made else []),
+            *([f"note: the model loads in rmcore: {NO_CLASS.format(self.made)}"] if self.made else []),
         ]
 
 
