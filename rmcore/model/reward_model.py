@@ -79,11 +79,13 @@ class RewardModel(nn.Module):
     Attributes:
         context: the ranks that compute each packed row together; None: this rank computes whole rows. All of them get
             the same batches, whose rows are a multiple of their number (`build_batch`), and return the same output.
+        skips_weights: some trained weights may get no gradient from a batch (rmcore.model.selftest).
         most: set where every forward of the backbone is a collective. Returns the largest of the numbers that the ranks
             call it with.
     """
 
     context: ContextGroup | None = None
+    skips_weights = False
     most: Callable[[int], int] | None = None
 
     def __init__(

@@ -118,6 +118,26 @@ def rewards_alone(model: RewardModel, data: Comparisons, numbers: list[int], dev
     return torch.stack([model.reward_alone(text) for text in _texts(data, numbers, device)])
 
 
+def skips_weights(model: RewardModel, data: Comparisons, device: torch.device) -> bool:
+    """Whether a batch may give some trained weights no gradient: indexers that select keys, experts without tokens.
+
+    A batch without comparisons decides: its gradients are zeros, of all weights that take part in every batch.
+    """
+    with torch.enable_grad():
+        out = model(build_batch(data, [], language=model.sft, multiple=model.multiple).on(device))
+    nodes = [sum_.grad_fn for sum_ in (out.loss_sum, out.language_sum) if sum_ is not None]
+    seen, reached = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        reached.add(getattr(node, "variable", None))  # of an AccumulateGrad node
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        nodes += new
+    return any(parameter.requires_grad and parameter not in reached for parameter in model.parameters())
+
+
 def _tolerance(
     model: RewardModel, data: Comparisons, numbers: list[int], device: torch.device, oracle: Tensor
 ) -> float:
