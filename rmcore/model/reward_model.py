@@ -3,7 +3,8 @@
 Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted, outputs_AK)`: the fp32 sum of the weighted losses,
 the fp32 reward of every answer, this batch's part of the weight that the training loop divides the sum by, and the fp32
 outputs of the score head that the rewards are made of. With loss.sft also `language_sum`, the summed language-modelling
-loss (rmcore.model.language_head).
+loss (rmcore.model.language_head); with loss.router_aux `balance_sum`, the part of `loss_sum` by which the experts'
+balance (rmcore.model.router_balance) enters it, before its factor and without a gradient.
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
@@ -49,6 +50,7 @@ class Output(NamedTuple):
     counted: Tensor
     outputs_AK: Tensor
     language_sum: Tensor | None = None
+    balance_sum: Tensor | None = None
 
     def share(self, world_size: int, step_counts: Sequence[float]) -> Tensor:
         """This micro batch's part of the step's loss: each objective's sum, divided by what the whole step counts.
@@ -172,12 +174,14 @@ class RewardModel(nn.Module):
             outputs_AK = head_outputs(hidden_TD, self.score.weight, scored_A)
             rewards_A = self.outputs.reward(outputs_AK)
             loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
+        balance_sum = None
         if routed and isinstance(self.objective, Objective):
             text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
             unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
-            loss_sum = loss_sum + self.objective.router_aux * (self.objective.counted_A(batch) * unevenness_A).sum()
+            balance_sum = (self.objective.counted_A(batch) * unevenness_A).sum()
+            loss_sum, balance_sum = loss_sum + self.objective.router_aux * balance_sum, balance_sum.detach()
         counted, language_sum = self.objective.counted(batch), self._language_sum(hidden_TD, batch)
-        return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum)
+        return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum, balance_sum)
 
     def _one_output(self, hidden_TD: Tensor, scored_A: Tensor, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(summed loss, rewards [A], outputs [A, 1]) of a head whose only output is the reward."""
