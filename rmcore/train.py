@@ -63,7 +63,8 @@ def train(run: Run, tracker: Tracker, heartbeat: Heartbeat | None = None, signal
     heartbeat, signals = heartbeat or Heartbeat(world), signals or Signals()
     optimizer, bad_steps = strategy.optimizer, BadSteps(run, tracker)
     names, language = distinct_names(config.losses), config.loss.sft > 0
-    metrics = Metrics(world, run.flops_per_token, run.start.interval, losses=names, language=language)
+    balance = config.loss.router_aux > 0
+    metrics = Metrics(world, run.flops_per_token, run.start.interval, losses=names, language=language, balance=balance)
     evaluate_after, patience = evaluation_steps(plan.steps, config.run.evals), Patience(run)
     saver = Saver(run, metrics, bad_steps, patience, heartbeat, signals)
     evaluations = resumed_evaluations(run, tracker, evaluate_after, patience, saver)

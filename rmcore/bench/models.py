@@ -204,8 +204,26 @@ def one_line(error: Exception, directory: str | None = None) -> str:
 SHARED_KV = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+IMAGES = {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}}
 ODD: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text"), MROPE),
+    "qwen2_5_omni_text": MROPE,
+    "glm4v_moe_text": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    **dict.fromkeys(("chameleon", "emu3"), IMAGES),
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2},
+    "dots3_note": {"adapter_in_dim": 32},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "inkling2_vision": {"text_hidden_size": 32},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "glm5_next_text": {"index_topk": 16, "qk_rope_head_dim": 0},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 1, 1]}},
+    "mistral_large4_text": {"kv_source_layers": [0, 1, 2, 3], "indexer_types": ["full"] * LAYERS},
+    "step3p5": {"sliding_window": 7},
     "bamba": {**MAMBA2, "attn_layer_indices": [1, 3]},
     "codegen": {"n_ctx": 512, "rotary_dim": 4},
     "dbrx": {
@@ -232,7 +250,7 @@ ODD: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8},
-    "mistral4": {"num_key_value_heads": 4},
+    "mistral4": {"num_key_value_heads": 4, "head_dim": 16},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"],

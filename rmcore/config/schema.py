@@ -49,7 +49,7 @@ class ModelConfig(Section):
         "pretrained", description="pretrained weights, or random weights for the architecture in the model's config"
     )
     trust_remote_code: bool = Field(False, description="run Python code from the model repository")
-    attention: Literal["auto", "shared", "packed", "padded"] = Field(
+    attention: Literal["auto", "shared", "packed", "padded", "alone"] = Field(
         "auto", description="shared computes each prompt once; auto: the fastest path that the self-test finds exact"
     )
     head: Literal["fresh", "stored"] = Field(
@@ -462,8 +462,8 @@ class Config(Section):
             raise conflict("run.weights", "of ema needs optim.ema, the decay of the average")
         if self.loss.sft and self.model.lora.rank is not None:
             raise conflict("loss.sft", "and model.lora exclude each other: this combination is untested")
-        if self.parallel.context > 1 and self.model.attention == "padded":
-            raise conflict("parallel.context", "needs a packed row: model.attention cannot be padded")
+        if self.parallel.context > 1 and self.model.attention in ("padded", "alone"):
+            raise conflict("parallel.context", f"needs a packed row: model.attention cannot be {self.model.attention}")
         for key in ("sft", "router_aux"):
             if self.parallel.context > 1 and getattr(self.loss, key):
                 raise conflict(

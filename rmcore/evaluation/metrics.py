@@ -92,6 +92,13 @@ TRAINING = (
         sometimes=True,
     ),
     Metric(
+        "router_balance",
+        "Mean balance of the experts over the texts, 1 if all are used equally, with `loss.router_aux`; "
+        "`train/rm/loss` of one objective over pairs, lists or answers holds `loss.router_aux` times it.",
+        prefix="train/rm/",
+        sometimes=True,
+    ),
+    Metric(
         "length_correlation",
         "Correlation of reward and length over the answers of the last step, with `loss.length_decorrelation`.",
         prefix="train/rm/",

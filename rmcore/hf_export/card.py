@@ -26,8 +26,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 USE = """\
 The reward of a text is the model's only logit, without sigmoid or softmax. Only differences between answers to the same
-prompt have a meaning. You may pad on the right or not at all: the model reads the reward at the last token before the
-padding.
+prompt have a meaning. {padding}
 
 With transformers:
 
@@ -83,6 +82,12 @@ STORED = """
 The adapter was trained on the base model's weights in {stored}, which rmcore makes again and merges. The code above
 loads them in full precision, so its rewards differ a little."""
 
+PADDED = """\
+You may pad on the right or not at all: the model reads the reward at the last token before the padding."""
+
+ALONE = """\
+Never pad a text: padding changes the rewards of this model. Compute each text by itself."""
+
 SERVED_TEXTS = """\
 `vllm serve {name} --runner pooling --dtype {dtype}` returns the reward of a whole text from `/classify` (`input`), and
 from `/score` that of a prompt and an answer, which it joins."""
@@ -94,7 +99,7 @@ prompt, up to where the answer begins, and the answer with what the template wri
 
 # Of a class that rmcore made: (what the text above has, what it has here).
 MADE = (
-    ("With transformers:", "Transformers has no class for this model. With rmcore:"),
+    ("With transformers:", "Transformers has no class for this model with a linear score head. With rmcore:"),
     (
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
         "from transformers import AutoConfig, AutoTokenizer\n\nfrom rmcore.model.classifier import classifier_class\n",
@@ -153,6 +158,7 @@ def model_card(
     temperature: float | None = None,
     made: bool = False,
     adapter: AdapterParts | None = None,
+    alone: bool = False,
 ) -> str:
     """README.md of the exported directory.
 
@@ -166,6 +172,7 @@ def model_card(
         temperature: of the probabilities, as config.json holds it.
         made: transformers has no class for the model (rmcore.model.classifier.is_made).
         adapter: what an adapter states; None for a whole model.
+        alone: padding changes the rewards (`ALONE` of rmcore.model.reward_model).
     """
     base = adapter.base if adapter else config.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
@@ -179,6 +186,8 @@ def model_card(
     use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers")
     if adapter:
         use = _adapter_use(name, adapter, len(outputs.names), wants_text)
+    if alone:
+        use = use.replace(PADDED, ALONE)
     if not outputs.single:
         use = _of_several(use, outputs)
     if temperature is not None:
@@ -233,7 +242,8 @@ def _use(name: str, dtype: str, wants_text: bool, normalisation: Normalisation |
     for ours, theirs in MADE if made else ():
         use = use.replace(ours, theirs)
     served = (SERVED_TEXTS if wants_text else SERVED_TURNS).format(name=name, dtype=dtype)
-    use = use.format(name=name, dtype=dtype, served=served, tokenize=WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE)
+    tokenize = WITHOUT_TEMPLATE if wants_text else WITH_TEMPLATE
+    use = use.format(name=name, dtype=dtype, padding=PADDED, served=served, tokenize=tokenize)
     if normalisation is not None:
         stored = normalisation.stored()
         use += NORMALISED.format(name=name, dtype=dtype, what=what, stored=json.dumps(stored), **stored)

@@ -47,7 +47,7 @@ from rmcore.model.lazy_model import stored_buffers
 from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, merged, store_base
 from rmcore.model.meta_model import model_on_meta
 from rmcore.model.outputs import Outputs
-from rmcore.model.reward_model import RewardModel
+from rmcore.model.reward_model import RewardModel, computes_alone
 from rmcore.parallel.precision import bf16_of, with_precision
 from rmcore.parallel.world import running_world
 from rmcore.scoring.calibration import calibrate, read_temperature
@@ -108,6 +108,7 @@ def export(
             temperature=temperature,
             made=is_made(type(trained.hf_model)),
             adapter=adapter,
+            alone=computes_alone(trained.model),
         ),
         config_yaml=config.dump_yaml(),
         normalisation=normalisation,

@@ -14,6 +14,7 @@ from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template
 from rmcore.hf_export.parity import Probe
+from rmcore.model.reward_model import computes_alone
 from rmcore.model.selftest import BEYOND_LONGEST, Shortened, trial_comparisons
 from rmcore.scoring.rows import comparison_of, trial_rows
 from rmcore.scoring.scorer import pack
@@ -44,7 +45,7 @@ def probe_of(
     output = model(batch, logits=True) if logits else model(batch)
     model.train(was_training)
     logits_AV = output.logits_AV.cpu() if logits else None
-    return Probe(texts, output.outputs_AK.flatten().tolist(), precision, logits_AV)
+    return Probe(texts, output.outputs_AK.flatten().tolist(), precision, computes_alone(model), logits_AV)
 
 
 def probe_texts(data: TokenizedComparisons) -> list[list[int]]:

@@ -113,6 +113,11 @@ def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
     transformers_logging.disable_progress_bar()
     hf_config = load_model_config(config)
     refuse_quantised(config, hf_config)
+    if not brings_code(hf_config, trust_remote_code=config.trust_remote_code):
+        try:
+            classifier_class(hf_config)
+        except UserError as error:
+            raise UserError(f"model.name {config.name}: {error}") from None
     outputs = Outputs.of(config, hf_config)
     hf_config.num_labels = len(outputs.names)
     if outputs != Outputs() or hasattr(hf_config, KEY):

@@ -1,14 +1,16 @@
 """Finds or makes the sequence-classification class of a decoder, and the part of its model that reads text.
 
-Input: a transformers config. Output: a `*ForSequenceClassification` class. It is transformers' own where there is one.
-Otherwise it is made of the family's base class and a score head, and has the name that transformers would give it.
+Input: a transformers config. Output: a `*ForSequenceClassification` class. It is transformers' own where there is one
+with a linear score head. Otherwise it is made of the family's base class and such a head, and has the name that
+transformers would give it.
 Example: OlmoeConfig -> OlmoeForSequenceClassification, made here. Gemma4Config (a text model with towers for images and
 sound) -> Gemma4ForSequenceClassification; its text model is `model.language_model`, and its towers never run.
 
-Plain transformers has no such class and cannot load its exports; rmcore can. The name is for programs that look for the
-decoder by it.
+Plain transformers has no such class and cannot load its exports (CTRL, XLNet and ModernBERT's decoder: its class has
+another head, which it would draw at random); rmcore can. The name is for programs that look for the decoder by it.
 """
 
+import inspect
 from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, cast
@@ -47,7 +49,7 @@ class MadeClassifier:
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         setattr(self, self.base_model_prefix, AutoModel.from_config(config))
-        self.score = nn.Linear(config.get_text_config().hidden_size, cast(int, config.num_labels), bias=False)
+        self.score = nn.Linear(_width(config), cast(int, config.num_labels), bias=False)
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(
@@ -72,6 +74,12 @@ def classifier_class(hf_config: PretrainedConfig) -> type[PreTrainedModel]:
     kind = type(hf_config)
     if getattr(hf_config, "is_encoder_decoder", False) or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"{kind.model_type} has an encoder, which reads a text in both directions; {_ONLY_DECODERS}")
+    try:
+        vocabulary = getattr(hf_config.get_text_config(), "vocab_size", None)
+    except ValueError:  # the config has several texts
+        vocabulary = None
+    if vocabulary is None:
+        raise UserError(f"{kind.model_type} does not have one vocabulary that it reads; {_ONLY_DECODERS}")
     return _class_of(cast(Hashable, kind))
 
 
@@ -114,7 +122,9 @@ def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
 def _class_of(kind: Any) -> type[PreTrainedModel]:
     decoder = decoder_class(kind)
     if kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return _one(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
+        known = _one(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
+        if _has_score(known):
+            return known
     family: Any = next(
         c for c in decoder.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel
     )
@@ -131,6 +141,17 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
     if (renamings := get_checkpoint_conversion_mapping(decoder.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
     return cast(type[PreTrainedModel], type(name, (MadeClassifier, family), attributes))
+
+
+def _has_score(known: type[PreTrainedModel]) -> bool:
+    """Whether a class of transformers has a `score`, as most decoders have. CTRL and XLNet have other heads."""
+    return "score" in inspect.unwrap(known.__init__).__code__.co_names
+
+
+def _width(config: Any) -> int:
+    """The size of the final hidden states; the config of a model of bytes and patches of bytes has several (BLT)."""
+    text = config.get_text_config()
+    return cast(int, text.hidden_size if hasattr(text, "hidden_size") else text.decoder_config.hidden_size)
 
 
 def _stem(decoder: type[PreTrainedModel]) -> str:

@@ -74,10 +74,13 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None:
     weights = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
     whole = {name: tuple(tensor.shape) for name, tensor in loading.revert_weight_conversion(model, weights).items()}
     one_by_one: dict[str, tuple[int, ...]] = {}
-    for name, tensor in stored(model, weights.items()):
-        if name in one_by_one:
-            return None
-        one_by_one[name] = tuple(tensor.shape)
+    try:
+        for name, tensor in stored(model, weights.items()):
+            if name in one_by_one:
+                return None
+            one_by_one[name] = tuple(tensor.shape)
+    except ValueError:  # a conversion that needs several weights, such as the two kinds of experts of ERNIE 4.5 VL MoE
+        return None
     return whole if one_by_one == whole else None
 
 

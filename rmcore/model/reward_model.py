@@ -3,14 +3,16 @@
 Input: a `RaggedBatch`. Output: `Output(loss_sum, rewards_A, counted, outputs_AK)`: the fp32 sum of the weighted losses,
 the fp32 reward of every answer, this batch's part of the weight that the training loop divides the sum by, and the fp32
 outputs of the score head that the rewards are made of. With loss.sft also `language_sum`, the summed language-modelling
-loss (rmcore.model.language_head).
+loss (rmcore.model.language_head); with loss.router_aux `balance_sum`, the part of `loss_sum` by which the experts'
+balance (rmcore.model.router_balance) enters it, before its factor and without a gradient.
 Example: two pairs with reward margins 0 and 2 -> loss_sum = 0.6931 + 0.1269 = 0.8200, 4 rewards, counted = 2.0.
 
 The score head is applied inside forward because the module that owns a weight must apply it: outside, FSDP2 would give
-it only a shard. Three paths compute the same numbers, `SHARED`, `PACKED` and `PADDED`; the self-test chooses one.
+it only a shard. Four paths compute the same numbers: `SHARED`, `PACKED`, `PADDED` and `ALONE`. The self-test chooses
+one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -34,15 +36,15 @@ from rmcore.model.router_balance import Routed, RouterBalance, balance_A
 from rmcore.model.row_split import ContextGroup, RowPart
 from rmcore.ops.pairwise import pairwise_loss
 
-SHARED, PACKED, PADDED = "shared", "packed", "padded"  # fastest first
-PATHS = (SHARED, PACKED, PADDED)
+SHARED, PACKED, PADDED, ALONE = PATHS = "shared", "packed", "padded", "alone"  # fastest first
 
 
 class Output(NamedTuple):
     """What a forward returns; see the docstring of this file. `outputs_AK`: every output of the score head.
 
     With several objectives, `loss_sum` and `counted` have one entry for each. `logits_AV`: see `forward`.
-    `balance_sum`: with loss.router_aux, where `loss_sum` does not hold it, the sum of the balances of all texts.
+    `balance_sum`: with loss.router_aux, the summed balance of the experts, of which `balance_counted` is the weight: of
+    what a single objective counts, whose `loss_sum` holds it, or of all texts, where the loop adds it.
     """
 
     loss_sum: Tensor
@@ -52,6 +54,7 @@ class Output(NamedTuple):
     language_sum: Tensor | None = None
     logits_AV: Tensor | None = None
     balance_sum: Tensor | None = None
+    balance_counted: Tensor | None = None
 
     def share(self, world_size: int, step_counts: Sequence[float]) -> Tensor:
         """This micro batch's part of the step's loss: each objective's sum, divided by what the whole step counts.
@@ -82,9 +85,14 @@ class RewardModel(nn.Module):
     Attributes:
         context: the ranks that compute each packed row together; None: this rank computes whole rows. All of them get
             the same batches, whose rows are a multiple of their number (`build_batch`), and return the same output.
+        skips_weights: some trained weights may get no gradient from a batch (rmcore.model.selftest).
+        most: set where every forward of the backbone is a collective. Returns the largest of the numbers that the ranks
+            call it with.
     """
 
     context: ContextGroup | None = None
+    skips_weights = False
+    most: Callable[[int], int] | None = None
 
     def __init__(
         self,
@@ -126,12 +134,13 @@ class RewardModel(nn.Module):
     def use(self, path: str, *, pruned: bool = False, masked: bool = False) -> None:
         """Compute batches by `path`. `SHARED` batches hold each prompt once, the others hold separate texts.
 
-        pruned: run the last layer on the scored tokens only (ignored by the padded path).
+        pruned: run the last layer on the scored tokens only (ignored by transformers' own forwards, the last two).
         masked: share prompts through the model's own attention and masks (ignored by the other paths).
         """
-        self.path, self.pruned = path, pruned and self.can_prune and path != PADDED
+        own = path in (PADDED, ALONE)
+        self.path, self.pruned = path, pruned and self.can_prune and not own
         self.masked = masked and path == SHARED
-        self.backbone.set_attn_implementation(self._own_attention if path == PADDED or self.masked else NAME)
+        self.backbone.set_attn_implementation(self._own_attention if own or self.masked else NAME)
         if self.masked:
             prepare(self.backbone)
 
@@ -143,14 +152,19 @@ class RewardModel(nn.Module):
             for masked in ([False, True] if path == SHARED else [False])
             for pruned in (True, False)
         ]
-        return [way for way in ways if self.context is None or not (way["path"] == PADDED or way["masked"])]
+        splits = (SHARED, PACKED)
+        return [way for way in ways if self.context is None or (way["path"] in splits and not way["masked"])]
 
     def forward(self, batch: RaggedBatch, *, logits: bool = False) -> Output:
         """`logits`: return those of the token behind each answer, in fp32, by the language-model head."""
         if self.context is not None:
             return self._split(batch, self.context)
         batch, long_T = self.long_rope.separated(batch)
-        by_path = {PADDED: self.padded_hidden, SHARED: self.masked_hidden if self.masked else self.packed_hidden}
+        by_path = {
+            SHARED: self.masked_hidden if self.masked else self.packed_hidden,
+            PADDED: self.padded_hidden,
+            ALONE: self.alone_hidden,
+        }
         recorded: AbstractContextManager[list[Routed]] = nullcontext([])
         if self._balance and torch.is_grad_enabled():
             recorded = self._balance.recorded()
@@ -166,16 +180,19 @@ class RewardModel(nn.Module):
             rewards_A = self.outputs.reward(outputs_AK)
             loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
         balance_sum = None
+        balance_sum = balance_counted = None
         if routed:
             text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
             unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
             if isinstance(self.objective, Objective) and self.objective.shares_balance:
-                loss_sum = loss_sum + self.objective.router_aux * (self.objective.counted_A(batch) * unevenness_A).sum()
+                balance_counted = self.objective.counted(batch)
+                balance_sum = (self.objective.counted_A(batch) * unevenness_A).sum()
+                loss_sum, balance_sum = loss_sum + self.objective.router_aux * balance_sum, balance_sum.detach()
             else:
-                balance_sum = unevenness_A.sum()
+                balance_sum, balance_counted = unevenness_A.sum(), torch.ones_like(unevenness_A).sum()
         counted, language_sum = self.objective.counted(batch), self._language_sum(hidden_TD, batch)
         logits_AV = (hidden_TD[scored_A] @ self._language_weight.T).float() if logits else None
-        return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum, logits_AV, balance_sum)
+        return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum, logits_AV, balance_sum, balance_counted)
 
     def _one_output(self, hidden_TD: Tensor, scored_A: Tensor, batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(summed loss, rewards [A], outputs [A, 1]) of a head whose only output is the reward."""
@@ -258,7 +275,7 @@ class RewardModel(nn.Module):
     def _in_packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
         """[T, ...] from the values of a layer that flattens its tokens, such as a router, on any path."""
         if self.path != PADDED:
-            return values[Grid.of(batch).cell_T] if self.masked else values
+            return values[Grid.of(batch).cell_T] if self.masked else values[: batch.computed_tokens]
         return values[_rectangle(batch)[1]]
 
     def packed_order(self, values: Tensor, batch: RaggedBatch) -> Tensor:
@@ -272,11 +289,10 @@ class RewardModel(nn.Module):
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""
-        mask = torch.ones_like(text_T)[None]
-        hidden = self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state
+        hidden_D = self._hidden_alone(text_T)[-1].double().cpu()
         if self.outputs.single:
-            return hidden[0, -1].double().cpu() @ self.score.weight[0].double().cpu()
-        return self.outputs.reward((self.score.weight.double().cpu() @ hidden[0, -1].double().cpu()).unsqueeze(0))[0]
+            return hidden_D @ self.score.weight[0].double().cpu()
+        return self.outputs.reward((self.score.weight.double().cpu() @ hidden_D).unsqueeze(0))[0]
 
     def padded_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """The same [T, D] through the model's own attention, with each text as a row of a right-padded rectangle.
@@ -289,6 +305,26 @@ class RewardModel(nn.Module):
         with long_texts(long_T, grid):
             hidden = self.backbone(input_ids=input_ids, attention_mask=real.long(), use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, cell_T)
+
+    def alone_hidden(self, batch: RaggedBatch, _: Tensor | None = None) -> Tensor:
+        """The same, each text by itself: for models in which padding, or a neighbor, changes the values of a text.
+
+        Where the backbone's forward is a collective, a rank with fewer texts than others also computes single tokens.
+        Their rows follow the T rows, and nothing reads them.
+        """
+        texts = [batch.input_ids_T[start:end] for start, end, *_ in batch.layout.segments_S4.tolist()]
+        more = self.most(len(texts)) - len(texts) if self.most else 0
+        return torch.cat([self._hidden_alone(text_T) for text_T in (*texts, *[texts[0][:1]] * more)])
+
+    def _hidden_alone(self, text_T: Tensor) -> Tensor:
+        """Final hidden states [tokens, D] of one text."""
+        mask = torch.ones_like(text_T)[None]
+        return self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state[0]
+
+
+def computes_alone(model: nn.Module) -> bool:
+    """Whether padding would change the rewards of the reward model in `model`, which a strategy may have wrapped."""
+    return any(isinstance(module, RewardModel) and module.path == ALONE for module in model.modules())
 
 
 def _rectangle(batch: RaggedBatch) -> tuple[Tensor, Tensor]:

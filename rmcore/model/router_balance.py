@@ -50,7 +50,7 @@ class RouterBalance:
                 f"loss.router_aux: {type(backbone).__name__} has no routers of experts whose logits transformers "
                 "records; set it to 0"
             )
-        scores = _scores_of(routers[0], backbone.config.get_text_config().hidden_size)
+        scores, self._routers = _scores_of(routers[0], backbone.config.get_text_config().hidden_size), len(routers)
         self._routed: list[Routed] | None = None
 
         def record(_: nn.Module, __: Any, output: Any) -> None:
@@ -62,13 +62,22 @@ class RouterBalance:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Routed]]:
-        """Collects what the routers return within, one entry per layer with experts."""
+        """Collects what the routers return within, one entry per layer with experts.
+
+        If the backbone runs several times, an entry has the tokens of one forward after the other.
+        """
         routed: list[Routed] = []
         self._routed = routed
         try:
             yield routed
         finally:
             self._routed = None
+        if len(routed) > self._routers:
+            layers = [routed[layer :: self._routers] for layer in range(self._routers)]
+            routed[:] = [
+                one[0]._replace(logits=torch.cat([r.logits for r in one]), chosen=torch.cat([r.chosen for r in one]))
+                for one in layers
+            ]
 
 
 def balance_A(routed: list[Routed], text_AT: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:

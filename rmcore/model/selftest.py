@@ -1,9 +1,9 @@
 """Finds the fastest path that is exact for an architecture, on a few real comparisons, before training starts.
 
 Input: a reward model and tokenised data.
-Output: the fastest of shared, packed and padded whose rewards equal those of the plain Hugging Face forward of each
-text by itself, and in which no reward depends on a token of another text; and one line about it. Before training, the
-gradients must be equal too. The last layer is pruned (rmcore.model.pruning) where that is exact too.
+Output: the fastest of shared, packed, padded and alone whose rewards equal those of the plain Hugging Face forward of
+each text by itself, and in which no reward depends on a token of another text; and one line about it. Before training,
+the gradients must be equal too. The last layer is pruned (rmcore.model.pruning) where that is exact too.
 Example: Llama -> ("shared", "attention shared: rewards equal the plain forward's to 2.4e-07 and gradients to 3.1e-07,
 last layer on scored tokens only"). Jamba, which has state-space layers -> ("padded", "... not shared: rewards differ
 from the plain forward's by 8.3e-02 ...").
@@ -27,7 +27,7 @@ from rmcore.config import UserError
 from rmcore.data.batches.batch import Comparisons, build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
+from rmcore.model.reward_model import ALONE, PADDED, PATHS, SHARED, RewardModel
 from rmcore.model.rounding import UNIT_ROUNDOFF, all_roundings, floor
 
 # Two exact fp32 paths may always differ by this, relative to the norm of a gradient. A wrong kernel changes a gradient
@@ -56,7 +56,8 @@ def choose_path(
         wanted: `auto`, or the only path to try.
         half: an autocast context, if training uses kernels that exist only for half precision. The paths may then
             differ from the fp32 oracle by the error of half precision itself.
-        gradients: compare gradients too, on the shortest comparisons. `PADDED` is transformers' own backward.
+        gradients: compare gradients too, on the shortest comparisons. `PADDED` and `ALONE` are transformers' own
+            backward.
     Raises:
         UserError: none of the paths to try is exact.
     """
@@ -92,7 +93,7 @@ def choose_path(
                 refused.append(f"{name}: rewards differ from the plain forward's by {difference:.1e}")
                 continue
             found = f"rewards equal the plain forward's to {difference:.1e}"
-            if path != PADDED:
+            if path not in (PADDED, ALONE):
                 fault, error = backward.run(path)
                 if fault:
                     refused.append(f"{name}: {fault}")
@@ -115,6 +116,26 @@ def choose_path(
 def rewards_alone(model: RewardModel, data: Comparisons, numbers: list[int], device: torch.device) -> Tensor:
     """The oracle: fp64 rewards of every answer, each text by itself through the model as transformers runs it."""
     return torch.stack([model.reward_alone(text) for text in _texts(data, numbers, device)])
+
+
+def skips_weights(model: RewardModel, data: Comparisons, device: torch.device) -> bool:
+    """Whether a batch may give some trained weights no gradient: indexers that select keys, experts without tokens.
+
+    A batch without comparisons decides: its gradients are zeros, of all weights that take part in every batch.
+    """
+    with torch.enable_grad():
+        out = model(build_batch(data, [], language=model.sft, multiple=model.multiple).on(device))
+    nodes = [sum_.grad_fn for sum_ in (out.loss_sum, out.language_sum) if sum_ is not None]
+    seen, reached = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        reached.add(getattr(node, "variable", None))  # of an AccumulateGrad node
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        nodes += new
+    return any(parameter.requires_grad and parameter not in reached for parameter in model.parameters())
 
 
 def _tolerance(

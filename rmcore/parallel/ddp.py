@@ -82,6 +82,8 @@ class DataParallel:
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
         arguments: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+        if self._inner.skips_weights:  # DDP then looks for them in every graph, in place of waiting for all gradients
+            arguments["find_unused_parameters"] = True
         return DistributedDataParallel(self._inner, device_ids=device_ids, **arguments)
 
     def gradient_sync(self, enabled: bool) -> AbstractContextManager:

@@ -140,6 +140,14 @@ def sharded_for_test(model: RewardModel, lazy: LazyModel, mesh: DeviceMesh, worl
     return materialise(model, lazy, device, lazy.prefix())
 
 
+def most(number: int) -> int:
+    """The largest of the ranks' numbers; a collective of the CPU, which does not wait for the GPU."""
+    found = torch.tensor(number)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 class FullySharded:
     """The strategies `zero2`, `zero3` and `hsdp`; see `rmcore.parallel.strategy.Strategy`."""
 
@@ -169,6 +177,7 @@ class FullySharded:
         if shards:
             take_over(model, _in_bf16(shards.weights) if config.model.trains_bf16 else shards.weights)
         shard_frozen(model, self.mesh)
+        model.most = most
         self.model = model
         self._parameters = list(self.model.parameters())
         if config.model.trains_bf16:

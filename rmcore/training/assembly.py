@@ -39,7 +39,7 @@ from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.long_rope import check_split
 from rmcore.model.lora import count_weights
 from rmcore.model.reward_model import SHARED, RewardModel
-from rmcore.model.selftest import choose_path, trial_comparisons
+from rmcore.model.selftest import choose_path, skips_weights, trial_comparisons
 from rmcore.ops.blockwise import check_bitsandbytes
 from rmcore.parallel.context import context_group, with_context
 from rmcore.parallel.make import make_strategy
@@ -142,7 +142,10 @@ def self_test(config: Config, model: RewardModel, data: TokenizedComparisons, de
     if model.context is not None:
         check_split(model.backbone, config.data.max_tokens)
     numbers = trial_comparisons(computed_tokens(data, share=True))
-    return choose_path(model, data, numbers, device, config.model.attention, half, gradients=True)
+    found = choose_path(model, data, numbers, device, config.model.attention, half, gradients=True)
+    if not config.parallel.traits.shards_weights:  # FSDP2 reduces the gradients that there are
+        model.skips_weights = skips_weights(model, data, device)
+    return found
 
 
 def flops_per_token(

@@ -63,6 +63,10 @@ class Rewarded(Protocol):
     def rewards_A(self) -> Tensor: ...
     @property
     def language_sum(self) -> Tensor | None: ...
+    @property
+    def balance_sum(self) -> Tensor | None: ...
+    @property
+    def balance_counted(self) -> Tensor | None: ...
 
 
 class Metrics:
@@ -75,6 +79,7 @@ class Metrics:
         language: also the language-modelling loss of the chosen answers.
         earlier: the sums of an incomplete log interval from a checkpoint (`interval`).
         losses: the names of the objectives, where there are several.
+        balance: also the balance of the experts.
     """
 
     def __init__(
@@ -84,10 +89,13 @@ class Metrics:
         earlier: Sequence[float | None] = (),
         losses: Sequence[str] = (),
         language: bool = False,
+        balance: bool = False,
     ) -> None:
         self._world, self._losses = world, tuple(losses) if len(losses) > 1 else ()
         self._language = torch.zeros(2 if language else 0, dtype=torch.float64, device=world.device)
         self._names = (*DEVICE_SUMS, *(f"{kind} {name}" for kind in ("loss", "counted") for name in self._losses))
+        self._balance = balance
+        self._names += ("balance", "balance_counted") if balance else ()
         self._every = self._names + HOST_SUMS + (LANGUAGE_SUMS if language else ())
         same_version = len(earlier) == len(self._every)  # a former version may have summed other things
         self._earlier = [math.nan if value is None else value for value in earlier] if same_version else []
@@ -110,8 +118,10 @@ class Metrics:
         weight_P = batch.weight_P.double()
         loss, counted = output.loss_sum.detach().double(), output.counted.double()
         if self._losses:  # each objective has its own sum and count; those of a single one stay 0
-            self._sums[len(DEVICE_SUMS) :] += torch.cat([loss, counted])
+            self._sums[len(DEVICE_SUMS) :][: 2 * len(self._losses)] += torch.cat([loss, counted])
             loss = counted = torch.zeros_like(weight_P.sum())
+        if self._balance and output.balance_sum is not None and output.balance_counted is not None:
+            self._sums[-2:] += torch.stack([output.balance_sum.detach().double(), output.balance_counted.double()])
         self._sums[:6] += torch.stack(
             [
                 loss,
@@ -202,6 +212,8 @@ def _metrics(total: dict[str, float], ranks: int) -> dict[str, float]:
         metrics["train/rm/reward_margin"] = (total["chosen"] - total["rejected"]) / weight
     if total["counted"]:
         metrics["train/rm/loss"] = total["loss"] / total["counted"]
+    if total.get("balance_counted"):
+        metrics["train/rm/router_balance"] = total["balance"] / total["balance_counted"]
     if total.get("language_tokens"):
         metrics["train/rm/sft_loss"] = total["language_loss"] / total["language_tokens"]
     if steps:

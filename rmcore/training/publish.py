@@ -33,6 +33,7 @@ from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.lazy_model import open_exported
 from rmcore.model.lora import merged
 from rmcore.model.outputs import Outputs
+from rmcore.model.reward_model import computes_alone
 from rmcore.parallel.fsdp import materialise, shard
 from rmcore.parallel.strategy import Strategy
 from rmcore.parallel.world import RankError, World, broadcast_json, device_mesh, first_error, second_group
@@ -110,6 +111,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
             outputs=Outputs.stored(run.hf_config),
             made=is_made(run.model_class),
             adapter=adapter,
+            alone=computes_alone(run.strategy.model),
         ),
         config_yaml=config.dump_yaml(),
         towers=run.towers,

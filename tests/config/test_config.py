@@ -23,7 +23,7 @@ model.name | text | (required)
 model.revision | text | null | null
 model.init | pretrained | random | pretrained
 model.trust_remote_code | true | false | false
-model.attention | auto | shared | packed | padded | auto
+model.attention | auto | shared | packed | padded | alone | auto
 model.head | fresh | stored | fresh
 model.outputs | list of text | null | null
 model.reward | text | mapping of text to number | null | null

@@ -58,7 +58,7 @@ def test_a_run_logs_what_the_table_says(log: list[dict[str, float]]) -> None:
     for line in steps:
         missing = {metric.log_name for metric in TRAINING} - line.keys()
         assert line.keys() - POSITION <= {metric.log_name for metric in TRAINING}
-        keys = {f"train/rm/{name}" for name in ("head_lr", "sft_loss", "length_correlation")}
+        keys = {f"train/rm/{name}" for name in ("head_lr", "sft_loss", "router_balance", "length_correlation")}
         assert missing == {*keys, "mfu"}, "without their keys; only on a GPU whose peak is known"
     logged = {metric.log_name for metric in EVALUATION if metric.logged}
     assert evaluations[0].keys() - POSITION <= logged
@@ -72,6 +72,7 @@ def test_the_table_says_which_metrics_may_be_missing(log: list[dict[str, float]]
     assert {metric.name for metric in TRAINING if metric.sometimes} == {
         "head_lr",
         "sft_loss",
+        "router_balance",
         "length_correlation",
         "mfu",
     }

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, T5Config
+from transformers import BertConfig, PI0Config, T5Config
 
 from rmcore.bench.models import exact, families, tiny_config, tried
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
-from rmcore.model.backbone import decoder_layers, load_model
+from rmcore.model.backbone import decoder_layers, load_model, reward_config
 from rmcore.model.classifier import (
     classifier_class,
     decoder_class,
@@ -83,6 +83,21 @@ def test_what_is_not_a_decoder_is_refused_in_one_sentence(config) -> None:
     with pytest.raises(UserError, match=rf"{config.model_type}.*rmcore trains causal decoders") as error:
         classifier_class(config)
     assert "\n" not in str(error.value)
+
+
+def test_a_robot_policy_is_refused_before_its_vocabulary_is_read(tmp_path: Path) -> None:
+    PI0Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"pi0 does not have one vocabulary.*rmcore trains causal decoders"):
+        reward_config(ModelConfig(name=str(tmp_path)), 0)
+
+
+@pytest.mark.parametrize("family", some("ctrl", "xlnet", "modernbert-decoder"))
+def test_a_class_whose_head_is_not_a_linear_score_is_replaced(family: str) -> None:
+    """XLNet reads a text in both directions, so that it shares nothing; it is exact all the same."""
+    assert is_made(classifier_class(tiny_config(family)))
+    result = tried(family)
+    assert result.outcome == "exact" and result.export == "exported, loads in rmcore", result
+    assert result.path == ("padded" if family == "xlnet" else "shared")
 
 
 @pytest.mark.parametrize("family", some("gemma3", "llama4", "qwen3_5"))

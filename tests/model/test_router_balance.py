@@ -18,7 +18,7 @@ from rmcore.data.batches.batch import build_batch
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.model.backbone import recompute_activations, turn_dropout_off
 from rmcore.model.objectives import Objective
-from rmcore.model.reward_model import PACKED, PADDED, SHARED, RewardModel
+from rmcore.model.reward_model import PADDED, PATHS, SHARED, RewardModel
 from rmcore.model.router_balance import RouterBalance
 from rmcore.parallel.world import running_world
 from rmcore.training.assembly import assemble
@@ -82,7 +82,7 @@ def balances(model: Scored, items: Items) -> list[Tensor]:
     return list(torch.stack(found).split([len(one.tails) for one in items]))
 
 
-@pytest.mark.parametrize("path", [SHARED, PACKED, PADDED])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_value_and_gradients_equal_the_formula_on_the_padded_forward(kind: str, path: str) -> None:
     items, model = odd_items(), scored(kind)
@@ -91,19 +91,23 @@ def test_value_and_gradients_equal_the_formula_on_the_padded_forward(kind: str, 
     ours.use(PADDED)
     with Wide():
         loss, _ = padded_loss(model, items)
+        total = torch.zeros((), dtype=torch.float64)
         for one, balance in zip(items, balances(model, items), strict=True):
             assert (balance > 0.9).all(), "1 is the least possible mean of a text that uses all experts equally"
             each = torch.zeros(len(one.tails), dtype=torch.float64)
             for (winner, loser), weight in zip(one.pairs, one.weight, strict=True):
                 each[winner] += weight / 2
                 each[loser] += weight / 2
-            loss = loss + WEIGHT * (each * balance).sum()
+            total = total + (each * balance).sum()
+        loss = loss + WEIGHT * total
         loss.backward()
         expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
         ours.use(path)
         out = ours(build_batch(items, range(len(items)), share=path == SHARED))
         out.loss_sum.backward()
+    assert out.balance_sum is not None and not out.balance_sum.requires_grad
+    assert_close(out.balance_sum, total, BOUND[torch.float64], "balance")
     assert_close(out.loss_sum, loss, BOUND[torch.float64], f"loss {out.loss_sum.item()} {loss.item()}")
     for name, parameter in model.named_parameters():
         if name in expected:

@@ -201,3 +201,16 @@ def test_mfu_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> No
     reduced = metrics.reduce()
     assert reduced["mfu"] == pytest.approx(reduced["tokens_per_second"] / 1e3)
     assert reduced.keys() <= {metric.log_name for metric in TRAINING}, "each metric is in the table"
+
+
+def test_the_balance_of_the_experts_is_a_mean_over_what_the_loss_counts() -> None:
+    """Micro batches that count 3 and 1, and sum 3.6 and 1.4: 5 / 4, not the mean of 1.2 and 1.4."""
+    metrics = Metrics(ONE, balance=True)
+    for total, count in ((3.6, 3.0), (1.4, 1.0)):
+        output, batch = micro_batch(0, 0, 2)
+        output.balance_sum, output.balance_counted = torch.tensor(total), torch.tensor(count)
+        metrics.add(output, batch)
+    metrics.add_step(torch.tensor(1.0))
+    kept = metrics.interval()
+    assert metrics.reduce()["train/rm/router_balance"] == pytest.approx(1.25)
+    assert Metrics(ONE, earlier=kept, balance=True).reduce()["train/rm/router_balance"] == pytest.approx(1.25)
