@@ -141,8 +141,19 @@ def take_values(values: Mapping[str, Any], where: str) -> Layers:
     return layers
 
 
+def check_overrides(overrides: Any) -> None:
+    """Raises UserError for what is not a list of texts."""
+    listed = isinstance(overrides, list | tuple)
+    if not listed or not all(isinstance(override, str) for override in overrides):
+        raise UserError(f'overrides must be a list of texts such as ["optim.lr=1e-5"], not {overrides!r:.80}')
+
+
 def set_overrides(layers: Layers, overrides: Sequence[str]) -> None:
-    """Set each `key.sub=value` on top of the values; an override that cannot be read becomes a problem."""
+    """Set each `key.sub=value` on top of the values; an override that cannot be read becomes a problem.
+
+    Raises UserError for what is not a list of texts.
+    """
+    check_overrides(overrides)
     seen: dict[str, str] = {}
     for number, override in enumerate(overrides):
         _override(layers, override, number)

@@ -5,6 +5,8 @@ Example: while the model computes a batch of 4,000 tokens, 20 requests of 150 to
 Texts that share a prompt compute it once, also if they are of different requests.
 
 No job waits for others: an idle model starts with the first job at once. A job is answered as a whole or not at all.
+Batches differ in size, so that the C library keeps ever more freed memory in pieces that fit none of the next batches:
+the thread gives it back from time to time.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from rmcore.host.memory import trim_freed_memory
 from rmcore.scoring.scorer import Text
+
+TRIM_SECONDS = 5.0  # between two times; each takes some 10 ms on a CPU
 
 
 class Full(Exception):
@@ -107,8 +112,12 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
+        trimmed = time.monotonic()
         while jobs := self._next():
             began = time.monotonic()
+            if began > trimmed + TRIM_SECONDS:  # here, no batch is in memory
+                trim_freed_memory()
+                trimmed = began
             ready = [job for job in jobs if self._begins(job, began)]
             if ready:
                 self._answer(ready)

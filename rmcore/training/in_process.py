@@ -43,6 +43,8 @@ class FinishedRun:
     """
 
     def __init__(self, directory: str | Path) -> None:
+        if not isinstance(directory, str | Path):
+            raise UserError(f"directory must be the path of a run, not {type(directory).__name__}")
         self.dir = Path(directory)
         self.status = read_status(self.dir)
         if self.status.get("status") != "completed":
@@ -80,6 +82,8 @@ def config_of(config: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         return config_from_values(config.model_dump(), overrides, where="the Config") if overrides else config
     if isinstance(config, Mapping):
         return config_from_values(config, overrides, where="the dict")
+    if not isinstance(config, str | Path):
+        raise UserError(f"config must be a path, a dict or a Config, not {type(config).__name__}")
     return load_config(str(config), overrides)
 
 

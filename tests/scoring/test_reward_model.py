@@ -1,8 +1,13 @@
 """`rmcore.load`: its rewards are those of `rmcore score`, from any thread, for any text that a policy may write."""
 
+import gc
 import json
+import os
+import pickle
+import signal
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +166,25 @@ def test_texts_beyond_the_positions_have_no_reward(model: rmcore.RewardModel) ->
     [
         (lambda m: m.score("a", "b"), "answers must be a list, not str"),
         (lambda m: m.score(["a"], ["b", "c"]), "1 prompts for 2 answers"),
+        (lambda m: m.score("a", b"b"), "answers must be a list, not bytes"),
+        (lambda m: m.score("a", {"b": 1}), "answers must be a list, not dict"),
+        (lambda m: m.score("a", None), "answers must be a list, not NoneType"),
+        (lambda m: m.score(None, ["a"]), "prompts must be a list, not NoneType"),
+        (lambda m: m.score("a", ["b", None]), "item 1: answer must be text or a list of chat turns, not None"),
+        (lambda m: m.score("a", [["b"]]), "item 0: answer must be text or a list of chat turns, not ['b']"),
+        (lambda m: m.score("a", torch.zeros(2)), "item 0: answer must be text or a list of chat turns, not tensor(0.)"),
         (lambda m: m.score(["a", 1], ["b", "c"]), "item 1: prompt must be text or a list of chat turns"),
+        (lambda m: m.score_texts([None]), "item 0: text must be text, not None"),
         (lambda m: m.score(["a"], ["\ud800"]), "item 0: its text has a lone surrogate"),
         (lambda m: m.score_texts("a"), "texts must be a list"),
         (lambda m: m.rank(["a", "b"], ["c"]), "rank takes one prompt"),
         (lambda m: m.as_reward_function()(["a"], ["b"], tools=[None, None]), "2 tools for 1 completions"),
+        (lambda m: m.as_reward_function(3), "name must be text, not 3"),
         (lambda m: rmcore.load("there/is/none"), "there/is/none"),
+        (lambda m: rmcore.load(None), "model must be a directory or a hub id, not None"),
+        (lambda m: rmcore.load(m._scorer.name, device=["cpu"]), "device=['cpu']"),
+        (lambda m: rmcore.load(m._scorer.name, overrides="a.b=c"), "overrides must be a list of texts"),
+        (lambda m: rmcore.load(m._scorer.name, overrides=[3]), "overrides must be a list of texts"),
         (lambda m: rmcore.load(m._scorer.name, device="tpu:0"), "device='tpu:0'"),
         (lambda m: rmcore.load(m._scorer.name, precision="fp16"), "fp16"),
     ],
@@ -175,6 +193,65 @@ def test_mistakes_are_one_message(model: rmcore.RewardModel, call: Any, words: s
     with pytest.raises(rmcore.UserError) as caught:
         call(model)
     assert words in str(caught.value)
+
+
+def test_whatever_holds_texts_or_turns(model: rmcore.RewardModel) -> None:
+    """Tuples, arrays as pandas reads them, and generators count as lists, a single turn as the list of it."""
+    expected = model.score(PROMPTS, ANSWERS)
+    assert model.score(np.array(PROMPTS), np.array(ANSWERS, dtype=object)) == expected
+    assert model.score(tuple(PROMPTS), (answer for answer in ANSWERS)) == expected
+    array = np.empty(1, dtype=object)
+    array[:] = turns("user", PROMPTS[0])
+    for prompt in (tuple(turns("user", PROMPTS[0])), array):
+        assert model.score(prompt, [turns("assistant", ANSWERS[0])[0]]) == pytest.approx(expected[:1], abs=CLOSE)
+        assert model.rank(prompt, iter(ANSWERS[:1]))[0].reward == pytest.approx(expected[0], abs=CLOSE)
+
+
+def test_equal_rewards_keep_their_order(model: rmcore.RewardModel) -> None:
+    places = [one.index for one in model.rank("Why?", ["b", "c", "b", "b"])]
+    assert places in ([0, 2, 3, 1], [1, 0, 2, 3])
+
+
+def test_a_pickled_model_is_loaded_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from another current directory."""
+    monkeypatch.chdir(directory.parent)
+    made = rmcore.load(directory.name, precision="bf16", normalise=True, batch_tokens=64)
+    monkeypatch.chdir("/")
+    again = pickle.loads(pickle.dumps(made))
+    assert (again.precision, again._scorer.token_budget) == ("bf16", 64)
+    assert again.score(PROMPTS, ANSWERS) == made.score(PROMPTS, ANSWERS)
+
+
+def test_a_forked_process_scores(model: rmcore.RewardModel) -> None:
+    """Also while a thread of the parent computes, and after the parent has used several threads of OpenMP."""
+    expected, before = model.score(PROMPTS, ANSWERS), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model.score("Why?", ["word " * 20 + str(n) for n in range(64)])
+        with model._computing:  # as if a thread of the parent were computing
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                found = model.score(PROMPTS, ANSWERS)
+                os._exit(0 if np.allclose(found, expected, atol=CLOSE) else 1)  # type: ignore[arg-type]
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_without_references_is_freed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr("rmcore.scoring.reward_model.trim_freed_memory", lambda: trims.append(1))
+    made = rmcore.load(directory, precision="fp32")
+    reward = made.as_reward_function()
+    reward(prompts=["a"], completions=["b"])
+    weights = weakref.ref(made._scorer._trained.hf_model)
+    del made
+    gc.collect()
+    assert weights() is not None and not trims, "the function uses it"
+    del reward
+    gc.collect()
+    assert weights() is None and trims == [1]
 
 
 def test_the_reward_function_of_trl(model: rmcore.RewardModel, directory: Path) -> None:

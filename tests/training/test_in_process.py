@@ -100,6 +100,14 @@ def test_mistakes_are_user_errors_and_a_failure_has_its_reason(
         rmcore.fit({**values(tmp_path, "a"), "optim": {"lr": -1.0}, "lost": {}})
     with pytest.raises(rmcore.UserError, match="no such file"):
         rmcore.fit(tmp_path / "none.yaml")
+    for wrong in (None, 3, ["run.yaml"]):
+        with pytest.raises(rmcore.UserError, match="config must be a path, a dict or a Config, not "):
+            rmcore.fit(wrong)  # type: ignore[arg-type]
+    for unlisted in (None, "optim.lr=1e-5", {"optim.lr": 1e-5}, [1e-5]):
+        with pytest.raises(rmcore.UserError, match="overrides must be a list of texts"):
+            rmcore.fit({}, unlisted)  # type: ignore[arg-type]
+    with pytest.raises(rmcore.UserError, match="directory must be the path of a run, not NoneType"):
+        rmcore.FinishedRun(None)  # type: ignore[arg-type]
     with pytest.raises(rmcore.UserError, match="no such file or directory"):
         rmcore.fit(values(tmp_path, "b"), [f"data.train.path={tmp_path / 'none.jsonl'}"])
     with pytest.raises(rmcore.UserError, match="not the directory of a completed run: it is failed"):
