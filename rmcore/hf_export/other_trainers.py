@@ -74,7 +74,6 @@ def convert(
     if is_own_adapter(Path(source)):
         raise UserError(f"{source} is an adapter that rmcore exported: `rmcore export {source} -o {out}` merges it")
     adapter = Adapter.of(source, base)
-    refuse_missing_directory(adapter.base if adapter else source)
     config = conversion_config(adapter.base if adapter else source, overrides)
     tokenizer = _tokenizer(source, config, adapter is not None)
     weights = Weights.of(source, adapter is not None)
@@ -191,8 +190,11 @@ class Weights(NamedTuple):
                 dtypes.add(tensor.dtype)
                 short = name.removeprefix("base_model.model.").removeprefix("pretrained_model.")
                 short = short.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-                if OTHER_HEAD.match(short):
-                    heads[short] = tensor.float()
+                if not OTHER_HEAD.match(short):
+                    continue
+                if short in heads and not torch.equal(heads[short], tensor.float()):
+                    raise UserError(f"{source} holds two different {short}, one of them in {path.name}")
+                heads[short] = tensor.float()
         return cls(heads, dtypes)
 
 
@@ -208,7 +210,8 @@ def _weight_files(source: str, adapter: bool) -> list[Path]:
             break
     if not files:
         raise UserError(f"{source} holds no weights: no {kinds[0][0]} and no {kinds[1][0]}")
-    return [*files, *(path for name in HEAD_FILES if (path := _file(source, name)) is not None)]
+    own = [path for name in HEAD_FILES if (path := _file(source, name)) is not None]
+    return [*files, *own[:1]]  # of several, safetensors first, as LLaMA-Factory reads them
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -319,6 +322,10 @@ class Adapter(NamedTuple):
             found = None
         if not isinstance(found, str) or not found:
             raise UserError(f"{path} does not say which base model it belongs to: give it with --base")
+        try:
+            refuse_missing_directory(found)
+        except UserError as error:
+            raise UserError(f"{source} is an adapter, and its base model is not there: {error}; give --base") from None
         return cls(source, found)
 
     def merged_into(self, hf_model: PreTrainedModel) -> PreTrainedModel:

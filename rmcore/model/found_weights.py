@@ -47,7 +47,7 @@ def check_found(
         if not foreign:
             return ""
         return f"warning: {_names(foreign)}, a head of another trainer, is not used: model.head=fresh draws a new one"
-    if foreign and SCORE not in (name.split()[0] for name in (*missing, *wrong)):
+    if foreign and head != "fresh" and SCORE not in (name.split()[0] for name in (*missing, *wrong)):
         unexpected = [*unexpected, *foreign]  # next to a head that fits
     faults = [
         *listed(f"weights of {kind} are missing from the checkpoint:", missing),

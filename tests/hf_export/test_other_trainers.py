@@ -241,6 +241,50 @@ def test_a_score_that_is_read_at_a_token_of_its_own_needs_a_template_that_ends_w
     )
 
 
+def test_files_that_contradict_or_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs, arguments = tmp_path / "theirs", [str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]
+    llama_factory(theirs)
+    head, model = load_file(theirs / "value_head.safetensors"), load_file(theirs / "model.safetensors")
+    torch.save({name: tensor + 1 for name, tensor in head.items()}, theirs / "value_head.bin")  # of an earlier step
+    assert main(arguments) == 0
+    assert "original reward = (score - -0.75) / 1" in capsys.readouterr().out
+
+    other = {"v_head.summary.weight": head["v_head.summary.weight"] + 1}
+    for kept, message in (
+        ({**model, **other}, "holds two different v_head.summary.weight, one of them in value_head.safetensors"),
+        (
+            {name: tensor for name, tensor in model.items() if "layers.0.mlp.up" not in name},
+            "are missing from the checkpoint: model.layers.0.mlp.up_proj.weight; is it the right checkpoint?",
+        ),
+    ):
+        save_file(kept, theirs / "model.safetensors", {"format": "pt"})
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_weights_in_shards_and_heads_in_half_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head's numbers are those of its file, whatever its dtype; a lost shard is named."""
+    theirs = tmp_path / "theirs"
+    llama_factory(theirs)
+    head, model = load_file(theirs / "value_head.safetensors"), AutoModelForCausalLM.from_pretrained(theirs)
+    (theirs / "model.safetensors").unlink()
+    model.save_pretrained(theirs, max_shard_size="20KB")
+    shards = sorted(theirs.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = {name: tensor.to(dtype) for name, tensor in head.items()}
+        save_file(rounded, theirs / "value_head.safetensors")
+        assert main([str(theirs), "-o", str(tmp_path / f"{dtype}")]) == 0
+        written = load_file(tmp_path / f"{dtype}" / "model.safetensors")["score.weight"]
+        assert torch.equal(written, rounded["v_head.summary.weight"].float())
+    shards[1].unlink()
+    capsys.readouterr()
+    assert main([str(theirs), "-o", str(tmp_path / "lost")]) == 2
+    error = capsys.readouterr().err
+    assert shards[1].name in error and error.count("\n") == 1
+
+
 class Bomb:
     """Unpickled, it writes a file."""
 
@@ -267,6 +311,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, capsys: pytest.C
     arguments = [str(original.directory), "-o", str(tmp_path / "ours")]
     assert main(arguments) == 2 and "has no place for" in capsys.readouterr().err
     assert main([*arguments, "--base", str(tmp_path / "none")]) == 2
-    assert "there is no such directory" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is an adapter, and its base model is not there" in error and "give --base" in error
     assert main([str(tmp_path / "base"), "-o", str(tmp_path / "ours"), "--base", "x"]) == 2
     assert "--base is for adapters" in capsys.readouterr().err
