@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rmcore.host.bf16 import bf16_instructions
-from rmcore.ops import gather_prefix, pairwise, ragged_attention
+from rmcore.ops import gather_prefix, layers, pairwise, ragged_attention
 
 # The reference of each op, which the dispatcher calls where there is no compiled kernel.
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -71,6 +71,8 @@ def _load_cpu() -> str:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the PyTorch reference (C++ kernels failed to load, reinstall rmcore: {str(error).splitlines()[0]})"
+    if layers.available():  # a library that was built before these ops still has the others
+        layers.register_flops()
     return f"C++ ({path.name.split('_')[2].upper()})"
 
 
@@ -106,6 +108,11 @@ def use(mode: str) -> None:
                 for key in ("CPU", "CUDA"):
                     library.impl(name, reference, key, allow_override=True)
         _overrides.append(library)
+
+
+def fused() -> bool:
+    """Whether compiled kernels run where they are present; False after `use("reference")`."""
+    return not _overrides
 
 
 def describe() -> str:
