@@ -6,10 +6,11 @@ Example: `matrix products 71 %, attention 9 %, elementwise 8 %, optimizer 5 %, .
 
 Ratio: the useful FLOP/s over the measured rate of a large matrix product; 66 % means that a step that does nothing but
 such products would take 0.66 of the time. Useful are the FLOPs of the model's products and of visible attention. The
-time is the wall time of the steps, and includes the profiler's own.
+rate is the median over as many steps before the profile, so it contains no time of the profiler.
 """
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,7 @@ KINDS = {
     "optimizer": ("_fused_adamw", "adam"),
     "gradient norm and clipping": ("linalg_vector_norm", "_foreach_norm", "_foreach_mul", "clip"),
     "embedding": ("embedding", "index_add"),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "gemm", "nvjet", "cutlass"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "::linear", "_linear_", "gemm", "nvjet", "cutlass"),
     "zeros and copies": (
         "aten::fill_",
         "aten::copy_",
@@ -47,7 +48,7 @@ KINDS = {
         "Memset",
     ),
     "collectives": ("gloo", "nccl", "c10d", "all_reduce", "reduce_scatter", "all_gather"),
-    "elementwise": ("aten::",),
+    "elementwise": ("aten::", "rmcore::"),
 }
 WARM = 4  # steps before the profile
 
@@ -71,33 +72,35 @@ def main(arguments: list[str]) -> int:
 
 
 def profile(options: argparse.Namespace) -> dict[str, Any]:
-    """Profiles `steps` steps of the real loop, after WARM steps."""
+    """Times `steps` steps of the real loop after WARM steps, and profiles as many that follow."""
     torch.set_num_threads(options.threads)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     settings = {"model": options.model, "data": options.data, "precision": options.precision, "batch": options.batch}
     with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as directory, running_world(600.0, 42) as world:
-        config = config_of({**settings, "max_steps": WARM + options.steps}, directory)
+        config = config_of({**settings, "max_steps": WARM + 2 * options.steps}, directory)
         run = assemble(config, world, choose_start(config, world))
+        timed = range(WARM, (WARM + run.plan.steps) // 2)
         seen = profiler(activities=activities)
 
         class Watch(Stopwatch):
-            """Starts the profile after the warm-up and stops it after the last step, before anything is saved."""
+            """Starts the profile after the timed steps and stops it after the last step, before anything is saved."""
 
             def step_done(self, step: int) -> None:
                 super().step_done(step)
-                if step == WARM:
+                if step == timed.stop:
                     seen.start()
                 if step == run.plan.steps:
                     seen.stop()
 
         watch = Watch()
         train(run, watch)
-        steps, time = len(watch.laps) - WARM, add_up(watch.laps[WARM:])
-        done = rate = 0.0
+        steps, done, rate = len(watch.laps) - timed.stop, 0.0, 0.0
         if world.device.type == "cpu":  # rmcore.bench gpu measures the rate of a GPU
-            some = [micro for step in range(WARM, WARM + steps) for micro in run.plan.step(step).ranks[0]]
-            flops = sum(flops_of_step(run, build_batch(run.data.train, micro, run.share)) for micro in some)
-            done, rate = 1e-9 * flops / time["wall_s"], 1e-9 * matrix_rate(options.precision)
+            rates = []
+            for step in timed:
+                some = [build_batch(run.data.train, micro, run.share) for micro in run.plan.step(step).ranks[0]]
+                rates.append(sum(flops_of_step(run, batch) for batch in some) / watch.laps[step]["wall_s"])
+            done, rate = 1e-9 * statistics.median(rates), 1e-9 * matrix_rate(options.precision)
     if options.trace:
         seen.export_chrome_trace(options.trace)
     names = {"model": Path(options.model).name, "data": Path(options.data).name, "threads": options.threads}
@@ -106,7 +109,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
         "settings": {**settings, **names},
         "useful_gflops": done,
         "matrix_gflops": rate,
-        "others_share": time["others_share"],
+        "others_share": add_up(watch.laps[timed.start : timed.stop])["others_share"],
     }
     return {**record, "steps": steps, **shares(seen.key_averages(), steps, torch.cuda.is_available())}
 

@@ -2,14 +2,13 @@
 // their autograd formulas. The contract is rmcore/ops/layers.py; rmcore/model/cpu_layers.py puts them into a model.
 //
 // Input: fp32 or bf16 tensors; all arithmetic is fp32. Output: the result of each op, rounded once.
-// Example: rotary embeddings of 4 heads of 32 in fp32 read q once and write it once. Composed of PyTorch calls they take
-// 8 passes forward and 12 backward, because the backward of each slice fills a tensor with zeros.
+// Example: the rotation of q reads q once and writes it once. Composed of PyTorch calls it also writes the two products,
+// the half that changes its sign and the result of each cat, and its backward fills a tensor with zeros per slice.
 //
 // Results do not depend on the number of threads: threads divide rows, and sums over rows add up chunks of a fixed size.
 #include "tiles.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -18,6 +17,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string_view>
@@ -60,7 +60,7 @@ void elementwise(const std::array<Tensor, Ins>& in, const std::array<Tensor, Out
       for (int64_t c = 0; c < size; c += Vec::size()) {
         const int64_t left = std::min<int64_t>(Vec::size(), size - c);
         std::array<Vec, Ins> values;
-        for (int i = 0; i < Ins; ++i) values[i] = left == Vec::size() ? Vec::loadu(from[i] + c) : Vec::loadu(from[i] + c, left);
+        for (int i = 0; i < Ins; ++i) values[i] = Vec::loadu(from[i] + c, left);
         const std::array<Vec, Outs> results = fn(values);
         for (int i = 0; i < Outs; ++i) results[i].store(to[i] + c, left);
       }
@@ -226,7 +226,8 @@ struct RmsNorm : public Function<RmsNorm> {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   TORCH_CHECK_VALUE(x.device().is_cpu() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
                     "rms_norm: expected fp32 on the CPU");
-  TORCH_CHECK_VALUE(weight.dim() == 1 && x.dim() > 0 && x.size(-1) == weight.size(0), "rms_norm: x [..., D], weight [D]");
+  TORCH_CHECK_VALUE(weight.dim() == 1 && x.dim() > 0 && x.size(-1) == weight.size(0),
+                    "rms_norm: expected x [..., D] and weight [D], got ", x.sizes(), " and ", weight.sizes());
   return RmsNorm::apply(x, weight, eps);
 }
 
@@ -247,10 +248,10 @@ void rotate_rows(const Tensor& x, const Tensor& cosine, const Tensor& sine, cons
         To* __restrict__ b = to + (t * heads + h) * size;
         if (back) {
           for (int64_t d = 0; d < half; ++d) b[d] = To(float(a[d]) * c[d] + float(a[d + half]) * s[d + half]);
-          for (int64_t d = 0; d < half; ++d) b[d + half] = To(float(a[d + half]) * c[d + half] - float(a[d]) * s[d]);
+          for (int64_t d = half; d < turned; ++d) b[d] = To(float(a[d]) * c[d] - float(a[d - half]) * s[d - half]);
         } else {
           for (int64_t d = 0; d < half; ++d) b[d] = To(float(a[d]) * c[d] - float(a[d + half]) * s[d]);
-          for (int64_t d = 0; d < half; ++d) b[d + half] = To(float(a[d + half]) * c[d + half] + float(a[d]) * s[d + half]);
+          for (int64_t d = half; d < turned; ++d) b[d] = To(float(a[d]) * c[d] + float(a[d - half]) * s[d]);
         }
         for (int64_t d = turned; d < size; ++d) b[d] = To(float(a[d]));
       }
@@ -296,7 +297,7 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   return Rotate::apply(x, cos, sin);
 }
 
-// x weight^T + bias by oneDNN, whose fp32 product is faster than that of PyTorch's BLAS and adds the bias on the way.
+// x weight^T + bias in fp32 by oneDNN, which is faster than PyTorch's BLAS and adds the bias on the way.
 using OneDnn = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
                       c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
 using Linear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&);
@@ -313,7 +314,8 @@ const c10::TypedOperatorHandle<Linear>& linear_op() {
 }
 
 struct LinearFunction : public Function<LinearFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({x, weight});
     ctx->saved_data["bias"] = bias.has_value();
@@ -334,13 +336,6 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return LinearFunction::apply(x, weight, bias);
 }
 
-Tensor linear_autocast(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
-  const auto dtype = at::autocast::get_autocast_dtype(at::kCPU);
-  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, at::kCPU); };
-  return linear_op().call(cast(x), cast(weight), bias ? std::make_optional(cast(*bias)) : bias);
-}
-
 }  // namespace
 }  // namespace rmcore
 
@@ -353,4 +348,3 @@ TORCH_LIBRARY_FRAGMENT(rmcore, m) {
 }
 TORCH_LIBRARY_IMPL(rmcore, CPU, m) { m.impl("linear", TORCH_FN(rmcore::linear_forward)); }
 TORCH_LIBRARY_IMPL(rmcore, AutogradCPU, m) { m.impl("linear", TORCH_FN(rmcore::linear)); }
-TORCH_LIBRARY_IMPL(rmcore, AutocastCPU, m) { m.impl("linear", TORCH_FN(rmcore::linear_autocast)); }

@@ -22,7 +22,6 @@ from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.llama import modeling_llama as llama
 
 from rmcore import ops
-from rmcore.host.bf16 import bf16_instructions
 from rmcore.model.layout_context import current_layout
 from rmcore.ops import layers
 
@@ -81,21 +80,13 @@ def _takes(x: Tensor, *dtypes: torch.dtype) -> bool:
     return type(x) is Tensor and x.is_cpu and x.dtype in dtypes and not torch.compiler.is_compiling()
 
 
-@functools.cache
-def _multiplies_bf16() -> bool:
-    return bool(bf16_instructions(torch.device("cpu")))
-
-
 class CpuLinear(nn.Linear):
-    """nn.Linear by oneDNN."""
+    """nn.Linear in fp32 by oneDNN. In bf16 PyTorch's own is oneDNN's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if _takes(input, torch.float32, torch.bfloat16) and type(self.weight) in (nn.Parameter, Tensor):
-            half = torch.is_autocast_enabled("cpu")
-            dtype = torch.get_autocast_dtype("cpu") if half else self.weight.dtype
-            alike = half or input.dtype == dtype
-            if alike and (dtype == torch.float32 or (dtype == torch.bfloat16 and _multiplies_bf16())):
-                return torch.ops.rmcore.linear(input, self.weight, self.bias)
+        plain = type(self.weight) in (nn.Parameter, Tensor) and self.weight.dtype == torch.float32
+        if plain and _takes(input, torch.float32) and not torch.is_autocast_enabled("cpu"):
+            return torch.ops.rmcore.linear(input, self.weight, self.bias)
         return super().forward(input)
 
 

@@ -4,7 +4,7 @@ Input: CPU tensors in fp32 or bf16. Output: the result in the dtype that PyTorch
 Example: `available()` is False without the C++ kernels; a model then computes these parts as transformers wrote them.
 
 The ops, differentiable once with respect to all but cos and sin; arithmetic is fp32, and results are rounded once:
-- linear(x, weight, bias): x weight^T + bias by oneDNN. Under autocast it casts its arguments, as F.linear does.
+- linear(x, weight, bias): x weight^T + bias in fp32 by oneDNN, which the mkldnn build of PyTorch has.
 - gelu(x): x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415), Phi within 7.5e-8.
 - swiglu(gate, up): silu(gate) * up (Shazeer, arXiv 2002.05202).
 - rms_norm(x [..., D], weight [D], eps): weight * x / sqrt(mean(x^2) + eps), fp32 (arXiv 1910.07467).

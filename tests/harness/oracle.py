@@ -71,11 +71,11 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
     if dtype == torch.float64:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-                module.forward = MethodType(_rms_norm_in_its_own_dtype, module)
+                module.forward = MethodType(rms_norm_in_its_own_dtype, module)
     return model
 
 
-def _rms_norm_in_its_own_dtype(module: torch.nn.Module, hidden: Tensor) -> Tensor:
+def rms_norm_in_its_own_dtype(module: torch.nn.Module, hidden: Tensor) -> Tensor:
     """Transformers' RMSNorm always rounds to fp32, which would hide errors below 1e-7 in fp64."""
     return module.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
 
