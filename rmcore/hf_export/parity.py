@@ -27,6 +27,7 @@ from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.templates import Template, TemplateRefused
 from rmcore.host.command import ExplainedError
 from rmcore.model.classifier import brings_code, classifier_class, is_made
+from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.model.rounding import UNIT_ROUNDOFF, allowed_difference
 
 
@@ -86,6 +87,7 @@ def reloaded(directory: Path, trust_remote_code: bool = False) -> PreTrainedMode
     faults = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(faults.values()):
         raise ExportError(f"transformers does not find the weights that it expects in {directory}: {faults}")
+    substitute_scans(model)  # with the kernels of recurrent layers installed, plain transformers raises on the CPU
     return model
 
 
