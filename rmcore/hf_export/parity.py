@@ -32,6 +32,7 @@ from rmcore.host.command import ExplainedError
 from rmcore.model.classifier import brings_code, classifier_class, is_made
 from rmcore.model.found_weights import SCORE
 from rmcore.model.meta_model import other_heads
+from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.model.rounding import UNIT_ROUNDOFF, allowed_difference
 
 
@@ -122,6 +123,7 @@ def reloaded(directory: Path, trust_remote_code: bool = False) -> PreTrainedMode
     if info["unexpected_keys"]:
         info["unexpected_keys"] = set(info["unexpected_keys"]) - other_heads(model)
     _refuse_faults(info, directory)
+    substitute_scans(model)  # with the kernels of recurrent layers installed, plain transformers raises on the CPU
     return model
 
 
@@ -145,6 +147,7 @@ def check_language_model(directory: Path, probe: Probe, written: torch.dtype) ->
         raise ExportError(f"export.lm_head: AutoModelForCausalLM cannot load the export: {reason}") from error
     info["unexpected_keys"] = set(info["unexpected_keys"]) - {SCORE}
     _refuse_faults(info, directory)
+    substitute_scans(model)
     model.eval()
     scales = [0.0]
 

@@ -64,18 +64,14 @@ def choose_path(
     if model.context is not None:
         data = Shortened(data, max(BEYOND_LONGEST, _longest(data, numbers) // model.context.size))
     model.use(PADDED)
-    try:
+    with _explained(model, "the reward of a text"):
         oracle = rewards_alone(model, data, numbers, device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as cause:  # some models with towers cannot run on text alone
-        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-        raise UserError(f"{type(model.backbone).__name__} cannot compute the reward of a text: {reason}") from cause
     tolerance = _tolerance(model, data, numbers, device, oracle)
     if half is not None:
-        with half:
+        with _explained(model, "the reward of a text in half precision"), half:
             tolerance += 3.0 * float((rewards_alone(model, data, numbers, device) - oracle).abs().max())
-    backward = BackwardTest(model, data, numbers, device, half, compare=gradients)
+    with _explained(model, "the gradient of a reward"):
+        backward = BackwardTest(model, data, numbers, device, half, compare=gradients)
     refused = []
     paths = PATHS if wanted == "auto" else [wanted]
     for way in model.ways(paths):
@@ -110,6 +106,21 @@ def choose_path(
     raise UserError(
         f"{type(model.backbone).__name__}: no path is exact with model.attention={wanted}{split}: " + "; ".join(refused)
     )
+
+
+@contextmanager
+def _explained(model: RewardModel, what: str) -> Iterator[None]:
+    """Within, transformers' own code runs. What it raises becomes one message.
+
+    Some models with towers cannot run on text alone, and kernels refuse some sizes and dtypes.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as cause:
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        raise UserError(f"{type(model.backbone).__name__} cannot compute {what}: {reason}") from cause
 
 
 @torch.no_grad()

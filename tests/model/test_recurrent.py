@@ -1,12 +1,16 @@
 """Recurrent layers share prompts exactly: rewards and every gradient equal the padded oracle, for each family."""
 
+import functools
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
 
+from rmcore.config import UserError
 from rmcore.data.batches.batch import AttentionLayout, build_batch
+from rmcore.hf_export.parity import reloaded
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.recurrent import scans
 from rmcore.model.recurrent.pieces import Piece, pieces, scan_of
@@ -164,3 +168,65 @@ def test_a_kernel_for_pieces_of_any_length_gets_their_bounds(monkeypatch):
     found, _ = scans.delta_rule(kernel, layout, query, key, value, **inputs)
     assert_close(found, expected, 1e-5, "delta rule")
     assert all(batch.bounds is not None for batch in scan_of(layout, 0, CPU).batches)
+
+
+# ---- the packages that transformers calls on a GPU
+
+
+def with_kernels(monkeypatch, function):
+    """Qwen3.5's functions as with the packages installed: transformers then calls them wherever the tensors are."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as namespace
+
+    for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):
+        present = getattr(namespace, name)
+        in_pytorch = scans.reference(getattr(present, "rmcore_original", present))
+        monkeypatch.setattr(namespace, name, functools.wraps(in_pytorch)(functools.partial(function, in_pytorch)))
+
+
+def test_on_the_cpu_their_kernels_do_not_run(monkeypatch, tmp_path):
+    """Neither in a packed row, nor in the padded path, nor where an export is reloaded."""
+
+    def kernel(in_pytorch, *arguments, **options):
+        raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    items = Items([item(4, 2, 3)])
+    batches = {path: build_batch(items, [0], share=path == SHARED) for path in (SHARED, PADDED)}
+    expected = {p: reward_model(recurrent_model("qwen3_5"), p)(batch).rewards_A for p, batch in batches.items()}
+    recurrent_model("qwen3_5").save_pretrained(tmp_path)
+    with_kernels(monkeypatch, kernel)
+    texts = torch.tensor([[25, 30, 41]])
+    assert torch.isfinite(reloaded(tmp_path)(input_ids=texts, use_cache=False).logits).all()
+    with_kernels(monkeypatch, kernel)
+    for path, batch in batches.items():
+        assert_close(reward_model(recurrent_model("qwen3_5"), path)(batch).rewards_A, expected[path], 1e-5, path)
+
+
+@pytest.mark.parametrize("when", ["fp32", "half precision", "gradient"])
+def test_what_a_kernel_refuses_is_one_message_before_the_training(monkeypatch, when):
+    def kernel(in_pytorch, *arguments, **options):
+        if when == "gradient" and torch.is_grad_enabled():
+            raise AssertionError("head sizes above 256 have no backward")
+        if when == "fp32" or (when == "half precision" and torch.is_autocast_enabled("cpu")):
+            raise AssertionError("only head sizes up to 256")
+        return in_pytorch(*arguments, **options)
+
+    with_kernels(monkeypatch, kernel)
+    monkeypatch.setattr(scans, "runs_kernels", lambda rows: True)
+    model = reward_model(recurrent_model("qwen3_5"), PADDED)
+    what = {"fp32": "the reward of a text", "half precision": "the reward of a text in half precision"}
+    message = f"Qwen3_5TextModel cannot compute {what.get(when, 'the gradient of a reward')}: AssertionError: "
+    with pytest.raises(UserError, match=f"^{message}"):
+        choose_path(model, Items([item(4, 2, 3)]), [0], CPU, half=torch.autocast("cpu", torch.bfloat16), gradients=True)
+
+
+def test_a_package_that_cannot_be_imported_is_not_used(monkeypatch, tmp_path):
+    """As flash-linear-attention without Triton: it is installed, and transformers computes without it."""
+    monkeypatch.setattr(scans, "runs_kernels", lambda rows: True)
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").write_text("raise RuntimeError('no Triton')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, name)
+    scans.has_delta_rules.cache_clear()
+    assert not scans.takes_bounds(torch.zeros(1))
+    scans.has_delta_rules.cache_clear()

@@ -23,7 +23,7 @@ from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.templates import load_template
 from rmcore.hf_export.card import model_card
 from rmcore.model.backbone import turn_dropout_off
-from rmcore.model.classifier import is_made, new_classifier
+from rmcore.model.classifier import is_made, new_classifier, towers
 from rmcore.model.meta_model import set_padding
 from rmcore.scoring.normalisation import Normalisation
 from rmcore.scoring.scorer import Scorer
@@ -88,6 +88,7 @@ def prepared(directory: Path, family: str) -> dict[str, Any]:
     export(
         directory,
         model=model,
+        towers=towers(model),
         tokenizer=tokenizer,
         config_yaml=config.dump_yaml(),
         card=model_card(config, wants_text=False, normalisation=normalisation, made=is_made(type(model))),

@@ -6,11 +6,13 @@ Example: the gated delta rule of the row [p0 p1 | a | b] scans p0 p1 once, from 
 batch of two, both from the state after p1.
 
 The replaced function computes each batch of pieces, so transformers' own arithmetic (PyTorch, or the packages that
-transformers uses on a GPU) runs on fewer tokens. Nothing here has been run on a GPU yet.
+transformers uses on a GPU) runs on fewer tokens. Nothing here has been run on a GPU yet; `tests/peers/kernels.py` runs
+those packages' Triton kernels on the CPU.
 """
 
-import importlib.util
+import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,14 +29,39 @@ Function = Callable[..., Any]
 CHUNK, KIMI_CHUNK = 32, 16
 
 
+def runs_kernels(rows: Tensor) -> bool:
+    """Whether these rows lie where the packages' kernels run. Elsewhere transformers' PyTorch functions compute."""
+    return rows.is_cuda
+
+
+def reference(original: Function) -> Function:
+    """The PyTorch function behind one of transformers' functions, which call a package if it can be imported.
+
+    The packages' kernels raise for tensors on the CPU, and transformers does not look where the tensors are.
+    """
+    wrapped = getattr(original, "__wrapped__", None)
+    return wrapped if wrapped is not None and original.__module__.startswith("transformers.") else original
+
+
 def _grain(rows: Tensor) -> int:
     """Tokens by which the lengths of a rectangle's pieces may differ: on a GPU, few large calls are best."""
-    return 256 if rows.is_cuda else CHUNK
+    return 256 if runs_kernels(rows) else CHUNK
 
 
 def takes_bounds(rows: Tensor) -> bool:
     """Whether the delta rules are those of flash-linear-attention, which take pieces of any length as one row."""
-    return rows.is_cuda and importlib.util.find_spec("fla") is not None
+    return runs_kernels(rows) and has_delta_rules()
+
+
+@cache
+def has_delta_rules() -> bool:
+    """Whether the package can be imported, as transformers tries it: without Triton it is installed and unusable."""
+    try:
+        importlib.import_module("fla.ops.gated_delta_rule")
+        importlib.import_module("fla.ops.kda")
+    except Exception:
+        return False
+    return True
 
 
 def causal_conv(
@@ -167,7 +194,7 @@ def chunk_scan(
 
     hidden_states [1, T, H, P]; dt [1, T, H]; A [H]; B, C [1, T, G, N]. States [B, H, P, N].
     """
-    if not hidden_states.is_cuda:
+    if not runs_kernels(hidden_states):
         chunk_size = min(chunk_size, CHUNK)
 
     def step(inputs: list[Tensor], batch: Batch, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -272,6 +299,7 @@ def lightning_attention(
     shape = (*hidden_states.shape[:2], layer.num_attention_heads, 3 * layer.head_dim)
     query, key, value = layer.act_fn(layer.qkv_proj(hidden_states)).reshape(shape).split(layer.head_dim, dim=3)
     ones = torch.ones_like(value[..., 0])
-    attended = chunk_scan(mamba2_chunk_scan, layout, value, ones, -layer.slope_rate.flatten(), key, query, 256)
+    scan = mamba2_chunk_scan if runs_kernels(value) else reference(mamba2_chunk_scan)
+    attended = chunk_scan(scan, layout, value, ones, -layer.slope_rate.flatten(), key, query, 256)
     attended = layer.norm(attended.to(value.dtype).flatten(2))
     return layer.out_proj(F.sigmoid(layer.output_gate(hidden_states)) * attended), None

@@ -39,7 +39,10 @@ METHODS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def substitute_scans(backbone: nn.Module) -> None:
-    """Replace what the recurrent layers of `backbone` call. Outside a packed forward they call what they called."""
+    """Replace what the recurrent layers of `backbone` call.
+
+    Outside a packed forward they call what they called; on the CPU, transformers' PyTorch functions in any case.
+    """
     kinds = {type(module) for module in backbone.modules()}
     for namespace in {sys.modules[kind.__module__] for kind in kinds}:
         for name in FUNCTIONS.keys() & vars(namespace).keys():
@@ -59,16 +62,19 @@ def _substitute(owner: Any, name: str, scan: Callable[..., Any]) -> None:
     original = getattr(owner, name)
     if hasattr(original, "rmcore_original"):
         return
+    in_pytorch = scans.reference(original)
 
     scan = torch.compiler.disable(scan)  # its calls depend on lengths that change with every batch
 
     @functools.wraps(original)
     def chosen(*arguments: Any, **keywords: Any) -> Any:
+        rows = next((value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)), None)
+        function = original if rows is None or scans.runs_kernels(rows) else in_pytorch
         layout = _whole_layout()
         if layout is None:
-            return original(*arguments, **keywords)
+            return function(*arguments, **keywords)
         with packed_layout(None):  # what the scan calls computes batches, which are not packed rows
-            return scan(original, layout, *arguments, **keywords)
+            return scan(function, layout, *arguments, **keywords)
 
     chosen.rmcore_original = original  # type: ignore[attr-defined]
     setattr(owner, name, chosen)
