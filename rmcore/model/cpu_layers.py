@@ -42,7 +42,8 @@ def use_cpu_ops(backbone: nn.Module) -> int:
             found += 1
     for namespace in {sys.modules[type(module).__module__] for module in backbone.modules()}:
         original, half = getattr(namespace, ROTATION, None), getattr(namespace, HALF, None)
-        if any(_same(original, known) for known in ROTATIONS) and _same(half, llama.rotate_half):
+        known = any(_same(original, one) for one in ROTATIONS)
+        if original is not None and known and _same(half, llama.rotate_half):
             setattr(namespace, ROTATION, _rotation(original))
     return found
 
@@ -62,7 +63,6 @@ def _derived(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-@functools.cache
 def _class(kind: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 

@@ -128,7 +128,10 @@ def test_a_model_is_as_exact_as_with_its_own_layers(family):
         if ops:
             assert use_cpu_ops(model.backbone) > 5
         out = model(batch)
-        return [out.rewards_A.double(), *(g.double() for g in torch.autograd.grad(out.loss_sum, model.parameters()))]
+        return [
+            out.rewards_A.detach().double(),
+            *(g.double() for g in torch.autograd.grad(out.loss_sum, list(model.parameters()))),
+        ]
 
     wanted = gradients(torch.float64, ops=False)
     own, ours = (
