@@ -43,8 +43,9 @@ class Output(NamedTuple):
     """What a forward returns; see the docstring of this file. `outputs_AK`: every output of the score head.
 
     With several objectives, `loss_sum` and `counted` have one entry for each. `logits_AV`: see `forward`.
-    `balance_sum`: with loss.router_aux, the summed balance of the experts, of which `balance_counted` is the weight: of
-    what a single objective counts, whose `loss_sum` holds it, or of all texts, where the loop adds it.
+    `balance_sum`: with loss.router_aux, the summed balance of the experts, and `balance_counted` the weight of that sum.
+    Where `loss_sum` holds it (a single objective that counts pairs, lists or answers), it has no gradient; otherwise it
+    is a sum over all texts, which the loop adds.
     """
 
     loss_sum: Tensor

@@ -42,7 +42,7 @@ TRITON = {
     "gather_prefix_backward": ("rmcore.ops.gather_prefix_triton", "backward"),
 }
 MODES = ("fused", "reference")
-SCHEMAS = 2  # raised when the schema of an op changes: a library of another schema would end the process
+SCHEMAS = 3  # raised when the schema of an op changes: a library of another schema would end the process
 _overrides: list[torch.library.Library] = []
 _triton_kernels = torch.library.Library("rmcore", "IMPL")
 
@@ -51,7 +51,7 @@ def cpu_library() -> Path:
     """The library with the C++ kernels for this machine and this torch; the file may not exist.
 
     Compiled code fits one instruction set, one minor version of torch and the schemas of the ops, so its name contains
-    all three: rmcore_cpu_avx512_torch2.13_schemas2.so.
+    all three: rmcore_cpu_avx512_torch2.13_schemas3.so.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     capability = capability if capability in ("AVX512", "AVX2") else "DEFAULT"

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from rmcore.data.batches.batch import RaggedBatch
 from rmcore.data.batches.step_plan import Step
-from rmcore.model.objectives import objective_of
-from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import Output
 from rmcore.training.decorrelation import Decorrelation
 from rmcore.training.run import Run
@@ -28,8 +26,7 @@ class Regularisers:
 
     def __init__(self, run: Run) -> None:
         self._sft, self._ranks, self._language_tokens = run.config.loss.sft, run.world.size, 1.0
-        in_loss = objective_of(run.config, Outputs.stored(run.hf_config)).shares_balance
-        self._router_aux, self._answers = 0.0 if in_loss else run.config.loss.router_aux, 1.0
+        self._router_aux, self._answers = run.config.loss.router_aux, 1.0
         self._decorrelation = Decorrelation(run) if run.config.loss.length_decorrelation else None
 
     def begin(
@@ -44,7 +41,7 @@ class Regularisers:
         total: Tensor | float = 0.0
         if output.language_sum is not None:
             total = output.language_sum * (self._sft * self._ranks / self._language_tokens)
-        if self._router_aux and output.balance_sum is not None:
+        if output.balance_sum is not None and output.balance_sum.requires_grad:
             total = total + output.balance_sum * (self._router_aux * self._ranks / self._answers)
         if self._decorrelation:
             total = total + self._decorrelation.loss(output, batch) * self._ranks

@@ -99,7 +99,7 @@ def test_values_out_of_range_or_of_another_type(tmp_path: Path, override: str) -
         ("push_to_hub", "did you mean hub.push?"),
         ("data.train.column", "did you mean data.train.columns?"),
         ("data.columns", "did you mean data.train.columns?"),
-        ("xyzzy", "known sections: model, data, batch, optim, loss, parallel, run, log, hub, export"),
+        ("xyzzy", "known sections: model, data, batch, optim, loss, parallel, run, log, export, hub"),
         ("hub.xyzzy", "known here: push, repo, revision, private"),
     ],
 )
