@@ -227,3 +227,20 @@ def test_the_page_describes_what_is_sent_and_answered(service: Service) -> None:
     ])[0].json()  # fmt: skip
     assert answer["paths"]["/rewards"]["post"]["security"] == [{"HTTPBearer": []}]
     assert "security" not in answer["paths"]["/health"]["get"]
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.parametrize("token", [None, SECRET])
+def test_the_page_is_valid_by_a_validator(service: Service, token: str | None) -> None:
+    """With the packages openapi-spec-validator and jsonschema, which nothing else needs."""
+    validator, jsonschema = pytest.importorskip("openapi_spec_validator"), pytest.importorskip("jsonschema")
+    app, headers = create_app(service, token=token), {"Authorization": f"Bearer {token}"}
+    page = asked(app, [("GET", "/openapi.json", {"headers": headers})])[0].json()
+    validator.validate(page)
+    for path, bodies in BODIES.items():
+        sent = [("POST", path, {"json": body, "headers": headers}) for body in (*bodies, *REFUSED[path])]
+        for answer in asked(app, sent):
+            documented = page["paths"][path]["post"]["responses"][str(answer.status_code)]["content"]
+            schema = {**documented["application/json"]["schema"], "components": page["components"]}
+            jsonschema.Draft202012Validator(schema).validate(answer.json())
