@@ -53,7 +53,7 @@ class DataParallel:
         self._inner, self._world = model.to(world.device), world
         self.dtype = trained_dtype(config)
         if world.device.type == "cpu":
-            return_freed_memory() if _saves_memory(config) else keep_freed_memory()
+            return_freed_memory() if saves_memory(config) else keep_freed_memory()
         self._reduction: GradientReduction | None = None
         in_bf16 = config.model.trains_bf16
         self._copies = HalfCopies(self._inner) if config.computes_with_copies(cuda=_is_cuda(world)) else None
@@ -127,7 +127,7 @@ def _is_cuda(world: World) -> bool:
     return world.device.type == "cuda"
 
 
-def _saves_memory(config: Config) -> bool:
+def saves_memory(config: Config) -> bool:
     """Whether memory counts for more than page faults (rmcore.host.memory): something is stored in fewer bits, or ranks
     divide rows that are too long for one.
     """

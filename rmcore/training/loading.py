@@ -34,6 +34,7 @@ from rmcore.model.lora import Adapted, add_lora, frozen_fingerprint, store_base
 from rmcore.model.objectives import objective_of
 from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import RewardModel
+from rmcore.parallel.ddp import saves_memory
 from rmcore.parallel.fsdp import sharded_for_test
 from rmcore.parallel.strategy import Shards, Weights
 from rmcore.parallel.world import World, broadcast_json, device_mesh, first_error
@@ -95,9 +96,9 @@ def load(config: Config, world: World, tokenizer: PreTrainedTokenizerFast, start
     """Load the model; a collective. Raises UserError, on all ranks, for model files that cannot be trained from."""
     notes: list[str] = []
     first_error(world, "looking at the model", lambda: check_adapter(config.model))
+    if world.device.type == "cpu" and (config.parallel.traits.shards_weights or saves_memory(config)):
+        return_freed_memory()  # before the weights take a place on the heap
     if config.parallel.traits.shards_weights:
-        if world.device.type == "cpu":
-            return_freed_memory()
         found = first_error(world, "loading the model", lambda: _opened(config, tokenizer))
         if isinstance(found, LazyModel):
             return _load_sharded(found, config, world)

@@ -240,6 +240,34 @@ def test_freed_memory_is_given_back_where_memory_counts():
     assert full > 64 * (4 << 20) and left < full // 10
 
 
+FREED_BEFORE = """
+import torch
+from rmcore.host.memory import keep_freed_memory, return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+assert keep_freed_memory()
+before = resident()
+blocks = []
+for n in range(64):
+    blocks += [torch.ones(4 << 20, dtype=torch.uint8), torch.ones(64 << 10, dtype=torch.uint8)]
+del blocks[::2]
+kept = resident()
+return_freed_memory()
+print(kept - before, resident() - before)
+"""
+
+
+def test_memory_that_was_freed_before_is_given_back_too():
+    """What loading a model left between small blocks does not stay for the run."""
+    if not keep_freed_memory():
+        pytest.skip("not glibc")
+    done = subprocess.run([sys.executable, "-c", FREED_BEFORE], capture_output=True, text=True, check=True, cwd=ROOT)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 64 * (4 << 20) and left < kept // 10
+
+
 @pytest.mark.gpu
 def test_a_step_on_the_gpu_never_waits_for_it():
     """PyTorch raises for every call that would make the host wait; a wait in the step would occur in every step."""
