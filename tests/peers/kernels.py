@@ -3,9 +3,10 @@
 Input: a folder to write to, and the Python of an environment with flash-linear-attention, causal-conv1d and mamba-ssm
 (tests/peers/kernels.txt).
 Output: WORKDIR/kernels.jsonl, two rows for each family: the largest differences of the rewards and of all gradients,
-relative to the largest value, between shared prompts on the packages' functions and the padded forward of transformers'
-PyTorch functions. Exit code 1 if a reward differs by more than 1e-5 or a gradient by more than 5e-5.
-Example: {"client": "fla chunk_gated_delta_rule", "version": "0.6.0", "compared": "qwen3_5, rewards", ...}.
+relative to the largest value where that exceeds 1, between shared prompts on the packages' functions and the padded
+forward of transformers' PyTorch functions. Exit code 1 if a reward differs by more than 1e-5 or a gradient by more than
+5e-5.
+Example: {"client": "causal_conv1d_fn, selective_scan_fn", "compared": "mamba, rewards", "largest_difference": 2.2e-06}.
 
 kernels_client.py computes in that environment, with Triton's interpreter (TRITON_INTERPRET=1), in fp32. It takes about
 half a minute of the processor for each family.
@@ -19,7 +20,7 @@ import sys
 from tests.harness.paths import ROOT
 from tests.peers.table import row, write_rows
 
-FAMILIES = ["qwen3_5", "kimi_linear", "mamba", "mamba2", "minimax", "lfm2"]  # one for each function
+FAMILIES = ["qwen3_5", "mamba", "lfm2"]
 ALLOWED = {"rewards": 1e-5, "gradients": 5e-5}  # fp32, three layers, weights three times as large as a fresh model's
 
 
