@@ -283,7 +283,11 @@ def test_ranks_of_a_context_group_share_the_activations_of_a_row() -> None:
 def test_a_dry_run_counts_experts_and_the_balance_of_their_routers(router_aux: bool) -> None:
     """In fp32, in which fake tensors do not know the product of grouped tokens. The balance keeps all scores."""
     config = Qwen3MoeConfig(
-        **{**SHAPES, "num_hidden_layers": 3}, head_dim=32, moe_intermediate_size=64, num_experts=32, num_labels=1
+        **{**SHAPES, "num_hidden_layers": 3, "num_key_value_heads": 3},
+        head_dim=32,
+        moe_intermediate_size=64,
+        num_experts=32,
+        num_labels=1,
     )
     config.pad_token_id = 1
     predicted = DryRun(config, router_aux=router_aux).token_bytes(FP32, "none", cuda=False)
