@@ -25,7 +25,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
@@ -37,9 +37,11 @@ from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dr
 from rmcore.model.classifier import new_classifier, text_model
 from rmcore.model.lora import add_lora, store_base, targets
 from rmcore.model.meta_model import set_padding
+from rmcore.model.objectives import Objective
 from rmcore.model.outputs import Outputs
 from rmcore.model.pruning import OUTPUT, QUERY, attention_of
 from rmcore.model.reward_model import SHARED, RewardModel
+from rmcore.model.router_balance import RouterBalance
 from rmcore.model.row_split import ContextGroup
 
 RECOMPUTES = ("none", "selective", "full", "offload")  # the fastest first
@@ -86,13 +88,20 @@ class DryRun:
     """A model without weights: its `sizes`, and its bytes per token, which are counted on the first call.
 
     lora: the section `model.lora` of the config; without peft, activations are those of full training.
+    router_aux: with the balance of the experts, which keeps their scores, and runs the last layer on all tokens.
     Raises ValueError or OSError for a config from which transformers cannot build a decoder.
     """
 
     def __init__(
-        self, hf_config: PretrainedConfig, *, trust_remote_code: bool = False, lora: LoraConfig = FULL
+        self,
+        hf_config: PretrainedConfig,
+        *,
+        trust_remote_code: bool = False,
+        lora: LoraConfig = FULL,
+        router_aux: bool = False,
     ) -> None:
         self.hf_config, self._trust, self._lora = hf_config, trust_remote_code, lora
+        self._objective = Objective(router_aux=1.0 if router_aux else 0.0)
         self.sizes = _sizes(hf_config, self._meta_model(hf_config), lora)
         self._known: dict[tuple[str, str, bool, int], TokenBytes] = {}
 
@@ -158,14 +167,19 @@ class DryRun:
         if lora.rank is not None:
             add_lora(text_model(hf_model), lora, seed=0)
         shapes = _batch(comparisons, cuda, context)
+        # Made before the fake tensors, with which the rule of the routers could not be found.
+        balance = RouterBalance(text_model(hf_model)) if self._objective.router_aux else None
         with FakeTensorMode(allow_non_fake_inputs=True):
             _to_fake(hf_model)
             turn_dropout_off(hf_model)
             if lora.base != "fp32":  # what the graph keeps is the same for every format that is restored at each use
                 store_base(text_model(hf_model), lora.model_copy(update={"base": "bf16"}))
             score = cast(nn.Linear, hf_model.score)
-            model = RewardModel(text_model(hf_model), score, pad_token_id=0, outputs=Outputs.stored(hf_model.config))
+            outputs = Outputs.stored(hf_model.config)
+            model = RewardModel(text_model(hf_model), score, pad_token_id=0, outputs=outputs)
             model.context = _Alone(None, 0, context) if context > 1 else None
+            if balance:
+                model.add_balance(self._objective, balance)
             model.use(SHARED, pruned=pruned)
             recompute_activations(model.backbone, recompute)
             model.train()
@@ -294,6 +308,13 @@ def _batch(comparisons: int, cuda: bool, context: int) -> RaggedBatch:
     return (batch.with_varlen() if cuda else batch).mapped(lambda t: t.to("meta"))
 
 
+def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None, *_: object) -> Tensor:
+    """The shape of the product of tokens that are grouped by experts: fake tensors know it in bf16 only."""
+    if one.ndim == other.ndim == 2 and ends is not None:  # the gradient of the experts' weights
+        return one.new_empty(len(ends), one.shape[0], other.shape[1])
+    return one.new_empty(*one.shape[:-1], other.shape[-1])
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the live storages that tensor operations have allocated: `now`, and their `peak`.
 
@@ -312,7 +333,10 @@ class LiveBytes(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._accumulated)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            out = _grouped_product(*args)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor)

@@ -158,8 +158,14 @@ def choose_budget(
     if device.type == "cpu":
         return cpu_budget(config, longest)
     device_memory = torch.cuda.get_device_properties(device).total_memory
-    model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code, lora=config.model.lora)
+    model = dry_run_of(config, hf_config)
     return gpu_budget(config, model, longest, device_memory, ranks, step_tokens)
+
+
+def dry_run_of(config: Config, hf_config: PretrainedConfig) -> DryRun:
+    """The dry run of what a run of this config trains. Raises as `DryRun`."""
+    trusted, balanced = config.model.trust_remote_code, config.loss.router_aux > 0
+    return DryRun(hf_config, trust_remote_code=trusted, lora=config.model.lora, router_aux=balanced)
 
 
 def cpu_budget(config: Config, longest: int) -> Budget:

@@ -18,12 +18,12 @@ import torch
 
 from rmcore.config import Config, UserError
 from rmcore.cost.data_size import Comparisons, DataSize, size_of_data
-from rmcore.cost.dry_run import DryRun, Sizes
+from rmcore.cost.dry_run import Sizes
 from rmcore.cost.estimate import Estimate, Setting, cheapest, estimate, steps_of_run
 from rmcore.cost.flops import flops_of_pair
 from rmcore.cost.formats import checkpoint_bytes
 from rmcore.cost.machines import Machine, copy_rate, cpu, gpu, matrix_rate
-from rmcore.cost.memory import trained_sizes
+from rmcore.cost.memory import dry_run_of, trained_sizes
 from rmcore.cost.shapes import shape_of
 from rmcore.parallel.precision import Bf16, bf16_of, with_precision
 
@@ -85,7 +85,7 @@ def estimate_run(config: Config, options: argparse.Namespace, prepare: Callable[
     )
     hf_config, shape_from = shape_of(config.model, options.model_config)
     try:
-        model = DryRun(hf_config, trust_remote_code=config.model.trust_remote_code, lora=config.model.lora)
+        model = dry_run_of(config, hf_config)
     except (ValueError, OSError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -49,7 +49,7 @@ class MadeClassifier:
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         setattr(self, self.base_model_prefix, AutoModel.from_config(config))
-        self.score = nn.Linear(_width(config), cast(int, config.num_labels), bias=False)
+        self.score = nn.Linear(config.get_text_config().hidden_size, cast(int, config.num_labels), bias=False)
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(
@@ -146,12 +146,6 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
 def _has_score(known: type[PreTrainedModel]) -> bool:
     """Whether a class of transformers has a `score`, as most decoders have. CTRL and XLNet have other heads."""
     return "score" in inspect.unwrap(known.__init__).__code__.co_names
-
-
-def _width(config: Any) -> int:
-    """The size of the final hidden states; the config of a model of bytes and patches of bytes has several (BLT)."""
-    text = config.get_text_config()
-    return cast(int, text.hidden_size if hasattr(text, "hidden_size") else text.decoder_config.hidden_size)
 
 
 def _stem(decoder: type[PreTrainedModel]) -> str:

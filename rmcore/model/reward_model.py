@@ -13,7 +13,7 @@ one.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -114,13 +114,18 @@ class RewardModel(nn.Module):
         substitute_scans(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
-        self._balance = RouterBalance(backbone) if objective.router_aux else None
-        try:
-            # The balance of the last layer's experts is one over all tokens of a text.
-            self._pruning: Pruning | None = None if self._balance else Pruning(backbone)
-        except ValueError:  # the last layer has other parts: it runs on all tokens
-            self._pruning = None
+        self._balance: RouterBalance | None = None
+        self._pruning: Pruning | None = None
+        if objective.router_aux:
+            self.add_balance(objective, RouterBalance(backbone))
+        else:
+            with suppress(ValueError):  # the last layer has other parts: it runs on all tokens
+                self._pruning = Pruning(backbone)
         self.use(path)
+
+    def add_balance(self, objective: Objective | Joint, balance: RouterBalance) -> None:
+        """Add the balance of the experts to the loss. That of the last layer is one over all tokens of a text."""
+        self.objective, self._balance, self._pruning = objective, balance, None
 
     @property
     def can_prune(self) -> bool:

@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from rmcore.config.lora import LoraConfig
 from rmcore.config.schema import Config
@@ -14,6 +20,7 @@ from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import recompute_activations
 from rmcore.model.lora import add_lora, store_base
+from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.adamw import AdamW
 
@@ -270,3 +277,32 @@ def test_ranks_of_a_context_group_share_the_activations_of_a_row() -> None:
     alone, together = (gpu_budget(config_of(context=n, recompute="full"), dry, 512, 0.2e9, 4) for n in (1, 4))
     assert together.tokens == pytest.approx(4 * alone.tokens, abs=8)
     assert cpu_budget(config_of(context=4), 512).tokens == 4 * cpu_budget(config_of(), 512).tokens
+
+
+@pytest.mark.parametrize("router_aux", [False, True])
+def test_a_dry_run_counts_experts_and_the_balance_of_their_routers(router_aux: bool) -> None:
+    """In fp32, in which fake tensors do not know the product of grouped tokens. The balance keeps all scores."""
+    config = Qwen3MoeConfig(
+        **{**SHAPES, "num_hidden_layers": 3, "num_key_value_heads": 3},
+        head_dim=32,
+        moe_intermediate_size=64,
+        num_experts=32,
+        num_labels=1,
+    )
+    config.pad_token_id = 1
+    predicted = DryRun(config, router_aux=router_aux).token_bytes(FP32, "none", cuda=False)
+    found = []
+    for comparisons in (2, 4):
+        hf_model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        objective = Objective(router_aux=float(router_aux))
+        model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1, objective=objective)
+        model.use(SHARED, pruned=True)
+        batch = build_batch(Rows(), range(comparisons))
+        with LiveBytes(model) as live:
+            loss = model(batch).loss_sum
+            kept = live.now
+            loss.backward()
+        found.append((kept, live.peak))
+    kept, peak = ((b - a) / 1600 for a, b in zip(*found, strict=True))
+    assert predicted.counted
+    assert predicted.kept == pytest.approx(kept, rel=0.02) and predicted.total == pytest.approx(peak, rel=0.1)
