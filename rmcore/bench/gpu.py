@@ -142,7 +142,7 @@ def ops(bench: Bench) -> dict[str, Any]:
             out = call(*given)
             out = torch.cat([x.double().flatten() for x in (out if isinstance(out, tuple) else (out,))])
             upstream = torch.linspace(-1.0, 1.0, out.numel(), device=out.device, dtype=out.dtype)
-            results.append([out, *torch.autograd.grad(out, given, upstream)])
+            results.append([out.detach(), *torch.autograd.grad(out, given, upstream)])
         offs = [
             float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300))
             for a, b in zip(*results, strict=True)

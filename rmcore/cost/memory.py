@@ -12,8 +12,8 @@ formats and LoRA make of it (rmcore.cost.formats). zero1 keeps 1/n of the averag
 all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp16).
 - copies: ddp and zero1 in bf16: on GPUs 2 W (rmcore.parallel.half_copies); on CPUs, and with LoRA or FP8, what autocast
   casts, 2 (W - embedding); nothing if the weights are bf16, the largest matrix if LoRA's base is restored at each use.
-  zero2: all weights gathered, w W. zero3, hsdp: two layers, w (R + 2 B). Of a
-  stored base only the largest matrix, under each of them.
+  zero2: all weights gathered, w W. zero3, hsdp: two layers, w (R + 2 B). Of a stored base only the largest matrix,
+  under each of them.
 - deferred gradients: zero2 accumulates 4 W bytes unsharded when a step has several micro batches; zero3 and hsdp do
   not.
 - buffers, at the start of the backward: next to the activations, a layer's gradients (w B), two fp32 buffers of the

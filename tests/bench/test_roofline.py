@@ -1,5 +1,7 @@
 """The roofline model of `rmcore.bench nullgpu`: bytes of operators on tensors without memory, and its arithmetic."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from rmcore.bench.nullgpu.roofline import ATTENTION, GPUS, LEAST, PEAK, Trace, m
 WIDE = 2 * 1000 * 64  # bytes of a bf16 tensor [1000, 64]
 
 
-def moved(call) -> dict[str, list[int]]:
+def moved(call: Callable[[torch.Tensor, torch.Tensor], object]) -> dict[str, list[int]]:
     with torch.device("meta"), Trace() as trace:
         trace.moved.clear()
         call(torch.empty(1000, 64, dtype=torch.bfloat16), torch.empty(1000, 64, dtype=torch.bfloat16))
@@ -29,7 +31,9 @@ def moved(call) -> dict[str, list[int]]:
         (lambda a, b: torch._foreach_mul_([a, b], 2.0), {"_foreach_mul_": [4 * WIDE]}),
     ],
 )
-def test_the_bytes_of_an_operator(call, expected: dict[str, list[int]]) -> None:
+def test_the_bytes_of_an_operator(
+    call: Callable[[torch.Tensor, torch.Tensor], object], expected: dict[str, list[int]]
+) -> None:
     assert moved(call) == expected
 
 

@@ -78,7 +78,7 @@ class Trace(TorchDispatchMode):
             self.moved[f"triton {kernel.fn.__name__}"].append(sum(sizes))
             return run(kernel, *args, **keywords)
 
-        CachingAutotuner.run = recorded  # type: ignore[method-assign]
+        CachingAutotuner.run = recorded  # type: ignore[assignment, method-assign]
         try:
             with self:
                 yield
