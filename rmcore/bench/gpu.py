@@ -355,7 +355,8 @@ def profile(bench: Bench) -> dict[str, Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if bench.cuda else []
     config = neox(bench.shapes["tiny" if bench.tiny else "1.4b"], bench.vocabulary)
-    order, found = "self_device_time_total" if bench.cuda else "self_cpu_time_total", {}
+    order = "self_device_time_total" if bench.cuda else "self_cpu_time_total"
+    found: dict[str, Any] = {}
     for compiled in (False, True) if bench.cuda else (False,):
         if bench.late:
             return found or {"missing": "out of time"}

@@ -43,7 +43,7 @@ class Output(NamedTuple):
     """What a forward returns; see the docstring of this file. `outputs_AK`: every output of the score head.
 
     With several objectives, `loss_sum` and `counted` have one entry for each. `logits_AV`: see `forward`.
-    `balance_sum`: with loss.router_aux, the summed balance of the experts, and `balance_counted` the weight of that sum.
+    `balance_sum`: with loss.router_aux, the summed balance of the experts; `balance_counted`: the weight of that sum.
     Where `loss_sum` holds it (a single objective that counts pairs, lists or answers), it has no gradient; otherwise it
     is a sum over all texts, which the loop adds.
     """
