@@ -83,7 +83,7 @@ LIMIT = 600 << 20  # bytes of address space beyond that of the process before
 
 CHILD = """
 import json, resource, sys, time
-from tests.data.tokens.test_sandbox import CHAT, LIMIT, attack
+from tests.data.test_sandbox import CHAT, LIMIT, attack
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT, used + LIMIT))
 for source in json.load(sys.stdin):

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import rmcore.model.attention as attention
 import rmcore.model.varlen as varlen
-from rmcore.bench.gpu import Bench, sync
+from rmcore.bench.gpu_checks import SAVED, whole_run
 from rmcore.data.batches.batch import build_batch
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import composed_attention
@@ -274,4 +274,4 @@ def test_a_step_on_the_gpu_never_waits_for_it():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     with running_world(60.0, 0) as world:
-        assert sync(Bench(world, tiny=True, minutes=5.0))["steps_without_waiting"] > 0
+        assert whole_run(world, "parallel.strategy=ddp")["resumed_at"] == SAVED
