@@ -36,7 +36,7 @@ KINDS = {
     "optimizer": ("_fused_adamw", "adam"),
     "gradient norm and clipping": ("linalg_vector_norm", "_foreach_norm", "_foreach_mul", "clip"),
     "embedding": ("embedding", "index_add"),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "::linear", "_linear_", "gemm", "nvjet", "cutlass"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "gemm", "nvjet", "cutlass"),
     "zeros and copies": (
         "aten::fill_",
         "aten::copy_",
@@ -48,7 +48,7 @@ KINDS = {
         "Memset",
     ),
     "collectives": ("gloo", "nccl", "c10d", "all_reduce", "reduce_scatter", "all_gather"),
-    "elementwise": ("aten::", "rmcore::"),
+    "elementwise": ("aten::",),
 }
 WARM = 4  # steps before the profile
 

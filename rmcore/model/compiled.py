@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 
 from rmcore.model.backbone import decoder_layers, keep_products, recompute_activations
-from rmcore.model.cpu_layers import use_cpu_ops
 from rmcore.model.layout_context import Layout, current, traced_layout
 
 
@@ -32,18 +31,12 @@ def compile_layers(backbone: PreTrainedModel, recompute: str = "none", **options
         layer.forward = partial(_call, compiled, layer, recompute)
 
 
-def speed_up(backbone: PreTrainedModel, *, recompute: str, compiled: bool, cpu: bool = False) -> None:
-    """Put recompute on the layers of a decoder, and compile them if `compiled`.
-
-    cpu: the model runs on a CPU. Its layers then get the ops of `rmcore.model.cpu_layers`, unless they are compiled or
-    recomputed: selective recompute would not see the products.
-    """
+def speed_up(backbone: PreTrainedModel, *, recompute: str, compiled: bool) -> None:
+    """Put recompute on the layers of a decoder, and compile them if `compiled`."""
     if compiled:
         compile_layers(backbone, recompute)
     else:
         recompute_activations(backbone, recompute)
-        if cpu and recompute == "none":
-            use_cpu_ops(backbone)
 
 
 def _call(compiled: Any, layer: nn.Module, recompute: str, *arguments: Any, **keywords: Any) -> Any:

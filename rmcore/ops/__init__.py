@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rmcore.host.bf16 import bf16_instructions
-from rmcore.ops import gather_prefix, layers, pairwise, ragged_attention
+from rmcore.ops import gather_prefix, pairwise, ragged_attention
 
 # The reference of each op, which the dispatcher calls where there is no compiled kernel.
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -42,7 +42,7 @@ TRITON = {
     "gather_prefix_backward": ("rmcore.ops.gather_prefix_triton", "backward"),
 }
 MODES = ("fused", "reference")
-SCHEMAS = 3  # raised when the schema of an op changes: a library of another schema would end the process
+SCHEMAS = 2  # raised when the schema of an op changes: a library of another schema would end the process
 _overrides: list[torch.library.Library] = []
 _triton_kernels = torch.library.Library("rmcore", "IMPL")
 
@@ -51,7 +51,7 @@ def cpu_library() -> Path:
     """The library with the C++ kernels for this machine and this torch; the file may not exist.
 
     Compiled code fits one instruction set, one minor version of torch and the schemas of the ops, so its name contains
-    all three: rmcore_cpu_avx512_torch2.13_schemas3.so.
+    all three: rmcore_cpu_avx512_torch2.13_schemas2.so.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     capability = capability if capability in ("AVX512", "AVX2") else "DEFAULT"
@@ -71,8 +71,6 @@ def _load_cpu() -> str:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the PyTorch reference (C++ kernels failed to load, reinstall rmcore: {str(error).splitlines()[0]})"
-    if layers.available():  # a library that was built before these ops still has the others
-        layers.register_flops()
     return f"C++ ({path.name.split('_')[2].upper()})"
 
 
@@ -108,11 +106,6 @@ def use(mode: str) -> None:
                 for key in ("CPU", "CUDA"):
                     library.impl(name, reference, key, allow_override=True)
         _overrides.append(library)
-
-
-def fused() -> bool:
-    """Whether compiled kernels run where they are present; False after `use("reference")`."""
-    return not _overrides
 
 
 def describe() -> str:

@@ -91,8 +91,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
 
     # The strategy wraps the model, and a checkpoint fills it.
     model = loaded.to_train()
-    on_cpu = world.device.type == "cpu" and not config.parallel.fp8
-    speed_up(model.backbone, recompute=budget.recompute, compiled=config.parallel.compile, cpu=on_cpu)
+    speed_up(model.backbone, recompute=budget.recompute, compiled=config.parallel.compile)
     converted = use_fp8(model.backbone) if config.parallel.fp8 else 0
     strategy = make_strategy(config, model, world, loaded.shards)
     restore(start, strategy, world)
