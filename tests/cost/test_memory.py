@@ -275,7 +275,7 @@ def test_ranks_of_a_context_group_share_the_activations_of_a_row() -> None:
     assert (one.weights, one.gradients, one.optimizer) == (four.weights, four.gradients, four.optimizer)
     dry = DryRun(NEOX)
     alone, together = (gpu_budget(config_of(context=n, recompute="full"), dry, 512, 0.2e9, 4) for n in (1, 4))
-    assert together.tokens == pytest.approx(4 * alone.tokens, abs=8)
+    assert 3 * alone.tokens < together.tokens < 4 * alone.tokens, "the exchange of heads takes a part"
     assert cpu_budget(config_of(context=4), 512).tokens == 4 * cpu_budget(config_of(), 512).tokens
 
 
