@@ -3,6 +3,7 @@
 Input: arguments of the command. Output: a `Served`. Example: Served("--timeout", "2").post("/score", {...}).json().
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,19 @@ class Served:
     ) -> None:
         place = [] if port is None else ["--port", str(port)]
         command = [sys.executable, "-m", "rmcore.serve", model, *place, *arguments, *settings]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert self.process.stdout is not None and self.process.stderr is not None
-        for line in self.process.stdout:
-            if " on http://" in line or " on unix:" in line:
-                self.address = line.split(" on ")[1].strip()
-                return
-        raise AssertionError(self.process.stderr.read())
+        with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would fill
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            atexit.register(self.process.kill)  # of a test that fails
+            assert self.process.stdout is not None
+            for line in self.process.stdout:
+                if " on http://" in line or " on unix:" in line:
+                    self.address = line.split(" on ")[1].strip()
+                    return
+            errors.seek(0)
+            raise AssertionError(errors.read())
 
     def post(self, path: str, body: Any) -> httpx.Response:
         return httpx.post(self.address + path, json=body, timeout=WAIT, trust_env=False)

@@ -5,7 +5,7 @@ Output: WORKDIR/openrlhf.jsonl; exit code 1 if a reward differs by more than 1e-
 
 openrlhf_client.py runs OpenRLHF's own SingleTurnAgentExecutor, which posts to /get_reward what it has generated. Here
 `rmcore.load` scores the same texts. Failures: a busy service answers 503, which the client repeats; a text that is too
-long is a 422, after which the client continues without a reward.
+long is a 422, and one that is not scored in time a 504, after which the client continues without a reward.
 """
 
 import json
@@ -55,11 +55,13 @@ def main(workdir: str, peer: str) -> int:
         right = right and len(expected) == count and difference <= CLOSE and refused == bool(arguments)
         rows.append(row(CLIENT, found["version"], what, difference))
 
-    found, _ = asked(1, "--max-tokens", "8")
-    right = right and found["rewards"] == [None]
-    rows.append(
-        row(CLIENT, found["version"], "a text beyond --max-tokens: 422, the client continues without a reward", None)
-    )
+    for status, arguments, what in (
+        (422, ("--max-tokens", "8"), "a text beyond --max-tokens: 422, the client continues without a reward"),
+        (504, ("--timeout", "0.001"), "never done in time: 504, repeated, the client continues without a reward"),
+    ):
+        found, metrics = asked(1, *arguments)
+        right = right and found["rewards"] == [None] and f'status="{status}"' in metrics
+        rows.append(row(CLIENT, found["version"], what, None))
     write_rows(workdir, "openrlhf", rows)
     return 0 if right else 1
 
