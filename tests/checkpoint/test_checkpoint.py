@@ -390,6 +390,11 @@ def test_only_changes_that_matter_are_reported() -> None:
     assert changes({}, after) == [], "keys that an older version does not have"
     newer = load_config(None, [*NEEDED, "model.weights=bf16"])
     assert list(map(str, changes({}, newer))) == ['model.weights: "fp32" -> "bf16"'], "older versions had fp32 only"
+    older = json.loads(json.dumps(load_config(None, base).model_dump(mode="json")))
+    del older["model"]["lora"]["base"], older["data"]["train"][0]["loss"]
+    assert changes(older, load_config(None, base)) == [], "keys of inner sections that an older version does not have"
+    [change] = changes(older, load_config(None, [*base, "model.lora.rank=4", "model.lora.base=bf16"]))
+    assert change.key == "model.lora"
 
 
 @pytest.mark.distributed

@@ -18,6 +18,7 @@ from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
 from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.classifier import text_model
+from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from tests.harness.oracle import FAMILIES
 
@@ -48,15 +49,15 @@ def texts(tokenizer: Any) -> TokenizedComparisons:
 
 
 def engine(model: PreTrainedModel, data: TokenizedComparisons, path: str) -> tuple[dict[str, torch.Tensor], Probe]:
-    """The weights under the engine's names, and its rewards for every text, as a run gives them to the export."""
+    """The weights under the engine's names, and its outputs for every text, as a run gives them to the export."""
     assert isinstance(model.score, torch.nn.Linear)
     pad = model.config.get_text_config().pad_token_id
-    reward_model = RewardModel(text_model(model), model.score, pad_token_id=pad)
+    reward_model = RewardModel(text_model(model), model.score, pad_token_id=pad, outputs=Outputs.stored(model.config))
     reward_model.use(path)
     with torch.no_grad():
-        rewards = reward_model(build_batch(data, range(len(data)), share=path == SHARED)).rewards_A
+        outputs_AK = reward_model(build_batch(data, range(len(data)), share=path == SHARED)).outputs_AK
     token_ids = [data.comparison(n).text(answer).tolist() for n in range(len(data)) for answer in (0, 1)]
-    return reward_model.state_dict(), Probe(token_ids, rewards.tolist())
+    return reward_model.state_dict(), Probe(token_ids, outputs_AK.flatten().tolist())
 
 
 def export(

@@ -6,16 +6,19 @@ Example: {"client": "vLLM", "version": "0.32.0", "compared": "llama, LLM.classif
 
 rmcore exports a tiny random model of each family and computes its rewards with `rmcore score`'s own code. Then
 vllm_client.py loads the directories in its environment: LLM.encode, LLM.classify and LLM.score, the server's /classify
-(texts and conversations) and /score, and the normalisation by the command line of the model card. All in fp32.
+(texts and conversations) and /score, and the normalisation by the command line of the model card. All in fp32. Of a
+model of several outputs all are compared, and no score, which vLLM computes of models with one output only.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -25,8 +28,9 @@ from rmcore.hf_export.card import model_card
 from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.classifier import is_made, new_classifier, towers
 from rmcore.model.meta_model import set_padding
+from rmcore.model.outputs import Outputs
 from rmcore.scoring.normalisation import Normalisation
-from rmcore.scoring.scorer import Scorer
+from rmcore.scoring.scorer import Scorer, Text
 from tests.harness.exporting import export, run_config
 
 CLOSE = 1e-5  # fp32, four layers, rewards of order 1
@@ -43,6 +47,7 @@ SIZES: dict[str, Any] = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
+    "llama_outputs": ("LlamaConfig", {}),
     "qwen3": ("Qwen3Config", {}),
     "gemma3_text": ("Gemma3TextConfig", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     # Transformers has no class for these; rmcore makes them.
@@ -50,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
 }
 NORMALISED = ("llama", Normalisation(0.25, 1.5))
+SEVERAL = ("llama_outputs", Outputs(("reward", "polite", "short"), (0.5, 0.0, 1.0)))
 CONVERSATIONS = [
     [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": "word " * (1 + n % 5) + str(n)}]
     for n in range(10)
@@ -69,7 +75,7 @@ def main(workdir: str, peer: str, *families: str) -> int:
     rows = []
     for task, results in zip(tasks, found["results"], strict=True):
         for what, rewards in results.items():
-            expected = task["normalised"] if "--pooler-config" in what else task["rewards"]
+            expected = task["normalised"] if "--pooler-config" in what else task["outputs"]
             difference = max(abs(a - b) for a, b in zip(rewards, expected, strict=True))
             row = {"client": "vLLM", "version": found["version"], "compared": f"{task['family']}, {what}"}
             rows.append({**row, "largest_difference": difference})
@@ -84,6 +90,7 @@ def prepared(directory: Path, family: str) -> dict[str, Any]:
     tokenizer = byte_tokenizer()
     model = classifier(family, tokenizer)
     normalisation = NORMALISED[1] if family == NORMALISED[0] else None
+    outputs = Outputs.stored(model.config)
     config = run_config("model.attention=auto")
     export(
         directory,
@@ -91,7 +98,9 @@ def prepared(directory: Path, family: str) -> dict[str, Any]:
         towers=towers(model),
         tokenizer=tokenizer,
         config_yaml=config.dump_yaml(),
-        card=model_card(config, wants_text=False, normalisation=normalisation, made=is_made(type(model))),
+        card=model_card(
+            config, wants_text=False, normalisation=normalisation, outputs=outputs, made=is_made(type(model))
+        ),
         normalisation=normalisation,
     )
     scorer = Scorer(str(directory), ["parallel.precision=fp32"])
@@ -101,6 +110,8 @@ def prepared(directory: Path, family: str) -> dict[str, Any]:
     scorer.choose_path(rows)
     rewards = [scored.rewards[0] for scored in scorer.rewards(rows)]
     assert max(rewards) - min(rewards) > 1000 * CLOSE, "the reward of another text is noticed"
+    token_ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    values = scorer.values([Text(np.array(ids, np.int32), f"text {n}") for n, ids in enumerate(token_ids)], math.inf)
     card = (directory / "README.md").read_text(encoding="utf-8")
     served = re.search(r"^vllm serve .*--pooler-config.*$", card, re.MULTILINE)
     return {
@@ -108,9 +119,10 @@ def prepared(directory: Path, family: str) -> dict[str, Any]:
         "directory": str(directory.resolve()),
         "conversations": CONVERSATIONS,
         "texts": texts,
-        "token_ids": [tokenizer.encode(text, add_special_tokens=False) for text in texts],
+        "token_ids": token_ids,
         "answers": [c[-1]["content"] + tokenizer.eos_token for c in CONVERSATIONS],
-        "rewards": rewards,
+        "outputs": [value for one in values if one is not None for value in one.outputs],
+        "single": outputs.single,
         "normalised": [NORMALISED[1].apply(reward) for reward in rewards],
         "card_command": served.group(0) if served else None,
     }
@@ -121,7 +133,7 @@ def classifier(family: str, tokenizer: Any) -> transformers.PreTrainedModel:
     class_name, more = FAMILIES[family]
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = getattr(transformers, class_name)(**{**SIZES, **more, **tokens, "vocab_size": 264})
-    config.num_labels = 1
+    (SEVERAL[1] if family == SEVERAL[0] else Outputs()).store(config)
     set_padding(config, tokenizer.pad_token_id)
     torch.manual_seed(1)
     model = new_classifier(config)

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,20 @@ def offline(task: dict[str, Any]) -> dict[str, list[float]]:
     llm = LLM(model=task["directory"], runner="pooling", dtype="float32", enforce_eager=True, max_model_len=256)
     prompts = [{"prompt_token_ids": ids} for ids in task["token_ids"]]
     found = {
-        "LLM.encode": [o.outputs.data.item() for o in llm.encode(prompts, pooling_task="classify")],
-        "LLM.classify": [o.outputs.probs[0] for o in llm.classify(task["texts"])],
-        "LLM.score": [o.outputs.score for o in llm.score(prompts_of(task), task["answers"])],
+        "LLM.encode": flat(o.outputs.data.tolist() for o in llm.encode(prompts, pooling_task="classify")),
+        "LLM.classify": flat(o.outputs.probs for o in llm.classify(task["texts"])),
     }
+    if task["single"]:
+        found["LLM.score"] = [o.outputs.score for o in llm.score(prompts_of(task), task["answers"])]
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
     return found
+
+
+def flat(outputs: Iterable[list[float]]) -> list[float]:
+    """The outputs of all texts, one after the other."""
+    return list(chain.from_iterable(outputs))
 
 
 def prompts_of(task: dict[str, Any]) -> list[str]:
@@ -84,7 +92,7 @@ def served(task: dict[str, Any], name: str, options: list[str]) -> dict[str, lis
                 texts = ask(place, "/classify", {**model, "input": task["texts"]})
                 turns = [ask(place, "/classify", {**model, "messages": one}) for one in task["conversations"]]
                 pairs = {"text_1": prompts_of(task), "text_2": task["answers"]}
-                scores = ask(place, "/score", {**model, **pairs})
+                scores = ask(place, "/score", {**model, **pairs}) if task["single"] else None
             except BaseException:
                 log.seek(0)
                 print(log.read()[-5000:], file=sys.stderr)
@@ -92,11 +100,11 @@ def served(task: dict[str, Any], name: str, options: list[str]) -> dict[str, lis
             finally:
                 server.terminate()
                 server.wait(60)
-    return {
-        f"{name}/classify of texts": [one["probs"][0] for one in texts["data"]],
-        f"{name}/classify of conversations": [one["data"][0]["probs"][0] for one in turns],
-        f"{name}/score": [one["score"] for one in scores["data"]],
+    found = {
+        f"{name}/classify of texts": flat(one["probs"] for one in texts["data"]),
+        f"{name}/classify of conversations": flat(one["data"][0]["probs"] for one in turns),
     }
+    return found | ({f"{name}/score": [one["score"] for one in scores["data"]]} if scores else {})
 
 
 def wait_for(server: subprocess.Popen, place: str) -> None:
