@@ -59,19 +59,12 @@ def changes(before: dict[str, Any], config: Config) -> list[Change]:
         for name, value in values.items():
             key = f"{section}.{name}"
             old = before.get(section, {}).get(name, FORMERLY.get(key, value))
-            old = _with_new_keys(old, getattr(getattr(config, section), name))
+            now = getattr(getattr(config, section), name)
+            if isinstance(now, Section) and isinstance(old, dict):  # with the defaults of keys that came since
+                old = type(now).model_construct(**old).model_dump(mode="json")
             if old != value and not _among(key, FREE) and not (key == "data.date" and value is None):
                 found.append(Change(key, json.dumps(old), json.dumps(value)))
     return found
-
-
-def _with_new_keys(old: Any, now: Any) -> Any:
-    """An older value, where it is a section or a list of sections, with the defaults of the keys that came since."""
-    if isinstance(now, Section) and isinstance(old, dict):
-        return type(now).model_construct(**old).model_dump(mode="json", warnings=False)
-    if isinstance(now, tuple) and isinstance(old, list):
-        return [_with_new_keys(*pair) for pair in zip(old, now, strict=True)] if len(old) == len(now) else old
-    return old
 
 
 def check_changes(before: dict[str, Any], config: Config, path: str) -> list[Change]:
