@@ -146,10 +146,13 @@ def test_a_signal_saves_and_the_same_call_resumes(
             signal.raise_signal(number)
         return real(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rmcore.train, "set_learning_rates", interrupted)
-        with pytest.raises(raised):
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore SIGINT
+    try:
+        with monkeypatch.context() as patch, pytest.raises(raised):
+            patch.setattr(rmcore.train, "set_learning_rates", interrupted)
             rmcore.fit(values(tmp_path, "run"))
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert len(calls) == 3 and (tmp_path / "run" / "checkpoints" / "step-3").is_dir()
     if number == signal.SIGINT:
         assert_equal(weights(rmcore.fit(values(tmp_path, "run"))), weights(by_command))
