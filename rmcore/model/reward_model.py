@@ -185,17 +185,9 @@ class RewardModel(nn.Module):
             outputs_AK = head_outputs(hidden_TD, self.score.weight, scored_A)
             rewards_A = self.outputs.reward(outputs_AK)
             loss_sum = self.objective.loss_sum(rewards_A, batch, outputs_AK)
-        balance_sum = None
         balance_sum = balance_counted = None
         if routed:
-            text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
-            unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
-            if isinstance(self.objective, Objective) and self.objective.shares_balance:
-                balance_counted = self.objective.counted(batch)
-                balance_sum = (self.objective.counted_A(batch) * unevenness_A).sum()
-                loss_sum, balance_sum = loss_sum + self.objective.router_aux * balance_sum, balance_sum.detach()
-            else:
-                balance_sum, balance_counted = unevenness_A.sum(), torch.ones_like(unevenness_A).sum()
+            loss_sum, balance_sum, balance_counted = self._balanced(loss_sum, routed, batch)
         counted, language_sum = self.objective.counted(batch), self._language_sum(hidden_TD, batch)
         logits_AV = (hidden_TD[scored_A] @ self._language_weight.T).float() if logits else None
         return Output(loss_sum, rewards_A, counted, outputs_AK, language_sum, logits_AV, balance_sum, balance_counted)
@@ -219,6 +211,16 @@ class RewardModel(nn.Module):
             loss_sum = self.objective.loss_sum(rewards_A, batch, rewards_A.unsqueeze(1))
         # Detached, because FSDP2 warns of a view that has a gradient.
         return loss_sum, rewards_A, rewards_A.detach().unsqueeze(1)
+
+    def _balanced(self, loss_sum: Tensor, routed: list[Routed], batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """`loss_sum`, `balance_sum` and `balance_counted` of the output."""
+        text_AT, _ = ScoredRows(batch.last_token_index_A).visible(batch.computed_tokens, batch.layout, window=0)
+        unevenness_A = balance_A(routed, text_AT, partial(self._in_packed_order, batch=batch))
+        objective = self.objective
+        if not (isinstance(objective, Objective) and objective.shares_balance):
+            return loss_sum, unevenness_A.sum(), torch.ones_like(unevenness_A).sum()
+        balance_sum = (objective.counted_A(batch) * unevenness_A).sum()
+        return loss_sum + objective.router_aux * balance_sum, balance_sum.detach(), objective.counted(batch)
 
     def _language_sum(self, hidden_TD: Tensor, batch: RaggedBatch) -> Tensor | None:
         if not self.sft or batch.language_row_M is None or batch.language_token_M is None:
