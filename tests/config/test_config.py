@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rmcore.config import Config, SourceConfig, config_from_argv, load_config
+from rmcore.config import Config, SourceConfig, UserError, config_from_argv, load_config
 from rmcore.config.help import keys_of
 from tests.harness.configs import NEEDED, load_text, mistakes
 
@@ -222,6 +222,13 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_have_windows_line_ends(tmp_
     assert load_config(str(tmp_path / "c.yaml"), []).data.train[0].path == "p"
 
 
+def test_a_path_with_a_null_character_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text('model: {name: m}\ndata: {train: {path: p}}\nrun: {dir: "~\\0"}\n')
+    with pytest.raises(UserError, match="dir: a path cannot contain a null character"):
+        load_config(str(file), [])
+
+
 def test_one_source_or_a_list(tmp_path: Path) -> None:
     one, two = "{path: a}", "[{path: a}, {path: b, split: x}]"
     for text, override, paths in [
@@ -343,7 +350,7 @@ def test_the_only_split_of_rewardbench_is_the_default(tmp_path: Path) -> None:
 # ---- dumps
 
 
-texts = st.text(min_size=1, max_size=12) | st.sampled_from(
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12) | st.sampled_from(
     ["no", "1e5", "null", "~", "12", "a: b", "- x", "2024-01-01", "=", "<<"]
 )
 sources = st.builds(
