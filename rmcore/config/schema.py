@@ -32,16 +32,7 @@ from rmcore.config.parallel import ParallelConfig
 from rmcore.config.section import ImportPath, Section, conflict
 
 Text = Annotated[str, Field(min_length=1)]
-
-
-def _as_path(value: str) -> str:
-    """The path, without ~ at its beginning, which shells expand only in front. Raises ValueError."""
-    if "\0" in value:
-        raise ValueError("a path cannot contain a null character")
-    return os.path.expanduser(value)
-
-
-PathText = Annotated[Text, AfterValidator(_as_path)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]  # may begin with ~; shells expand it only in front
 
 
 def _as_date(value: str) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rmcore.config import Config, SourceConfig, UserError, config_from_argv, load_config
+from rmcore.config import Config, SourceConfig, config_from_argv, load_config
 from rmcore.config.help import keys_of
 from tests.harness.configs import NEEDED, load_text, mistakes
 
@@ -220,13 +220,6 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
 def test_a_file_may_begin_with_a_byte_order_mark_and_have_windows_line_ends(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfmodel: {name: m}\r\ndata:\r\n  train: {path: p}\r\n")
     assert load_config(str(tmp_path / "c.yaml"), []).data.train[0].path == "p"
-
-
-def test_a_path_with_a_null_character_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text('model: {name: m}\ndata: {train: {path: p}}\nrun: {dir: "~\\0"}\n')
-    with pytest.raises(UserError, match="dir: a path cannot contain a null character"):
-        load_config(str(file), [])
 
 
 def test_one_source_or_a_list(tmp_path: Path) -> None:
