@@ -445,7 +445,7 @@ class Config(Section):
         if self.model.lora.base != "fp32" and self.parallel.offload:
             raise conflict("model.lora.base", "and parallel.offload exclude each other: this combination is untested")
         if self.export.adapter and self.model.lora.rank is None:
-            raise conflict("export.adapter", "needs model.lora.rank: without LoRA there is no adapter")
+            raise conflict("export.adapter", "needs model.lora.rank, because only LoRA trains an adapter")
         if self.export.adapter and self.model.init == "random":
             raise conflict("export.adapter", "needs a base model on disk or on the hub: model.init=random has none")
         if self.model.lora.base != "fp32" and self.parallel.compile:

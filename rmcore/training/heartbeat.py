@@ -44,7 +44,7 @@ LISTEN_SECONDS = 3.0  # within this time a live rank beats, and a failed rank pu
 GRACE_SECONDS = 15.0  # for a rank to leave by itself after another one failed
 NCCL_SECONDS = 20.0  # before NCCL would end the process, its hang is reported
 SIGNAL_SECONDS = 20.0  # after a signal, for a step to move; schedulers kill 30 s after it (torchrun, Kubernetes, Slurm)
-UNUSUAL = 4.0  # a phase moves if it has not taken UNUSUAL times as long as the longest one of its kind
+UNUSUAL = 4.0  # a phase hangs once it takes UNUSUAL times as long as the longest one of its kind
 STEP_PHASES = ("data", "compute", "backward", "update", "boundary")  # none lasts as long as a collective may wait
 SLOW, SLOW_SECONDS = 1.5, 0.05  # a slow rank takes SLOW times as long as the median rank, and SLOW_SECONDS longer
 

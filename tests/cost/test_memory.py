@@ -52,11 +52,16 @@ def live_bytes(config: PretrainedConfig, arithmetic: str, recompute: str, compar
     dtype = torch.bfloat16 if arithmetic == CAST else torch.float32
     hf_model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1)
-    model.use(SHARED, pruned=True)
     recompute_activations(model.backbone, recompute)
+    return live_bytes_of(model, comparisons, half=arithmetic == AUTOCAST)
+
+
+def live_bytes_of(model: RewardModel, comparisons: int, *, half: bool) -> tuple[int, int]:
+    """The same, of a model."""
+    model.use(SHARED, pruned=True)
     batch = build_batch(Rows(), range(comparisons))
     with LiveBytes(model) as live:
-        with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == AUTOCAST):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(batch).loss_sum
         kept = live.now
         loss.backward()
@@ -244,14 +249,7 @@ def test_a_dry_run_counts_the_activations_of_lora() -> None:
         add_lora(hf_model.base_model, lora, 0)
         store_base(hf_model.base_model, lora)
         model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1)
-        model.use(SHARED, pruned=True)
-        batch = build_batch(Rows(), range(comparisons))
-        with LiveBytes(model) as live:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(batch).loss_sum
-            kept = live.now
-            loss.backward()
-        found.append((kept, live.peak))
+        found.append(live_bytes_of(model, comparisons, half=True))
     kept, peak = ((b - a) / 1600 for a, b in zip(*found, strict=True))
     assert predicted.counted
     assert predicted.kept == pytest.approx(kept, rel=0.04) and predicted.total == pytest.approx(peak, rel=0.1)
@@ -296,13 +294,7 @@ def test_a_dry_run_counts_experts_and_the_balance_of_their_routers(router_aux: b
         hf_model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         objective = Objective(router_aux=float(router_aux))
         model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1, objective=objective)
-        model.use(SHARED, pruned=True)
-        batch = build_batch(Rows(), range(comparisons))
-        with LiveBytes(model) as live:
-            loss = model(batch).loss_sum
-            kept = live.now
-            loss.backward()
-        found.append((kept, live.peak))
+        found.append(live_bytes_of(model, comparisons, half=False))
     kept, peak = ((b - a) / 1600 for a, b in zip(*found, strict=True))
     assert predicted.counted
     assert predicted.kept == pytest.approx(kept, rel=0.02) and predicted.total == pytest.approx(peak, rel=0.1)

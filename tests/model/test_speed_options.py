@@ -213,59 +213,45 @@ def test_freed_memory_is_kept():
     assert faults < 20 * (32 << 20) // 4096 // 4  # with a new mapping each time it would be all of them
 
 
-RETURNING = """
+# Prints the bytes of blocks of two sizes; what is left of them once the large ones are freed; and after the policy.
+FREEING = """
+import sys
 import torch
-from rmcore.host.memory import return_freed_memory
+from rmcore.host import memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
-assert return_freed_memory()
+assert getattr(memory, sys.argv[1])()
 before = resident()
 blocks = []
 for n in range(64):  # small ones between large ones keep a heap from shrinking
     blocks += [torch.ones(4 << 20, dtype=torch.uint8), torch.ones(64 << 10, dtype=torch.uint8)]
 full = resident()
 del blocks[::2]
-print(full - before, resident() - before)
+freed = resident()
+memory.return_freed_memory()
+print(full - before, freed - before, resident() - before)
 """
+
+
+def freeing(policy: str) -> tuple[int, ...]:
+    if not keep_freed_memory():
+        pytest.skip("not glibc")
+    command = [sys.executable, "-c", FREEING, policy]
+    return tuple(map(int, subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()))
 
 
 def test_freed_memory_is_given_back_where_memory_counts():
     """Large tensors with small ones between them leave nothing behind when they are freed."""
-    if not keep_freed_memory():
-        pytest.skip("not glibc")
-    done = subprocess.run([sys.executable, "-c", RETURNING], capture_output=True, text=True, check=True, cwd=ROOT)
-    full, left = map(int, done.stdout.split())
-    assert full > 64 * (4 << 20) and left < full // 10
-
-
-FREED_BEFORE = """
-import torch
-from rmcore.host.memory import keep_freed_memory, return_freed_memory
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-assert keep_freed_memory()
-before = resident()
-blocks = []
-for n in range(64):
-    blocks += [torch.ones(4 << 20, dtype=torch.uint8), torch.ones(64 << 10, dtype=torch.uint8)]
-del blocks[::2]
-kept = resident()
-return_freed_memory()
-print(kept - before, resident() - before)
-"""
+    full, freed, _ = freeing("return_freed_memory")
+    assert full > 64 * (4 << 20) and freed < full // 10
 
 
 def test_memory_that_was_freed_before_is_given_back_too():
     """What loading a model left between small blocks does not stay for the run."""
-    if not keep_freed_memory():
-        pytest.skip("not glibc")
-    done = subprocess.run([sys.executable, "-c", FREED_BEFORE], capture_output=True, text=True, check=True, cwd=ROOT)
-    kept, left = map(int, done.stdout.split())
-    assert kept > 64 * (4 << 20) and left < kept // 10
+    _, freed, left = freeing("keep_freed_memory")
+    assert freed > 64 * (4 << 20) and left < freed // 10
 
 
 @pytest.mark.gpu

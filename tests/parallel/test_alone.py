@@ -18,6 +18,7 @@ def test_two_ranks_take_the_steps_of_one_that_shares_prompts(tmp_path: Path) -> 
     Of the seven pairs of a step one rank gets four, so that each forward has another number of texts.
     """
     strategies = [["ddp"], ["zero2", "parallel.recompute=full"], ["zero3"], ["zero3", "parallel.recompute=selective"]]
+    strategies.append(["hsdp"])
     variants = [[*BASE, "model.attention=alone", f"parallel.strategy={name}", *more] for name, *more in strategies]
     (one,) = run_ranks(walk, 1, tmp_path / "one", [BASE])
     [(path, expected)] = one.value

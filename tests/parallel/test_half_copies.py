@@ -93,7 +93,7 @@ def test_only_gpus_compute_with_copies() -> None:
 def test_gradients_of_micro_batches_are_added_in_fp32() -> None:
     layer = torch.nn.Linear(4, 1, bias=False)
     copies = HalfCopies(layer)
-    for value in (1.0, 2.0**-10):  # their sum is no bf16 number
+    for value in (1.0, 2.0**-10):  # bf16 cannot hold their sum
         layer(torch.full((1, 4), value, dtype=torch.bfloat16)).sum().backward()
     copies.hand_over_gradients()
     assert torch.equal(copies.weights["weight"].grad, torch.full((1, 4), 1.0 + 2.0**-10))  # type: ignore[arg-type]
