@@ -62,7 +62,6 @@ def varlen_attention(query_NHK: Tensor, key_TGK: Tensor, value_TGV: Tensor, plan
     """
     if value_TGV.dtype == torch.float32:
         return _memory_efficient(query_NHK, key_TGK, value_TGV, plan, terms.scale)
-    varlen_attn, has_argument = _kernel()
     # Under autocast the rotary embedding makes queries and keys fp32, while values stay in half precision.
     query_NHK, key_TGK = query_NHK.to(value_TGV.dtype), key_TGK.to(value_TGV.dtype)
     size, size_v = query_NHK.shape[2], value_TGV.shape[2]
@@ -70,11 +69,18 @@ def varlen_attention(query_NHK: Tensor, key_TGK: Tensor, value_TGV: Tensor, plan
         query_NHK, key_TGK = (F.pad(x, (0, max(0, size_v - size))) for x in (query_NHK, key_TGK))
         value_TGV = F.pad(value_TGV, (0, max(0, size - size_v)))
     key, value = gather_prefix_kv(key_TGK, value_TGV, plan)
-    grouped = {"enable_gqa": True} if has_argument and query_NHK.shape[1] != key.shape[1] else {}
-    out_NHV = varlen_attn(
+    out_NHV = attend_gathered(query_NHK, key, value, plan, terms)
+    return out_NHV[..., :size_v] if size_v < size else out_NHV
+
+
+def attend_gathered(query_NHK: Tensor, key_MGK: Tensor, value_MGK: Tensor, plan: GatherPlan, terms: Terms) -> Tensor:
+    """FlashAttention over keys and values [M, G, K] that are gathered already, all in half precision."""
+    varlen_attn, has_argument = _kernel()
+    grouped = {"enable_gqa": True} if has_argument and query_NHK.shape[1] != key_MGK.shape[1] else {}
+    return varlen_attn(
         query_NHK.contiguous(),
-        key,
-        value,
+        key_MGK,
+        value_MGK,
         plan.cu_q,
         plan.cu_k,
         plan.max_q,
@@ -83,7 +89,6 @@ def varlen_attention(query_NHK: Tensor, key_TGK: Tensor, value_TGV: Tensor, plan
         window_size=(terms.window - 1 if terms.window else -1, 0),
         **grouped,
     )
-    return out_NHV[..., :size_v] if size_v < size else out_NHV
 
 
 def _memory_efficient(query_NHK: Tensor, key_TGK: Tensor, value_TGV: Tensor, plan: GatherPlan, scale: float) -> Tensor:

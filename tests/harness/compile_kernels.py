@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from rmcore.data.batches.batch import build_batch
-from rmcore.ops import gather_prefix_triton, pairwise_triton
+from rmcore.ops import gather_prefix_triton, gelu_triton, pairwise_triton, rotate_gather_triton
 from rmcore.ops.gather_prefix import gather_plan
 from tests.harness.oracle import odd_items
 
@@ -57,6 +57,13 @@ def launches() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
                 gather_prefix_triton.forward(key, key, *plan[:3])
                 copies = key.new_zeros(plan.copies.numel(), heads, size)
                 gather_prefix_triton.backward(copies, copies, plan.copy_offset, plan.copies)
+                joined, angles = key.new_zeros(tokens, 3 * heads * size), key.new_zeros(tokens, size // 4)
+                turns = angles, angles, plan.copy_offset, plan.copies
+                rotate_gather_triton.forward(joined, None, *turns, heads)
+                rows = key.new_zeros(tokens, heads, size)
+                for sums in (True, False):
+                    rotate_gather_triton.backward(rows, copies, copies, *turns, sums)
+            gelu_triton.backward(*torch.zeros(2, tokens, 8192, dtype=dtype))
     finally:
         JITFunction.run = real
     yield from found

@@ -22,6 +22,7 @@ from rmcore.ops.gather_prefix import gather_plan
 from rmcore.parallel.world import running_world
 from tests.harness.oracle import assert_close, odd_items, reward_model, tiny_model
 from tests.harness.paths import ROOT
+from tests.harness.varlen import kernel
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -98,22 +99,6 @@ def test_an_evaluation_between_the_steps_of_compiled_layers():
                 assert torch.equal(ours(batch).rewards_A, plain(batch).rewards_A)
     finally:
         torch._dynamo.reset()
-
-
-def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-    """As torch.nn.attention.varlen.varlen_attn is documented: each sequence causal, aligned at the bottom right."""
-    assert window_size[1] == 0
-    assert query.shape[2] == key.shape[2] == value.shape[2]  # the kernel has one head size
-    out = []
-    for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
-        assert q1 - q0 <= max_q and k1 - k0 <= max_k
-        q, k, v = query[q0:q1].transpose(0, 1), key[k0:k1].transpose(0, 1), value[k0:k1].transpose(0, 1)
-        if q.shape[0] != k.shape[0]:
-            k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
-        behind = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
-        visible = (behind >= 0) & ((behind <= window_size[0]) if window_size[0] >= 0 else True)
-        out.append(((q @ k.mT) * scale).masked_fill(~visible, -torch.inf).softmax(-1) @ v)
-    return torch.cat([o.transpose(0, 1) for o in out])
 
 
 @pytest.mark.parametrize("rows", ["all", "scored"])

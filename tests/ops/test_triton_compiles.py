@@ -9,7 +9,17 @@ import pytest
 
 from tests.harness.paths import ROOT
 
-KERNELS = {"_score", "_pairs", "_scatter", "_weight_part", "_gather", "_add_copies"}
+KERNELS = {
+    "_score",
+    "_pairs",
+    "_scatter",
+    "_weight_part",
+    "_gather",
+    "_add_copies",
+    "_rotate",
+    "_rotate_back",
+    "_gelu_back",
+}
 
 
 @pytest.mark.parametrize(
