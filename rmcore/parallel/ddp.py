@@ -63,7 +63,9 @@ class DataParallel:
                 parameter.grad_dtype = torch.float32
         own_reduction = in_bf16 or self._copies is not None
         if own_reduction and world.size > 1:
-            self._reduction = GradientReduction([p for p in self._inner.parameters() if p.requires_grad], world.size)
+            trained = {name: p for name, p in self._inner.named_parameters() if p.requires_grad}
+            sums = [self._copies.weights[name] for name in trained] if self._copies else list(trained.values())
+            self._reduction = GradientReduction(list(trained.values()), sums, world.size)
         self._half = config.parallel.bf16 and not own_reduction  # bf16 weights and copies need no casts
         self.model = self._inner if world.size == 1 or own_reduction else self._replicate()
         self._parameters = list(self.named_parameters().values())
@@ -100,7 +102,6 @@ class DataParallel:
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         if self._copies:
-            self._copies.hand_over_gradients()
             self._copies.changing()  # the update follows
         self.grad_norms_W = gradient_norms(self._parameters)
         norm = torch.linalg.vector_norm(self.grad_norms_W)

@@ -5,9 +5,9 @@ Output: gradients that are the means over the ranks.
 Example: 3 micro batches on 2 ranks: the first two only add to the gradients. In the third, the gradient of the last
 layer is reduced while the backward computes that of the layer before it.
 
-DistributedDataParallel reduces gradients in the dtype of the weights. Here autograd casts each gradient to fp32 when it
-adds it (`Tensor.grad_dtype`), and each sum is reduced in place, without a copy, when it is complete. All ranks start
-the reductions in the same order, last parameter first.
+DistributedDataParallel reduces gradients in the dtype of the weights. Here each gradient is added up in fp32, by
+autograd (`Tensor.grad_dtype`) or by the hook of rmcore/parallel/half_copies.py, and each sum is reduced in place,
+without a copy, when it is complete. All ranks start the reductions in the same order, last parameter first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 
 class GradientReduction:
-    """Means over all ranks of the gradients of `parameters`."""
+    """Means over all ranks of the gradients of `parameters`, which are added up in the `grad` of `sums`.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], world_size: int) -> None:
+    sums: the parameters themselves, or a tensor for each.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], sums: Sequence[nn.Parameter], world_size: int) -> None:
         self._order, self._world_size = list(reversed(parameters)), world_size
+        self._sums = list(reversed(sums))
         self._ready: set[Tensor] = set()
         self._works: list[dist.Work] = []
         self._enabled = False
@@ -40,7 +44,7 @@ class GradientReduction:
                 self._start()
                 for work in self._works:
                     work.wait()
-                torch._foreach_div_([p.grad for p in self._order if p.grad is not None], self._world_size)
+                torch._foreach_div_([p.grad for p in self._sums if p.grad is not None], self._world_size)
         finally:
             self._enabled, self._works = False, []
             self._ready.clear()
@@ -52,9 +56,9 @@ class GradientReduction:
 
     def _start(self) -> None:
         while len(self._works) < len(self._order) and self._order[len(self._works)] in self._ready:
-            parameter = self._order[len(self._works)]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-            work = dist.all_reduce(parameter.grad, async_op=True)
+            held = self._sums[len(self._works)]
+            if held.grad is None:
+                held.grad = torch.zeros_like(held, dtype=torch.float32)
+            work = dist.all_reduce(held.grad, async_op=True)
             assert work is not None, "every rank is in the group"
             self._works.append(work)

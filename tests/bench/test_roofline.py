@@ -23,6 +23,7 @@ def moved(call: Callable[[torch.Tensor, torch.Tensor], object]) -> dict[str, lis
         (lambda a, b: a + b, {"add": [3 * WIDE]}),
         (lambda a, b: a.add_(b), {"add_": [3 * WIDE]}),  # read, read, written
         (lambda a, b: a.copy_(b), {"copy_": [2 * WIDE]}),
+        (lambda a, b: torch._foreach_copy_([a], [b]), {"_foreach_copy_": [2 * WIDE]}),
         (lambda a, b: a.float(), {"_to_copy": [3 * WIDE]}),
         (lambda a, b: a.zero_(), {"zero_": [WIDE]}),
         (lambda a, b: a[:1].expand(1000, 64) + b, {"add": [WIDE // 1000 + 2 * WIDE]}),  # an expanded row is read once

@@ -9,12 +9,14 @@ import torch
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config import Config, load_config
 from rmcore.parallel.half_copies import HalfCopies
+from rmcore.parallel.reduction import GradientReduction
 from rmcore.parallel.strategy import local
-from rmcore.parallel.world import World, running_world
+from rmcore.parallel.world import World, running_world, start_world
 from rmcore.tracking.tracker import Tracker
 from rmcore.train import train
 from rmcore.training.assembly import assemble
 from rmcore.training.run import Run
+from tests.harness.ranks import run_ranks
 from tests.harness.walks import STEPS_OF_SEVEN
 
 BASE = [
@@ -95,6 +97,24 @@ def test_gradients_of_micro_batches_are_added_in_fp32() -> None:
     copies = HalfCopies(layer)
     for value in (1.0, 2.0**-10):  # bf16 cannot hold their sum
         layer(torch.full((1, 4), value, dtype=torch.bfloat16)).sum().backward()
-    copies.hand_over_gradients()
     assert torch.equal(copies.weights["weight"].grad, torch.full((1, 4), 1.0 + 2.0**-10))  # type: ignore[arg-type]
     assert layer.weight.grad is None
+
+
+def reduced(rendezvous: str) -> list[float]:
+    """The reduced gradient of two micro batches on this rank."""
+    world = start_world(60.0, init_method=rendezvous)
+    layer = torch.nn.Linear(4, 1, bias=False)
+    copies = HalfCopies(layer)
+    reduction = GradientReduction([layer.weight], [copies.weights["weight"]], world.size)
+    for value, last in ((1.0, False), (2.0 ** -(10 + world.rank), True)):
+        with reduction.around(last=last):
+            layer(torch.full((1, 4), value, dtype=torch.bfloat16)).sum().backward()
+    assert layer.weight.grad is None
+    return copies.weights["weight"].grad.flatten().tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.distributed
+def test_ranks_reduce_the_fp32_sums(tmp_path: Path) -> None:
+    for result in run_ranks(reduced, 2, tmp_path):
+        assert result.value == [1.0 + 0.5 * (2.0**-10 + 2.0**-11)] * 4

@@ -28,7 +28,7 @@ LEAST = 2e-6  # seconds of the smallest kernel
 ATTENTION = 0.4  # share of the matrix rate that attention over texts of some hundred tokens reaches: assumed
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "convolution")
 ATTENDS = ("attn", "attention")  # parts of the names of attention's operators
-UNREAD = ("copy_", "fill_", "zero_")  # what they change is not read
+UNREAD = ("copy_", "_foreach_copy_", "fill_", "zero_")  # what they change is not read
 PEAK = 989e12  # FLOP/s by which MFU is defined: dense bf16 of H100 and H200
 
 
