@@ -247,19 +247,20 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes* a, const void
   pthread_mutex_unlock(&mu);
   return cudaSuccess;
 }
-static cudaError_t cpy(void* d, const void* s, size_t n, const char* how) {
+static cudaError_t cpy(void* d, const void* s, size_t n, const char* how, cudaStream_t st) {
   int dd = is_dev(d), ss = is_dev(s);
-  countf("memcpy %s %s2%s", how, ss ? "D" : "H", dd ? "D" : "H");
+  int own = st && st != cudaStreamLegacy && st != cudaStreamPerThread;
+  countf("memcpy %s %s2%s%s", how, ss ? "D" : "H", dd ? "D" : "H", own ? ", own stream" : "");
   size_t limit = dd && ss ? 1 << 16 : dd ? 1 << 20 : (size_t)1 << 33;
   if (n <= limit) memcpy(d, s, n);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpy(void* d, const void* s, size_t n, enum cudaMemcpyKind k) { return cpy(d, s, n, "sync"); }
+cudaError_t cudaMemcpy(void* d, const void* s, size_t n, enum cudaMemcpyKind k) { return cpy(d, s, n, "sync", 0); }
 cudaError_t cudaMemcpyAsync(void* d, const void* s, size_t n, enum cudaMemcpyKind k, cudaStream_t st) {
-  return cpy(d, s, n, "async");
+  return cpy(d, s, n, "async", st);
 }
 cudaError_t cudaMemcpyPeerAsync(void* d, int dd, const void* s, int sd, size_t n, cudaStream_t st) {
-  return cpy(d, s, n, "peer");
+  return cpy(d, s, n, "peer", st);
 }
 RUNTIME(cudaMemcpy2DAsync, void* d, size_t dp, const void* s, size_t sp, size_t w, size_t h, enum cudaMemcpyKind k,
         cudaStream_t st)

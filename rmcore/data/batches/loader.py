@@ -5,20 +5,53 @@ Output: for each step its micro batches, in order, each with the flag "is the la
 Example: a step whose rank 1 has two micro batches gives `[(batch, False), (batch, True)]` on rank 1.
 
 To build a micro batch takes about a millisecond of numpy copying, so one thread hides it behind the model's step. For a
-GPU the thread pins the batch, and the copy to the device does not wait.
+GPU the thread also pins the batch and copies it to the device, on a stream of its own: the copies run while the model
+computes, and the model's stream waits for those of its batch only (`CopyStream`). The host waits for neither.
 """
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rmcore.data.batches.batch import Comparisons, RaggedBatch, build_batch
 from rmcore.data.batches.step_plan import Step
 
 AHEAD = 4  # micro batches built before they are needed
+
+
+class CopyStream:
+    """Copies batches to a GPU next to what it computes. One thread sends, another one receives."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def send(self, batch: RaggedBatch) -> "Sent":
+        """Pin a batch of the host, and begin its copies."""
+        pinned = batch.with_varlen().pin_memory()
+        with torch.cuda.stream(self._stream):
+            return Sent(pinned.to(self._device), self._stream.record_event())
+
+    def receive(self, sent: "Sent") -> RaggedBatch:
+        """The batch, for the stream of this thread: what is launched from now on runs after the copies."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(sent.copied)
+
+        def used(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)  # its memory is not given to a later batch before this stream has read it
+            return tensor
+
+        return sent.batch.mapped(used)
+
+
+class Sent(NamedTuple):
+    """A batch on its way."""
+
+    batch: RaggedBatch
+    copied: torch.cuda.Event
 
 
 class Loader:
@@ -43,6 +76,7 @@ class Loader:
     ) -> None:
         self._data, self._steps, self._rank, self._device, self._share = data, steps, rank, device, share
         self._language, self._multiple = language, multiple
+        self._copies = CopyStream(device) if device.type == "cuda" else None
         self._queue: queue.Queue = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rmcore-loader", daemon=True)
@@ -60,7 +94,7 @@ class Loader:
             if step is None:
                 return
             count = len(step.ranks[self._rank])
-            yield step, ((self._get().to(self._device), place == count - 1) for place in range(count))
+            yield step, ((self._batch(), place == count - 1) for place in range(count))
 
     def close(self) -> None:
         self._stop.set()
@@ -69,6 +103,10 @@ class Loader:
                 self._queue.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.01)
+
+    def _batch(self) -> RaggedBatch:
+        item = self._get()
+        return self._copies.receive(item) if self._copies else item.to(self._device)
 
     def _get(self) -> Any:
         item = self._queue.get()
@@ -89,9 +127,7 @@ class Loader:
                     batch = build_batch(
                         self._data, numbers, self._share, language=self._language, multiple=self._multiple
                     )
-                    if self._device.type == "cuda":
-                        batch = batch.with_varlen().pin_memory()
-                    self._put(batch)
+                    self._put(self._copies.send(batch) if self._copies else batch)
             self._put(None)
         except _Stopped:
             return
