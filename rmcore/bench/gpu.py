@@ -38,7 +38,9 @@ from rmcore.model.layout_context import packed_layout
 from rmcore.model.reward_model import RewardModel
 from rmcore.model.selftest import choose_path
 from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
+from rmcore.ops.gelu import biased_gelu
 from rmcore.ops.pairwise import pairwise_loss
+from rmcore.ops.rotate_gather import rotate_gather
 from rmcore.parallel.world import World, running_world
 
 # Layers, width, heads and MLP width of EleutherAI's Pythia models.
@@ -165,6 +167,16 @@ def ops(bench: Bench) -> dict[str, Any]:
         key, value = (torch.randn(tokens, 4, 80, device=bench.device, dtype=kind) for _ in range(2))
         name = f"gather {kind}"
         found[name] = bench.note(name, errors(lambda k, v: gather_prefix_kv(k, v, plan), key, value))
+        for heads, size, turned in ((4, 80, 20), (8, 128, 32), (2, 64, 64)):
+            joined, bias = (torch.randn(n, 3 * heads * size, device=bench.device, dtype=kind) for n in (tokens, 1))
+            angle = torch.rand(tokens, turned // 2, device=bench.device).repeat(1, 2) * 6.0
+            turns = angle.cos().to(kind), angle.sin().to(kind)
+            call = partial(lambda qkv, bias, turns, h: rotate_gather(qkv, bias, *turns, plan, h), turns=turns, h=heads)
+            name = f"rotate and gather, {heads} heads, size {size}, {turned} turned, {kind}"
+            found[name] = bench.note(name, errors(call, joined, bias.squeeze(0)))
+        pre, bias = (torch.randn(n, 1000, device=bench.device, dtype=kind) for n in (tokens, 1))
+        name = f"gelu and its bias {kind}"
+        found[name] = bench.note(name, errors(biased_gelu, pre, bias.squeeze(0)))
         for heads, groups, size, window in ((8, 8, 128, 0), (8, 2, 128, 64), (4, 4, 80, 0), (4, 1, 256, 0)):
             shapes = ((heads, size), (groups, size), (groups, size))
             q, k, v = (torch.randn(1, h, tokens, d, device=bench.device, dtype=kind) for h, d in shapes)

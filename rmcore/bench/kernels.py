@@ -33,8 +33,10 @@ from rmcore.bench.measure import Clock, add_up, machine, parser, spread, write_r
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import composed_attention
 from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
+from rmcore.ops.gelu import biased_gelu
 from rmcore.ops.pairwise import pairwise_loss
 from rmcore.ops.ragged_attention import ragged_attention
+from rmcore.ops.rotate_gather import rotate_gather
 
 Row = dict[str, Any]
 
@@ -194,6 +196,58 @@ def gather_case(G: int, K: int, count: int, dtype: torch.dtype, device: str) -> 
     )
 
 
+def rotate_case(H: int, K: int, count: int, dtype: torch.dtype, device: str) -> Case:
+    """Of a joined projection of GPT-NeoX, a quarter of each head turned. Eager: as transformers and autograd do it."""
+    segments = segments_of(comparisons(count))
+    T, R = int(segments[-1, 1]), K // 4
+    plan = gather_plan(segments).mapped(lambda t: t.to(device))
+    qkv = torch.randn(T, 3 * H * K, dtype=dtype, device=device, requires_grad=True)
+    bias = torch.zeros(3 * H * K, dtype=dtype, device=device, requires_grad=True)
+    angle = torch.rand(T, R // 2, device=device).repeat(1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x[..., :R].chunk(2, -1)
+        rotated = x[..., :R] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        return torch.cat([rotated, x[..., R:]], -1)
+
+    def eager() -> Tensor:
+        q, k, v = (qkv + bias).view(T, H, 3 * K).chunk(3, -1)
+        return torch.cat([turned(q), turned(k).index_select(0, plan.key_index), v.index_select(0, plan.key_index)])
+
+    M = plan.key_index.shape[0]
+    moved = (4 * T + 2 * M) * H * K * dtype.itemsize
+    return Case(
+        op="rotate_gather",
+        sizes={"T": T, "keys": M, "H": H, "hd": K},
+        dtype=dtype,
+        leaves=(qkv, bias),
+        calls={"rmcore": lambda: torch.cat(rotate_gather(qkv, bias, cos, sin, plan, H)), "eager": eager},
+        grad=torch.randn(T + 2 * M, H, K, dtype=dtype, device=device),
+        forward_bytes=moved,
+        both_bytes=2 * moved,
+        parts={},
+    )
+
+
+def gelu_case(T: int, D: int, dtype: torch.dtype, device: str) -> Case:
+    """GELU of an output of a linear layer, and the gradient of its bias."""
+    pre = torch.randn(T, D, dtype=dtype, device=device, requires_grad=True)
+    bias = torch.zeros(D, dtype=dtype, device=device, requires_grad=True)
+    size = T * D * dtype.itemsize
+    return Case(
+        op="biased_gelu",
+        sizes={"T": T, "D": D},
+        dtype=dtype,
+        leaves=(pre, bias),
+        calls={"rmcore": lambda: biased_gelu(pre, bias), "eager": lambda: F.gelu(pre + bias)},
+        grad=torch.randn(T, D, dtype=dtype, device=device),
+        forward_bytes=2 * size,
+        both_bytes=5 * size,
+        parts={},
+    )
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
     """All ops of a device at the sizes that are measured."""
     dtypes = (torch.float32, torch.bfloat16)
@@ -203,6 +257,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                 yield pairwise_case(T, D, A, dtype, device, not quick)
             for G, K in ((8, 128), (16, 80)):
                 yield gather_case(G, K, 64, dtype, device)
+                yield rotate_case(G, K, 64, dtype, device)
+            yield gelu_case(26000, 8192, dtype, device)
         return
     for dtype in dtypes:
         for T, D, A in ((2048, 512, 16),) if quick else ((16384, 2560, 64), (2048, 512, 16)):
