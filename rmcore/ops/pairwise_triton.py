@@ -20,7 +20,7 @@ from torch import Tensor
 from rmcore.ops.pairwise import reference_backward, reference_forward
 
 ANSWERS, PAIRS = 16, 256  # answers per program, and pairs per iteration of its loop
-PART = 64  # answers that one program sums for d weight
+PART, ROWS = 64, 16  # answers that one program sums for d weight, and that it reads at a time
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -121,17 +121,22 @@ def _scatter(grad_reward, weight, index, grad_hidden, T, A, D, BLOCK_A: tl.const
 
 
 @triton.jit(do_not_specialize=["A"])
-def _weight_part(grad_reward, scored, stride_a, stride_d, part, A, D, PART: tl.constexpr, BLOCK: tl.constexpr):
-    """part[i] = sum of grad_reward[a] * scored[a] over the i-th block of PART answers, for a block of columns."""
+def _weight_part(
+    grad_reward, scored, stride_a, stride_d, part, A, D, PART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """part[i] = sum of grad_reward[a] * scored[a] over the i-th block of PART answers, for a block of columns.
+
+    ROWS answers at a time: with one, a program would wait for memory PART times.
+    """
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
-    for k in range(PART):
-        a = i * PART + k
+    for start in range(0, PART, ROWS):
+        a = i * PART + start + tl.arange(0, ROWS)
         grad = tl.load(grad_reward + a, mask=a < A, other=0.0)
-        readable = tl.where(a < A, D, 0)
-        row = tl.load(scored + a * stride_a + d * stride_d, mask=d < readable, other=0.0).to(tl.float32)
-        total += grad * row
+        place = scored + a[:, None] * stride_a + d[None, :] * stride_d
+        rows = tl.load(place, mask=(a < A)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(grad[:, None] * rows, 0)
     tl.store(part + i * D + d, total, mask=d < D)
 
 
@@ -186,8 +191,8 @@ def backward(
     head, blocks = score_weight.contiguous(), {"BLOCK_A": _block(answers, 1024), "BLOCK_D": _block(size, 4096)}
     _scatter[(answers,)](grad_reward, head, index, grad_hidden, tokens, answers, size, **blocks)
     part = grad_reward.new_empty(triton.cdiv(answers, PART), size)
-    block = _block(size, 512)
+    block = _block(size, 256)
     _weight_part[(part.shape[0], triton.cdiv(size, block))](
-        grad_reward, scored, scored.stride(0), scored.stride(1), part, answers, size, PART=PART, BLOCK=block
+        grad_reward, scored, scored.stride(0), scored.stride(1), part, answers, size, PART=PART, ROWS=ROWS, BLOCK=block
     )
     return grad_hidden, part.sum(0).to(score_weight.dtype)
