@@ -62,6 +62,7 @@ def environment(library: Path) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(library.parent),
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # cuDNN cannot run
         "CUDA_VISIBLE_DEVICES": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its worker processes may keep a child waiting at its end
     }
 
 
