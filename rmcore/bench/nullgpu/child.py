@@ -202,6 +202,10 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
             "late_compilations": counters["stats"]["unique_graphs"] - compilations,
         }
         found = counted.by_name()
+        record |= {
+            "copies": found.get("memcpy async H2D, own stream", 0) / MEASURED,
+            "copies_in_line": found.get("memcpy async H2D", 0) / MEASURED,  # on the stream of the model
+        }
 
         trace, traced, visible = Trace(), 0, 0
         counted.reset()
