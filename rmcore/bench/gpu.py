@@ -171,9 +171,12 @@ def ops(bench: Bench) -> dict[str, Any]:
             joined, bias = (torch.randn(n, 3 * heads * size, device=bench.device, dtype=kind) for n in (tokens, 1))
             angle = torch.rand(tokens, turned // 2, device=bench.device).repeat(1, 2) * 6.0
             turns = angle.cos().to(kind), angle.sin().to(kind)
-            call = partial(lambda qkv, bias, turns, h: rotate_gather(qkv, bias, *turns, plan, h), turns=turns, h=heads)
+
+            def rotate(qkv: Tensor, bias: Tensor, turns: tuple[Tensor, Tensor] = turns, h: int = heads) -> Any:
+                return rotate_gather(qkv, bias, *turns, plan, h)
+
             name = f"rotate and gather, {heads} heads, size {size}, {turned} turned, {kind}"
-            found[name] = bench.note(name, errors(call, joined, bias.squeeze(0)))
+            found[name] = bench.note(name, errors(rotate, joined, bias.squeeze(0)))
         pre, bias = (torch.randn(n, 1000, device=bench.device, dtype=kind) for n in (tokens, 1))
         name = f"gelu and its bias {kind}"
         found[name] = bench.note(name, errors(biased_gelu, pre, bias.squeeze(0)))

@@ -46,7 +46,7 @@ class FusedAttention(GPTNeoXAttention):
         if plan is None or not plain or type(linear) is not nn.Linear or (self.training and self.attention_dropout):
             return super().forward(
                 hidden_states,
-                attention_mask,
+                attention_mask,  # type: ignore[arg-type]
                 layer_past=layer_past,
                 position_embeddings=position_embeddings,
                 **keywords,
