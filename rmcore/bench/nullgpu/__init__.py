@@ -2,7 +2,7 @@
 
 Input: an environment with a CUDA build of PyTorch (5 GB), a C compiler, and no GPU.
 Output: one JSON file with a record per model, strategy and way; exit code 1 if a bound does not hold.
-Example: 1.4b under ddp, compiled: 0 waits, 62 launches per layer and micro batch, no graph break, no recompilation.
+Example: 1.4b under ddp, compiled: 0 waits, 57 launches per layer and micro batch, no graph break, no recompilation.
 
 nullcuda.c stands in for the CUDA runtime, the driver, cuBLAS and NCCL. Memory is reserved and never touched; kernels
 are counted by name and never run. So a run takes the time of the host only, and all values are garbage: it shows
@@ -10,8 +10,10 @@ nothing about numbers, the time of a GPU, or what NCCL does. The real model, str
 
 Held for every run:
 - PyTorch raises for a call that waits for the device within the steps after the first two;
-- at most LAUNCHES kernels per layer and micro batch;
-- the allocator's peak is within PEAK of what rmcore.cost.memory predicts;
+- at most LAUNCHES kernels per layer and micro batch, and GATHERS more where each layer gathers its weights (zero3);
+- the allocator's peak is within PEAK of what rmcore.cost.memory predicts. Compiled layers may stay further below it:
+  the compiler computes elementwise results again, which the prediction takes for kept;
+- ddp: no copy to the device waits behind the model's kernels (FSDP2 copies lists of pointers so);
 - compiled: no graph break, and no compilation after the first two steps.
 """
 
@@ -30,6 +32,7 @@ from rmcore.bench.measure import own_child, parser, run_child, write_results
 MODELS = ("1.4b", "2.8b", "7b")
 STRATEGIES = ("ddp", "zero2", "zero3")
 LAUNCHES = {"eager": 140, "compiled": 70}  # most kernels per layer and micro batch, forward and backward
+GATHERS = 15  # more of them under zero3
 PEAK = 0.10  # most difference of the allocator's peak and the predicted one
 RANKS = {"7b": 8}  # of which one runs; its collectives return at once
 SOURCES = ("nullcuda.c", "absent.c")
@@ -70,13 +73,16 @@ def complaints(found: dict[str, Any]) -> list[str]:
     """Which bounds a record breaks."""
     way = "compiled" if found["compiled"] else "eager"
     broken = []
-    if found["launches_per_layer"] > LAUNCHES[way]:
-        broken.append(f"{found['launches_per_layer']:.0f} launches per layer and micro batch, {way}: {LAUNCHES[way]}")
+    most = LAUNCHES[way] + (GATHERS if found["strategy"] == "zero3" else 0)
+    if found["launches_per_layer"] > most:
+        broken.append(f"{found['launches_per_layer']:.0f} launches per layer and micro batch, {way}: {most}")
     if found["waits"]:
         broken.append(f"the host waits: {found['waits']}")
     off = found["peak_gb"] / found["predicted_gb"] - 1
-    if abs(off) > PEAK:
+    if off > PEAK or (off < -PEAK and not found["compiled"]):
         broken.append(f"a peak of {found['peak_gb']:.1f} GB, predicted {found['predicted_gb']:.1f} GB ({off:+.0%})")
+    if found["strategy"] == "ddp" and found.get("copies_in_line"):
+        broken.append(f"{found['copies_in_line']:.0f} copies to the device behind the kernels of a step")
     if found["graph_breaks"] or found["late_compilations"]:
         broken.append(f"{found['graph_breaks']} graph breaks, {found['late_compilations']} late compilations")
     return broken

@@ -12,6 +12,7 @@ computes, and the model's stream waits for those of its batch only (`CopyStream`
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class CopyStream:
     """Copies batches to a GPU next to what it computes. One thread sends, another one receives."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._stream = device, _copy_stream(device)
 
     def send(self, batch: RaggedBatch) -> "Sent":
         """Pin a batch of the host, and begin its copies."""
@@ -45,6 +46,12 @@ class CopyStream:
             return tensor
 
         return sent.batch.mapped(used)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loaders of this process: the allocator keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)
 
 
 class Sent(NamedTuple):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rmcore.data.batches import loader as loading
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.batches.loader import CopyStream, Loader
 from rmcore.data.batches.step_plan import Step
@@ -43,7 +44,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(f"copy on {on[-1]}")
         return real(tensor, *arguments, **keywords)
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    one = Stream(META)
+    monkeypatch.setattr(loading, "_copy_stream", lambda device: one)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("model"))
     monkeypatch.setattr(torch.Tensor, "to", to)
