@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import RaggedBatch, sent
 from rmcore.model.attention import NAME
+from rmcore.model.cpu_layers import use_cpu_ops
 from rmcore.model.grid import Grid
 from rmcore.model.language_head import language_loss
 from rmcore.model.layout_context import packed_layout
@@ -112,6 +113,7 @@ class RewardModel(nn.Module):
         self.pad_token_id, self.objective = pad_token_id, objective
         self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
+        use_cpu_ops(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
         self._balance: RouterBalance | None = None
