@@ -84,9 +84,12 @@ def config_of(settings: dict[str, Any], directory: str) -> Config:
 
 
 def flops_of_step(run: Run, batch: RaggedBatch) -> float:
-    """FLOPs of the matrix products in a forward and backward of `batch`, and of its attention."""
+    """FLOPs of the matrix products in a forward and backward of `batch`, and of its attention.
+
+    On CPUs without autocast, which fills up the row: those of the filling are not useful.
+    """
     counter = FlopCounterMode(display=False)
-    with counter, run.strategy.autocast():
+    with counter, run.strategy.autocast(), torch.autocast("cpu", enabled=False):
         run.strategy.model(batch).loss_sum.backward()
     run.strategy.optimizer.zero_grad(set_to_none=True)
     # The counter does not know the attention op: 4 FLOPs forward and 8 backward per visible pair of tokens and unit of

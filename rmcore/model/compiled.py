@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 
 from rmcore.model.backbone import decoder_layers, keep_products, recompute_activations
+from rmcore.model.cpu_layers import without_cpu_ops
 from rmcore.model.layout_context import Layout, current, traced_layout
 
 
@@ -28,6 +29,7 @@ def compile_layers(backbone: PreTrainedModel, recompute: str = "none", **options
     """
     compiled = torch.compile(_forward, dynamic=True, **options)
     for layer in decoder_layers(backbone)[:-1]:
+        without_cpu_ops(layer)
         layer.forward = partial(_call, compiled, layer, recompute)
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from rmcore.data.batches.batch import RaggedBatch, sent
 from rmcore.model.attention import NAME
+from rmcore.model.cpu_layers import use_cpu_ops
 from rmcore.model.fused_layers import fuse_layers
 from rmcore.model.grid import Grid
 from rmcore.model.language_head import language_loss
@@ -114,6 +115,7 @@ class RewardModel(nn.Module):
         self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
         fuse_layers(backbone)
+        use_cpu_ops(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
         self._balance: RouterBalance | None = None
@@ -236,8 +238,23 @@ class RewardModel(nn.Module):
 
     def packed_hidden(self, batch: RaggedBatch, long_T: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D] of the packed row; [A, D] of the scored tokens if the model is pruned."""
-        with packed_layout(batch.layout), self._only(batch.last_token_index_A), long_texts(long_T):
-            return self._hidden(batch.input_ids_T, batch.position_ids_T)
+        filled = batch.filled(self._filling(batch)) if long_T is None else batch
+        with packed_layout(filled.layout), self._only(batch.last_token_index_A), long_texts(long_T):
+            hidden_TD = self._hidden(filled.input_ids_T, filled.position_ids_T)
+        return hidden_TD if filled is batch or self._returns_scored_rows else hidden_TD[: batch.computed_tokens]
+
+    def _filling(self, batch: RaggedBatch) -> int:
+        """Rows by which a packed row is filled up.
+
+        On a CPU, oneDNN compiles each bf16 product for its number of rows, which takes about as long as the product of
+        a small model, and keeps 1,024 of them. Nearly every packed row has another number of tokens. So it is filled up
+        to a multiple of at most 64, and of at most a sixteenth of it.
+        """
+        half = torch.is_autocast_enabled("cpu") or self.score.weight.dtype == torch.bfloat16
+        if not (half and batch.input_ids_T.is_cpu):
+            return 0
+        multiple = 2 ** min(6, max(1, batch.computed_tokens // 16).bit_length() - 1)
+        return -batch.computed_tokens % multiple
 
     def _hidden(self, input_ids_T: Tensor, position_ids_T: Tensor) -> Tensor:
         found = self.backbone(input_ids=input_ids_T[None], position_ids=position_ids_T[None], use_cache=False)
@@ -295,7 +312,7 @@ class RewardModel(nn.Module):
         """
         if self.context is not None:
             return RowPart.of(batch, self.context).whole(values.squeeze(0))
-        return values.flatten(0, 1)[Grid.of(batch).cell_T] if self.masked else values.squeeze(0)
+        return values.flatten(0, 1)[Grid.of(batch).cell_T] if self.masked else values[0, : batch.computed_tokens]
 
     def reward_alone(self, text_T: Tensor) -> Tensor:
         """fp64 reward of one text as transformers runs it, without packing and padding; the self-test's reference."""

@@ -114,6 +114,11 @@ def use(mode: str) -> None:
         _overrides.append(library)
 
 
+def fused() -> bool:
+    """Whether compiled kernels run where they are present; False after `use("reference")`."""
+    return not _overrides
+
+
 def describe() -> str:
     """One line about the kernels in use."""
     unknown = "" if _wanted in MODES else f" (RMCORE_OPS={_wanted} is unknown: {' or '.join(MODES)})"

@@ -76,6 +76,37 @@ def test_a_rank_without_work_has_zero_loss_and_zero_gradients():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("family", EXACT_SHARED)
+def test_filling_up_a_row_changes_no_result(family, pruned, monkeypatch):
+    batch, found = build_batch(odd_items(), range(len(odd_items()))), []
+    for rows in (0, 13):
+        model = reward_model(tiny_model(family, torch.float64), SHARED)
+        model.use(SHARED, pruned=pruned)
+        monkeypatch.setattr(model, "_filling", lambda _, rows=rows: rows)
+        out = model(batch)
+        out.loss_sum.backward()
+        found.append([out.rewards_A, out.loss_sum, *(p.grad for p in model.parameters())])
+    assert model.pruned == pruned
+    for plain, filled in zip(*found, strict=True):
+        assert_close(filled, plain, BOUND[torch.float64], "filled")
+
+
+@pytest.mark.parametrize("way", ["fp32", "autocast", "weights"])
+def test_rows_are_filled_up_where_products_are_compiled_for_each_number_of_rows(way):
+    model, seen = reward_model(tiny_model("llama"), SHARED), []
+    if way == "weights":
+        model = model.bfloat16()
+    model.backbone.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"]), with_kwargs=True)
+    for prompt in (6, 20, 40, 80, 200, 1100):
+        batch = build_batch(Items([item(prompt, 3, 4)]), [0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            hidden = model.packed_hidden(batch)
+        assert len(hidden) == batch.computed_tokens
+    rows = [one.numel() for one in seen]
+    assert rows == ([13, 27, 47, 87, 207, 1107] if way == "fp32" else [13, 27, 48, 88, 208, 1152])
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_self_test_finds_an_exact_path(family):
     items = odd_items()

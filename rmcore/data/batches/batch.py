@@ -153,6 +153,21 @@ class RaggedBatch(Judged):
         parts = tuple(replace(part, **_mapped(part, change)) for part in self.parts)
         return replace(self, layout=self.layout.mapped(change), parts=parts, **_mapped(self, change))
 
+    def filled(self, rows: int) -> "RaggedBatch":
+        """The batch with so many more rows, which no other row reads: copies of the first token, in a segment of their
+        own. Experts get no token that is not in the batch, and no embedding of positions needs more rows.
+        """
+        if not rows:
+            return self
+        tokens = self.computed_tokens
+        more = torch.tensor([[tokens, tokens + rows, tokens, tokens]], dtype=torch.int32)
+        return replace(
+            self,
+            input_ids_T=torch.cat([self.input_ids_T, self.input_ids_T[:1].expand(rows)]),
+            position_ids_T=torch.cat([self.position_ids_T, self.position_ids_T[:1].expand(rows)]),
+            layout=AttentionLayout(torch.cat([self.layout.segments_S4, more])),
+        )
+
     def with_varlen(self) -> "RaggedBatch":
         """The batch with the index tensors that CUDA attention reads. Without answers row 0 counts as scored."""
         rows_A = self.last_rows_A if len(self.last_rows_A) else np.zeros(1, dtype=np.int64)

@@ -1,0 +1,122 @@
+"""Lets the layers of a decoder that transformers wrote compute by the ops of `rmcore.ops.layers` on a CPU.
+
+Input: a backbone. Output: the number of its modules that compute by these ops; weights and their names stay.
+Example: GPT-NeoX's layers get `gelu` and `rotate`, Llama's `swiglu`, `rms_norm` and `rotate`.
+
+Every `RewardModel` has them, so a training, its evaluations, a recomputed layer, `rmcore evaluate`, `score` and `serve`
+compute the same numbers.
+
+A module is recognised by the code of its forward, so the many models whose norm or MLP is a copy of Llama's are
+covered, and one that computes something else is left alone. Tensors that the ops do not take (another device or dtype,
+DTensors, fake tensors) pass through the module's own forward.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN, GELUActivation
+from transformers.models.gpt_neox import modeling_gpt_neox as neox
+from transformers.models.llama import modeling_llama as llama
+
+from rmcore import ops
+from rmcore.model.layout_context import current_layout
+from rmcore.ops import layers
+
+ROTATION = "apply_rotary_pos_emb"  # the name of the function in the module of each model, which calls HALF
+HALF = "rotate_half"
+ROTATIONS = neox.apply_rotary_pos_emb, llama.apply_rotary_pos_emb  # of the first columns of a head, and of all
+SILU = nn.SiLU, type(ACT2FN["silu"])
+
+
+def use_cpu_ops(backbone: nn.Module) -> int:
+    """Let the modules of `backbone` compute by the CPU ops where they have one. Returns how many do."""
+    if not layers.available():
+        return 0
+    found = 0
+    for module in backbone.modules():
+        # A forward in the module's own dictionary was put there by a caller: it stays.
+        if "forward" not in vars(module) and (forward := _forward(module)) is not None:
+            module.forward = functools.partial(forward, module)
+            found += 1
+    for namespace in {sys.modules[type(module).__module__] for module in backbone.modules()}:
+        original, half = getattr(namespace, ROTATION, None), getattr(namespace, HALF, None)
+        known = any(_same(original, one) for one in ROTATIONS)
+        if original is not None and known and _same(half, llama.rotate_half):
+            setattr(namespace, ROTATION, _rotation(original))
+    return found
+
+
+def without_cpu_ops(layer: nn.Module) -> None:
+    """Undo `use_cpu_ops` in a layer that will be compiled, because equal layers shall share one compilation."""
+    for module in layer.modules():
+        if getattr(vars(module).get("forward"), "func", None) in (_gelu, _rms_norm, _swiglu):
+            del module.forward
+
+
+def _forward(module: nn.Module) -> Callable[..., Tensor] | None:
+    """What computes the same as the forward of the module, by an op."""
+    kind = type(module)
+    exact_gelu = kind is nn.GELU and module.approximate == "none"
+    if exact_gelu or (kind is GELUActivation and module.act is F.gelu):
+        return _gelu
+    if _same(kind.forward, llama.LlamaRMSNorm.forward):
+        return _rms_norm
+    if _same(kind.forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, SILU):
+        return _swiglu
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two functions have the same code, apart from their docstrings and the names of local variables."""
+    a, b = (getattr(x, "__code__", None) for x in (one, other))
+    if not (isinstance(a, CodeType) and isinstance(b, CodeType)):
+        return False
+    return (a.co_code, a.co_names, a.co_consts[1:]) == (b.co_code, b.co_names, b.co_consts[1:])
+
+
+def _takes(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether the ops take a tensor: a plain one on the CPU, outside compiled code."""
+    return type(x) is Tensor and x.is_cpu and x.dtype in dtypes and not torch.compiler.is_compiling() and ops.fused()
+
+
+def _gelu(module: nn.Module, input: Tensor) -> Tensor:
+    if _takes(input, torch.float32, torch.bfloat16):
+        return torch.ops.rmcore.gelu(input)
+    return type(module).forward(module, input)
+
+
+def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    plain = type(module.weight) in (nn.Parameter, Tensor) and module.weight.dtype == torch.float32
+    if plain and _takes(hidden_states, torch.float32):
+        return torch.ops.rmcore.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return type(module).forward(module, hidden_states)
+
+
+def _swiglu(module: Any, x: Tensor) -> Tensor:
+    """Llama's MLP with its activation and product in one pass."""
+    if not _takes(x, torch.float32, torch.bfloat16):
+        return type(module).forward(module, x)
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if _takes(gate, torch.float32, torch.bfloat16) and gate.dtype == up.dtype:
+        return module.down_proj(torch.ops.rmcore.swiglu(gate, up))
+    return module.down_proj(F.silu(gate) * up)
+
+
+def _rotation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' function, and within a packed forward the op where it takes the tensors."""
+
+    @functools.wraps(original)
+    def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
+        plain = not (rest or named) and _takes(cos, torch.float32) and _takes(sin, torch.float32)
+        kinds = torch.float32, torch.bfloat16
+        if plain and current_layout() is not None and _takes(q, *kinds) and _takes(k, *kinds) and q.shape[0] == 1:
+            return torch.ops.rmcore.rotate(q, cos, sin), torch.ops.rmcore.rotate(k, cos, sin)
+        return original(q, k, cos, sin, *rest, **named)
+
+    return rotation
