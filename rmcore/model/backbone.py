@@ -23,7 +23,7 @@ from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory, refuse_missing_directory
 from rmcore.model.activation_offload import offload_inputs
 from rmcore.model.adapter import StoredAdapter
-from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
+from rmcore.model.classifier import brings_code, classifier_class, new_classifier, part_that_reads, text_model
 from rmcore.model.found_weights import SCORE, check_found, listed
 from rmcore.model.layout_context import recompute_contexts
 from rmcore.model.meta_model import fresh_head, grow, model_on_meta, other_heads, set_padding
@@ -34,6 +34,10 @@ from rmcore.model.synthetic_model import SYNTHETIC, synthetic_model_config
 
 # Methods of quantised checkpoints whose layers transformers does not turn back into plain ones.
 UNTRAINABLE = ("aqlm", "auto-round", "awq", "bitsandbytes", "gptq", "hqq", "quanto")
+
+# Parts of text models that transformers freezes until it loads their weights: BLT's patcher, whose entropies decide where a
+# patch ends. No gradient reaches it, and decay would change it.
+UNTRAINED = {"patcher"}
 
 
 def load_model(
@@ -98,6 +102,8 @@ def train_text_only(model: PreTrainedModel) -> PreTrainedModel:
     model.eval().requires_grad_(False)
     for part in (text_model(model), cast(nn.Module, model.score)):
         part.train().requires_grad_(True)
+    for name in UNTRAINED & dict(text_model(model).named_children()).keys():
+        text_model(model).get_submodule(name).requires_grad_(False)
     return model
 
 
@@ -167,8 +173,10 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     refuse_missing_directory(config.name)
     check_model_directory(config.name)
     try:
-        return AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        return part_that_reads(
+            AutoConfig.from_pretrained(
+                config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(unreadable(config, error)) from None

@@ -10,6 +10,7 @@ from transformers import BertConfig, PI0Config, T5Config
 from rmcore.bench.models import exact, families, tiny_config, tried
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
+from rmcore.hf_export.from_checkpoint import holds_others
 from rmcore.model.backbone import decoder_layers, load_model, reward_config
 from rmcore.model.classifier import (
     classifier_class,
@@ -138,6 +139,29 @@ def test_rows_of_renamed_and_fused_weights_are_those_of_the_whole_model(family: 
     assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
     buffers = dict(skeleton.named_buffers())
     assert [name for name, buffer in whole.named_buffers() if not torch.equal(buffer, buffers[name])] == []
+
+
+def test_blt_trains_all_but_the_patcher(tmp_path: Path) -> None:
+    """The part that cuts a text into patches is frozen, exported as it was, and the vocabulary of the encoder grows."""
+    config = ModelConfig(name=str(stored("blt", tmp_path)))
+    for model in (load_model(config, **ARGUMENTS), open_lazy_model(config, **ARGUMENTS).build()):
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        assert frozen == {name for name, _ in model.named_parameters() if name.startswith("model.patcher.")}
+    assert holds_others(reward_config(config, 0), config), "an export from a checkpoint reads the base model's files"
+    model = load_model(config, **ARGUMENTS)
+    assert model.config.encoder_config.vocab_size == len(model.get_input_embeddings().weight) == 272
+    assert tried("blt").path == "padded"
+
+
+@pytest.mark.parametrize("family", some("qwen2_5_omni", "qwen3_omni_moe", fast=0))
+def test_a_checkpoint_that_also_speaks_trains_the_part_that_reads(family: str, tmp_path: Path) -> None:
+    result = tried(family)
+    assert (result.outcome, result.path) == ("exact", "shared"), result
+    config = ModelConfig(name=str(stored(family, tmp_path)))
+    model, lazy = load_model(config, **ARGUMENTS), open_lazy_model(config, **ARGUMENTS).build()
+    assert type(model).__name__.endswith("ThinkerForSequenceClassification")
+    assert model.state_dict().keys() == lazy.state_dict().keys()
+    assert towers(model) and not any("talker" in name for name in model.state_dict())
 
 
 def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
