@@ -8,6 +8,7 @@ Example: EleutherAI/pythia-14m -> GPTNeoXForSequenceClassification with `score.w
 N(0, 1/sqrt(129)).
 """
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -35,8 +36,8 @@ from rmcore.model.synthetic_model import SYNTHETIC, synthetic_model_config
 # Methods of quantised checkpoints whose layers transformers does not turn back into plain ones.
 UNTRAINABLE = ("aqlm", "auto-round", "awq", "bitsandbytes", "gptq", "hqq", "quanto")
 
-# Parts of text models that transformers freezes until it loads their weights: BLT's patcher, whose entropies decide where a
-# patch ends. No gradient reaches it, and decay would change it.
+# Parts of text models that transformers freezes until it loads their weights: BLT's patcher, whose entropies decide
+# where a patch ends. No gradient reaches it, and decay would change it.
 UNTRAINED = {"patcher"}
 
 
@@ -264,25 +265,24 @@ def unreadable(config: ModelConfig, error: Exception) -> str:
     return f"model.name {config.name} cannot be loaded ({type(error).__name__}): {reason}"
 
 
-NOISE = (
-    *("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"),
-    *("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),  # of routers
-)
+# What the names of such probabilities contain, where modules keep them as numbers: residual_dropout, attn_pdrop,
+# layerdrop, jitter_noise. Some families call functions with them in place of nn.Dropout.
+NOISE = re.compile("drop|jitter|noise")
 
 
 def turn_dropout_off(model: nn.Module) -> None:
     """Set every dropout probability, and the noise of routers, to 0, in training too.
 
-    PhiMoE's routers draw experts at random in training mode, so they compute in evaluation mode.
-    Source for dropout: Ziegler et al., arXiv 1909.08593, p. 3.
+    PhiMoE's routers draw experts at random in training mode, so they compute in evaluation mode. The self-test refuses
+    models in which anything else is drawn. Source for dropout: Ziegler et al., arXiv 1909.08593, p. 3.
     """
     for module in model.modules():
         if hasattr(module, "router_jitter_noise"):
             module.register_forward_pre_hook(_evaluate)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in NOISE:
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if isinstance(value, float) and NOISE.search(name):
                 setattr(module, name, 0.0)
 
 

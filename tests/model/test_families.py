@@ -185,10 +185,15 @@ def test_layers_of_several_classes_are_one_list() -> None:
     assert len(layers) == 4 and len({type(layer) for layer in layers}) > 1
 
 
-@pytest.mark.parametrize("family", some("phimoe", "dbrx"))
-def test_routers_draw_nothing_at_random_in_training(family: str, tmp_path: Path) -> None:
-    """PhiMoE samples its experts, and DBRX multiplies their inputs by noise, where a module is in training mode."""
+@pytest.mark.parametrize("family", some("starcoder2", "phimoe", "dbrx", "seed_oss", "gpt_bigcode", fast=2))
+def test_nothing_is_drawn_at_random_in_training(family: str, tmp_path: Path) -> None:
+    """PhiMoE samples its experts, DBRX multiplies their inputs by noise, and Starcoder 2 calls functions for dropout,
+    where a module is in training mode.
+    """
     config = tiny_config(family)
+    for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.5)
     if family == "dbrx":
         config.ffn_config.moe_jitter_eps = 0.5
     set_padding(config, 0)
