@@ -34,7 +34,7 @@ from rmcore.config.lora import LoraConfig
 from rmcore.data.batches.batch import RaggedBatch, build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
-from rmcore.model.classifier import new_classifier, text_model
+from rmcore.model.classifier import new_classifier, state_width, text_model
 from rmcore.model.lora import add_lora, store_base, targets
 from rmcore.model.meta_model import set_padding
 from rmcore.model.objectives import Objective
@@ -133,7 +133,7 @@ class DryRun:
             except Exception:  # a model that fails on fake tensors must not stop `rmcore plan` or a run
                 continue
         else:
-            width = half / 2.0 * self.hf_config.get_text_config().hidden_size
+            width = half / 2.0 * state_width(self.hf_config)
             live = 0.0 if recompute == "none" else RULE_OF_THUMB["none"]
             kept_layers = 2 if recompute == "offload" else layers
             return TokenBytes(kept_layers * width * RULE_OF_THUMB[recompute], width * live, counted=False)
@@ -239,7 +239,7 @@ def _attention_widths(hf_config: PretrainedConfig) -> tuple[int, int]:
     """The number of query heads and that of key heads, each times the head size."""
     text = hf_config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1  # a model without attention is as if it had one head
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    head = getattr(text, "head_dim", None) or state_width(hf_config) // heads
     return heads * head, (getattr(text, "num_key_value_heads", None) or heads) * head
 
 

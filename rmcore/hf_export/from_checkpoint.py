@@ -39,7 +39,7 @@ from rmcore.hf_export.parity import Probe
 from rmcore.hf_export.probe import built_in, probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.host.model_directory import ADAPTER
-from rmcore.model.backbone import load_model, load_model_config, position_limit
+from rmcore.model.backbone import load_model, load_model_config, position_limit, train_text_only
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
 from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.language_head import empty_head
@@ -250,8 +250,8 @@ def holds_others(hf_config: PretrainedConfig, model: ModelConfig) -> bool:
     """Whether the model has weights or stored buffers that are not trained."""
     if brings_code(hf_config, trust_remote_code=model.trust_remote_code):
         return True
-    skeleton = model_on_meta(hf_config)
-    return bool(towers(skeleton) or stored_buffers(skeleton))
+    skeleton = train_text_only(model_on_meta(hf_config))
+    return not all(p.requires_grad for p in skeleton.parameters()) or bool(stored_buffers(skeleton))
 
 
 def read_weights(model: RewardModel, checkpoint: Path, manifest: Manifest, weights: str) -> None:

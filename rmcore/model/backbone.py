@@ -8,6 +8,7 @@ Example: EleutherAI/pythia-14m -> GPTNeoXForSequenceClassification with `score.w
 N(0, 1/sqrt(129)).
 """
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -23,7 +24,7 @@ from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import check_model_directory, refuse_missing_directory
 from rmcore.model.activation_offload import offload_inputs
 from rmcore.model.adapter import StoredAdapter
-from rmcore.model.classifier import brings_code, classifier_class, new_classifier, text_model
+from rmcore.model.classifier import brings_code, classifier_class, new_classifier, part_that_reads, text_model
 from rmcore.model.found_weights import SCORE, check_found, listed
 from rmcore.model.layout_context import recompute_contexts
 from rmcore.model.meta_model import fresh_head, grow, model_on_meta, other_heads, set_padding
@@ -34,6 +35,10 @@ from rmcore.model.synthetic_model import SYNTHETIC, synthetic_model_config
 
 # Methods of quantised checkpoints whose layers transformers does not turn back into plain ones.
 UNTRAINABLE = ("aqlm", "auto-round", "awq", "bitsandbytes", "gptq", "hqq", "quanto")
+
+# Parts of text models that transformers freezes until it loads their weights: BLT's patcher, whose entropies decide
+# where a patch ends. No gradient reaches it, and decay would change it.
+UNTRAINED = {"patcher"}
 
 
 def load_model(
@@ -98,6 +103,8 @@ def train_text_only(model: PreTrainedModel) -> PreTrainedModel:
     model.eval().requires_grad_(False)
     for part in (text_model(model), cast(nn.Module, model.score)):
         part.train().requires_grad_(True)
+    for name in UNTRAINED & dict(text_model(model).named_children()).keys():
+        text_model(model).get_submodule(name).requires_grad_(False)
     return model
 
 
@@ -167,8 +174,10 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     refuse_missing_directory(config.name)
     check_model_directory(config.name)
     try:
-        return AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        return part_that_reads(
+            AutoConfig.from_pretrained(
+                config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(unreadable(config, error)) from None
@@ -256,25 +265,24 @@ def unreadable(config: ModelConfig, error: Exception) -> str:
     return f"model.name {config.name} cannot be loaded ({type(error).__name__}): {reason}"
 
 
-NOISE = (
-    *("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"),
-    *("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),  # of routers
-)
+# What the names of such probabilities contain, where modules keep them as numbers: residual_dropout, attn_pdrop,
+# layerdrop, jitter_noise. Some families call functions with them in place of nn.Dropout.
+NOISE = re.compile("drop|jitter|noise")
 
 
 def turn_dropout_off(model: nn.Module) -> None:
     """Set every dropout probability, and the noise of routers, to 0, in training too.
 
-    PhiMoE's routers draw experts at random in training mode, so they compute in evaluation mode.
-    Source for dropout: Ziegler et al., arXiv 1909.08593, p. 3.
+    PhiMoE's routers draw experts at random in training mode, so they compute in evaluation mode. The self-test refuses
+    models in which anything else is drawn. Source for dropout: Ziegler et al., arXiv 1909.08593, p. 3.
     """
     for module in model.modules():
         if hasattr(module, "router_jitter_noise"):
             module.register_forward_pre_hook(_evaluate)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in NOISE:
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if isinstance(value, float) and NOISE.search(name):
                 setattr(module, name, 0.0)
 
 

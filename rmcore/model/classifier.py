@@ -49,7 +49,7 @@ class MadeClassifier:
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         setattr(self, self.base_model_prefix, AutoModel.from_config(config))
-        self.score = nn.Linear(config.get_text_config().hidden_size, cast(int, config.num_labels), bias=False)
+        self.score = nn.Linear(state_width(config), cast(int, config.num_labels), bias=False)
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(
@@ -64,6 +64,20 @@ class MadeClassifier:
         last = (places * (input_ids != model.config.get_text_config().pad_token_id)).argmax(-1)
         logits = self.score(hidden)[torch.arange(len(input_ids), device=last.device), last]
         return SequenceClassifierOutput(logits=logits)
+
+
+def part_that_reads(hf_config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the part of a checkpoint that becomes the reward model: the whole model in most cases.
+
+    Qwen Omni's checkpoints hold a thinker, which reads text, images and sound, and a talker, which speaks: the thinker.
+    """
+    return getattr(hf_config, "thinker_config", None) or hf_config
+
+
+def state_width(hf_config: PretrainedConfig) -> int:
+    """D, the size of the final hidden states. BLT has no size of its own: they are those of its decoder."""
+    text = hf_config.get_text_config()
+    return cast(int, getattr(text, "hidden_size", None) or text.decoder_config.hidden_size)
 
 
 def classifier_class(hf_config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -113,7 +127,7 @@ def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
     Of a decoder with towers it is the class that holds all of them. Raises UserError if there is none.
     """
     found = [getattr(auto, mapping)[kind] for mapping in _DECODERS if kind in getattr(auto, mapping, ())]
-    if not found or kind not in auto.MODEL_MAPPING:
+    if not found:
         raise UserError(f"transformers has no decoder for the model type {kind.model_type}; {_ONLY_DECODERS}")
     return _one(found[-1])
 
@@ -121,6 +135,8 @@ def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
 @cache
 def _class_of(kind: Any) -> type[PreTrainedModel]:
     decoder = decoder_class(kind)
+    if kind not in auto.MODEL_MAPPING:
+        raise UserError(f"transformers has no decoder for the model type {kind.model_type}; {_ONLY_DECODERS}")
     if kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         known = _one(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if _has_score(known):
@@ -134,13 +150,18 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
         "__module__": decoder.__module__,
         "config_class": kind,
         "base_model_prefix": family.base_model_prefix or "model",
-        "_keys_to_ignore_on_load_unexpected": getattr(decoder, "_keys_to_ignore_on_load_unexpected", None),
+        "_keys_to_ignore_on_load_unexpected": _ignored(decoder) + _ignored(_one(auto.MODEL_MAPPING[kind])),
     }
     name = f"{_stem(decoder)}ForSequenceClassification"
     # transformers knows some renamings by the name of the class with the language-model head.
     if (renamings := get_checkpoint_conversion_mapping(decoder.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
     return cast(type[PreTrainedModel], type(name, (MadeClassifier, family), attributes))
+
+
+def _ignored(known: type[PreTrainedModel]) -> list[str]:
+    """Patterns of the weights that transformers ignores in checkpoints of a class."""
+    return list(getattr(known, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
 def _has_score(known: type[PreTrainedModel]) -> bool:

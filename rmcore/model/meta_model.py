@@ -61,6 +61,10 @@ def grow(model: PreTrainedModel, vocabulary: int, pad_token_id: int) -> None:
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     if vocabulary > embedding.weight.shape[0]:
         model.resize_token_embeddings(vocabulary, pad_to_multiple_of=8, mean_resizing=False)
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        for part in model.modules():  # BLT's encoder has a config of its own, which transformers leaves as it is
+            if isinstance(part, PreTrainedModel) and any(child is embedding for child in part.children()):
+                part.config.vocab_size = embedding.num_embeddings
     set_padding(model.config, pad_token_id)
 
 

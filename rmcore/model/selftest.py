@@ -66,6 +66,7 @@ def choose_path(
     model.use(PADDED)
     with _explained(model, "the reward of a text"):
         oracle = rewards_alone(model, data, numbers, device)
+    _check_repeatable(model, data, numbers, device)
     tolerance = _tolerance(model, data, numbers, device, oracle)
     if half is not None:
         with _explained(model, "the reward of a text in half precision"), half:
@@ -127,6 +128,17 @@ def _explained(model: RewardModel, what: str) -> Iterator[None]:
 def rewards_alone(model: RewardModel, data: Comparisons, numbers: list[int], device: torch.device) -> Tensor:
     """The oracle: fp64 rewards of every answer, each text by itself through the model as transformers runs it."""
     return torch.stack([model.reward_alone(text) for text in _texts(data, numbers, device)])
+
+
+def _check_repeatable(model: RewardModel, data: Comparisons, numbers: list[int], device: torch.device) -> None:
+    """Raises UserError if two forwards of a text differ: no bound of rounding would then mean anything."""
+    shortest = _shortest(data, numbers)[:1]
+    first, second = (rewards_alone(model, data, shortest, device) for _ in range(2))
+    if not (difference := float((first - second).abs().max())) <= floor(first):
+        raise UserError(
+            f"{type(model.backbone).__name__}: two forwards of one text give rewards that differ by {difference:.1e}: "
+            "something in it is drawn at random; set its dropout or noise to 0 in config.json"
+        )
 
 
 def skips_weights(model: RewardModel, data: Comparisons, device: torch.device) -> bool:

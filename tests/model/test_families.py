@@ -10,6 +10,7 @@ from transformers import BertConfig, PI0Config, T5Config
 from rmcore.bench.models import exact, families, tiny_config, tried
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
+from rmcore.hf_export.from_checkpoint import holds_others
 from rmcore.model.backbone import decoder_layers, load_model, reward_config
 from rmcore.model.classifier import (
     classifier_class,
@@ -140,6 +141,29 @@ def test_rows_of_renamed_and_fused_weights_are_those_of_the_whole_model(family: 
     assert [name for name, buffer in whole.named_buffers() if not torch.equal(buffer, buffers[name])] == []
 
 
+def test_blt_trains_all_but_the_patcher(tmp_path: Path) -> None:
+    """The part that cuts a text into patches is frozen, exported as it was, and the vocabulary of the encoder grows."""
+    config = ModelConfig(name=str(stored("blt", tmp_path)))
+    for model in (load_model(config, **ARGUMENTS), open_lazy_model(config, **ARGUMENTS).build()):
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        assert frozen == {name for name, _ in model.named_parameters() if name.startswith("model.patcher.")}
+    assert holds_others(reward_config(config, 0), config), "an export from a checkpoint reads the base model's files"
+    model = load_model(config, **ARGUMENTS)
+    assert model.config.encoder_config.vocab_size == len(model.get_input_embeddings().weight) == 272
+    assert tried("blt").path == "padded"
+
+
+@pytest.mark.parametrize("family", some("qwen2_5_omni", "qwen3_omni_moe", fast=0))
+def test_a_checkpoint_that_also_speaks_trains_the_part_that_reads(family: str, tmp_path: Path) -> None:
+    result = tried(family)
+    assert (result.outcome, result.path) == ("exact", "shared"), result
+    config = ModelConfig(name=str(stored(family, tmp_path)))
+    model, lazy = load_model(config, **ARGUMENTS), open_lazy_model(config, **ARGUMENTS).build()
+    assert type(model).__name__.endswith("ThinkerForSequenceClassification")
+    assert model.state_dict().keys() == lazy.state_dict().keys()
+    assert towers(model) and not any("talker" in name for name in model.state_dict())
+
+
 def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
     base = stored("qwen3_moe", tmp_path)
     path = next(p for p in base.glob("*.safetensors") if any(".experts.2." in name for name in load_file(p)))
@@ -161,10 +185,15 @@ def test_layers_of_several_classes_are_one_list() -> None:
     assert len(layers) == 4 and len({type(layer) for layer in layers}) > 1
 
 
-@pytest.mark.parametrize("family", some("phimoe", "dbrx"))
-def test_routers_draw_nothing_at_random_in_training(family: str, tmp_path: Path) -> None:
-    """PhiMoE samples its experts, and DBRX multiplies their inputs by noise, where a module is in training mode."""
+@pytest.mark.parametrize("family", some("starcoder2", "phimoe", "dbrx", "seed_oss", "gpt_bigcode", fast=2))
+def test_nothing_is_drawn_at_random_in_training(family: str, tmp_path: Path) -> None:
+    """PhiMoE samples its experts, DBRX multiplies their inputs by noise, and Starcoder 2 calls functions for dropout,
+    where a module is in training mode.
+    """
     config = tiny_config(family)
+    for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.5)
     if family == "dbrx":
         config.ffn_config.moe_jitter_eps = 0.5
     set_padding(config, 0)

@@ -127,6 +127,14 @@ def test_a_chosen_path_that_is_not_exact_is_an_error():
         choose_path(reward_model(tiny_model("bloom"), PADDED), odd_items(), [0, 1], CPU, wanted=PACKED)
 
 
+def test_a_model_that_draws_something_at_random_is_an_error():
+    """Its rewards would differ from themselves by more than those of a wrong path from the right ones."""
+    model = reward_model(tiny_model("llama"), PADDED)
+    model.backbone.norm.register_forward_hook(lambda _, __, states: states * (1 + 0.01 * torch.randn(())))
+    with pytest.raises(UserError, match=r"two forwards of one text give rewards that differ .* drawn at random"):
+        choose_path(model, odd_items(), [*range(8)], CPU)
+
+
 def test_the_self_test_sees_a_wrong_fast_path(monkeypatch):
     """With a layout that hides one token from an answer, the self-test takes the next path."""
     import rmcore.model.selftest as selftest
