@@ -17,6 +17,7 @@ from rmcore.config import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.evaluation.metrics import prefix, sentences, table
 from rmcore.hf_export.adapter import AdapterParts
+from rmcore.hf_export.parts import Parts
 from rmcore.host.markdown import markdown_code, markdown_text
 from rmcore.model.objectives import ONE
 from rmcore.model.outputs import Outputs
@@ -100,10 +101,16 @@ SERVED_TURNS = """\
 text (`input`) from `/classify`. Its `/score` joins two texts and does not use the chat template: give it the rendered
 prompt, up to where the answer begins, and the answer with what the template writes behind it."""
 
-# Of a model with towers, in place of VLLM.
+# Of a model with towers, in place of VLLM: where the text model can be exported alone, and where it cannot.
 TOWERS = """\
 With vLLM: `rmcore export RUN -o DIR export.towers=false` writes the text model alone, which vLLM loads. This directory
 also holds the towers for images or sound, which take no part in a reward.
+"""
+
+TOWERS_ONLY = """\
+With vLLM: `LLM(model="{name}", runner="pooling", dtype="{dtype}", limit_mm_per_prompt={{"image": 0, "video": 0}})`
+leaves out the towers for images, which take no part in a reward. vLLM 0.32 computes the rewards of Qwen 3 VL so. It
+refuses families whose language model has a head of its own there, such as Qwen 2.5 VL.
 """
 
 # Of a class that rmcore made: (what the text above has, what it has here).
@@ -172,7 +179,7 @@ def model_card(
     made: bool = False,
     adapter: AdapterParts | None = None,
     alone: bool = False,
-    towers: bool = False,
+    parts: Parts | None = None,
 ) -> str:
     """README.md of the exported directory.
 
@@ -187,7 +194,7 @@ def model_card(
         made: transformers has no class for the model (rmcore.model.classifier.is_made).
         adapter: what an adapter states; None for a whole model.
         alone: padding changes the rewards (`ALONE` of rmcore.model.reward_model).
-        towers: the directory holds towers for images or sound.
+        parts: what of the model the directory holds.
     """
     base = adapter.base if adapter else config.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
@@ -198,7 +205,7 @@ def model_card(
         front["base_model"] = base
     name: Any = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
     dtype = "bfloat16" if config.parallel.precision == "bf16" else "float32"
-    use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers", towers=towers)
+    use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers", parts)
     if adapter:
         use = _adapter_use(name, adapter, len(outputs.names), wants_text)
     if alone:
@@ -221,7 +228,7 @@ def model_card(
 
 
 def converted_card(
-    source: str, *, wants_text: bool, normalisation: Normalisation | None, made: bool, towers: bool = False
+    source: str, *, wants_text: bool, normalisation: Normalisation | None, made: bool, parts: Parts | None = None
 ) -> str:
     """README.md of a directory that was not trained here: how to use it, and where it comes from."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
@@ -233,7 +240,7 @@ def converted_card(
         f"# {markdown_text(source)} as a plain reward model",
         f"Converted by rmcore {__version__}; the reward head is `score`.",
         "## Use\n\n"
-        + _use("path/to/this/directory", "float32", wants_text, normalisation, made, "the original rewards", towers),
+        + _use("path/to/this/directory", "float32", wants_text, normalisation, made, "the original rewards", parts),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -260,10 +267,11 @@ def _use(
     normalisation: Normalisation | None,
     made: bool,
     what: str,
-    towers: bool = False,
+    parts: Parts | None = None,
 ) -> str:
     """The code that loads the model and computes a reward in `dtype`; `what` the normalisation was measured on."""
-    use = USE + (TOWERS if towers else VLLM)
+    towers = bool(parts and parts.towers)
+    use = USE + ((TOWERS if parts and parts.separable else TOWERS_ONLY) if towers else VLLM)
     for ours, theirs in MADE if made else ():
         use = use.replace(ours, theirs)
     served = (SERVED_TEXTS if wants_text else SERVED_TURNS).format(name=name, dtype=dtype)

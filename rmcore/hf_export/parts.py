@@ -29,6 +29,14 @@ class Parts(NamedTuple):
     hf_config: PretrainedConfig
     towers: Mapping[str, Tensor]
 
+    @property
+    def separable(self) -> bool:
+        """Whether a text model with towers can be exported alone."""
+        try:
+            return bool(self.towers) and bool(classifier_class(self.hf_config.get_text_config()))
+        except UserError:
+            return False
+
 
 def exported_parts(
     config: Config, model_class: type[PreTrainedModel], hf_config: PretrainedConfig, towers: Mapping[str, Tensor]
@@ -39,14 +47,13 @@ def exported_parts(
     """
     if config.export.towers or (text := hf_config.get_text_config()) is hf_config:
         return Parts(model_class, hf_config, towers)
-    advice = "leave export.towers out"
     if brings_code(hf_config, trust_remote_code=config.model.trust_remote_code):
         raise UserError(f"export.towers=false is for transformers' own classes, which {config.model.name} does not use")
     text = copy.deepcopy(text)
     try:
         text_class = classifier_class(text)
     except UserError as error:
-        raise UserError(f"export.towers=false: {error}; {advice}") from None
+        raise UserError(f"export.towers=false: {error}; leave export.towers out") from None
     for key in _OF_THE_WHOLE:
         if (value := getattr(hf_config, key, None)) is not None:
             setattr(text, key, value)

@@ -114,7 +114,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
             made=is_made(parts.model_class),
             adapter=adapter,
             alone=computes_alone(run.strategy.model),
-            towers=bool(parts.towers),
+            parts=parts,
         ),
         config_yaml=config.dump_yaml(),
         towers=parts.towers,

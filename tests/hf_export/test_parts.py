@@ -90,11 +90,14 @@ def test_an_adapter_keeps_the_towers_of_its_base_model() -> None:
         run_config("export.towers=false", "export.adapter=true", "model.lora.rank=2", "model.init=pretrained")
 
 
-@pytest.mark.parametrize("has_towers", [True, False])
-def test_the_card_shows_vllm_for_what_it_loads(has_towers: bool) -> None:
-    card = model_card(run_config(), wants_text=False, towers=has_towers)
-    assert ("export.towers=false" in card.partition("## Data")[0]) == has_towers
-    assert ("vllm serve" in card) != has_towers
+@pytest.mark.parametrize(
+    "family, text", [("gemma3", "export.towers=false"), ("qwen3_vl", "limit_mm_per_prompt={"), ("llama", "vllm serve")]
+)
+def test_the_card_shows_how_vllm_loads_it(family: str, text: str) -> None:
+    card = model_card(run_config(), wants_text=False, parts=parts_of(composite(family)))
+    use, _, _ = card.partition("## Data")
+    shown = [t for t in ("export.towers=false", "limit_mm_per_prompt={", "vllm serve") if t in use]
+    assert shown == [text]
 
 
 def test_phimoe_has_the_name_of_its_checkpoints() -> None:
