@@ -20,3 +20,8 @@ class ExportConfig(Section):
         False,
         description="with loss.sft: the trained language-model head; AutoModelForCausalLM then loads it, too",
     )
+    towers: bool = Field(
+        True,
+        description="of a model with towers for images or sound: export them, too; false exports the text model alone, "
+        "a plain decoder, which vLLM loads",
+    )

@@ -483,6 +483,8 @@ class Config(Section):
             raise conflict("loss.router_aux", "and parallel.compile exclude each other: this combination is untested")
         if self.export.lm_head and not self.loss.sft:
             raise conflict("export.lm_head", "needs loss.sft, which trains the language-model head")
+        if self.export.adapter and not self.export.towers:
+            raise conflict("export.towers", "is false, but an adapter belongs to its base model, which has the towers")
         return self
 
     def computes_with_copies(self, *, cuda: bool) -> bool:

@@ -17,6 +17,7 @@ from rmcore.config import Config
 from rmcore.data.tokens.comparisons import TokenizedComparisons
 from rmcore.evaluation.metrics import prefix, sentences, table
 from rmcore.hf_export.adapter import AdapterParts
+from rmcore.hf_export.parts import Parts
 from rmcore.host.markdown import markdown_code, markdown_text
 from rmcore.model.objectives import ONE
 from rmcore.model.outputs import Outputs
@@ -41,6 +42,9 @@ with torch.no_grad():
     reward = model(input_ids=ids).logits[0, 0].item()
 ```
 
+"""
+
+VLLM = """\
 With vLLM:
 
 ```python
@@ -97,6 +101,18 @@ SERVED_TURNS = """\
 text (`input`) from `/classify`. Its `/score` joins two texts and does not use the chat template: give it the rendered
 prompt, up to where the answer begins, and the answer with what the template writes behind it."""
 
+# Of a model with towers, in place of VLLM: where the text model can be exported alone, and where it cannot.
+TOWERS = """\
+With vLLM: `rmcore export RUN -o DIR export.towers=false` writes the text model alone, which vLLM loads. This directory
+also holds the towers for images or sound, which take no part in a reward.
+"""
+
+TOWERS_ONLY = """\
+With vLLM: `LLM(model="{name}", runner="pooling", dtype="{dtype}", limit_mm_per_prompt={{"image": 0, "video": 0}})`
+leaves out the towers for images, which take no part in a reward. vLLM 0.32 computes the rewards of Qwen 3 VL so. It
+refuses families whose language model has a head of its own there, such as Qwen 2.5 VL.
+"""
+
 # Of a class that rmcore made: (what the text above has, what it has here).
 MADE = (
     ("With transformers:", "Transformers has no class for this model with a linear score head. With rmcore:"),
@@ -110,7 +126,11 @@ MADE = (
 NORMALISED = """
 `config.json` holds the mean and deviation of {what}: `"pooler_config": {stored}`. The weights
 are not changed, so the code above gives raw rewards. `rmcore score --normalise` and `rmcore serve --normalise` return
-(reward - {logit_mean:.6g}) / {logit_sigma:.6g}. So does vLLM (0.20 or newer) with this option:
+(reward - {logit_mean:.6g}) / {logit_sigma:.6g}.
+"""
+
+NORMALISED_VLLM = """\
+So does vLLM (0.20 or newer) with this option:
 
 ```
 vllm serve {name} --runner pooling --dtype {dtype} --pooler-config '{stored}'
@@ -159,6 +179,7 @@ def model_card(
     made: bool = False,
     adapter: AdapterParts | None = None,
     alone: bool = False,
+    parts: Parts | None = None,
 ) -> str:
     """README.md of the exported directory.
 
@@ -173,6 +194,7 @@ def model_card(
         made: transformers has no class for the model (rmcore.model.classifier.is_made).
         adapter: what an adapter states; None for a whole model.
         alone: padding changes the rewards (`ALONE` of rmcore.model.reward_model).
+        parts: what of the model the directory holds.
     """
     base = adapter.base if adapter else config.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
@@ -183,7 +205,7 @@ def model_card(
         front["base_model"] = base
     name: Any = config.hub.repo if HUB_ID.fullmatch(config.hub.repo or "") else "path/to/this/directory"
     dtype = "bfloat16" if config.parallel.precision == "bf16" else "float32"
-    use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers")
+    use = _use(name, dtype, wants_text, normalisation, made, "the rewards of held-out answers", parts)
     if adapter:
         use = _adapter_use(name, adapter, len(outputs.names), wants_text)
     if alone:
@@ -205,7 +227,9 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def converted_card(source: str, *, wants_text: bool, normalisation: Normalisation | None, made: bool) -> str:
+def converted_card(
+    source: str, *, wants_text: bool, normalisation: Normalisation | None, made: bool, parts: Parts | None = None
+) -> str:
     """README.md of a directory that was not trained here: how to use it, and where it comes from."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     front["tags"] = ["reward-model"]
@@ -216,7 +240,7 @@ def converted_card(source: str, *, wants_text: bool, normalisation: Normalisatio
         f"# {markdown_text(source)} as a plain reward model",
         f"Converted by rmcore {__version__}; the reward head is `score`.",
         "## Use\n\n"
-        + _use("path/to/this/directory", "float32", wants_text, normalisation, made, "the original rewards"),
+        + _use("path/to/this/directory", "float32", wants_text, normalisation, made, "the original rewards", parts),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -236,9 +260,18 @@ def average_card(models: Sequence[str], *, made: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _use(name: str, dtype: str, wants_text: bool, normalisation: Normalisation | None, made: bool, what: str) -> str:
+def _use(
+    name: str,
+    dtype: str,
+    wants_text: bool,
+    normalisation: Normalisation | None,
+    made: bool,
+    what: str,
+    parts: Parts | None = None,
+) -> str:
     """The code that loads the model and computes a reward in `dtype`; `what` the normalisation was measured on."""
-    use = USE
+    towers = bool(parts and parts.towers)
+    use = USE + ((TOWERS if parts and parts.separable else TOWERS_ONLY) if towers else VLLM)
     for ours, theirs in MADE if made else ():
         use = use.replace(ours, theirs)
     served = (SERVED_TEXTS if wants_text else SERVED_TURNS).format(name=name, dtype=dtype)
@@ -246,7 +279,8 @@ def _use(name: str, dtype: str, wants_text: bool, normalisation: Normalisation |
     use = use.format(name=name, dtype=dtype, padding=PADDED, served=served, tokenize=tokenize)
     if normalisation is not None:
         stored = normalisation.stored()
-        use += NORMALISED.format(name=name, dtype=dtype, what=what, stored=json.dumps(stored), **stored)
+        text = NORMALISED if towers else NORMALISED + NORMALISED_VLLM
+        use += text.format(name=name, dtype=dtype, what=what, stored=json.dumps(stored), **stored)
     return use.rstrip()
 
 

@@ -36,6 +36,7 @@ from rmcore.hf_export.adapter import adapter_parts
 from rmcore.hf_export.card import converted_card, model_card
 from rmcore.hf_export.directory import Package, export_model
 from rmcore.hf_export.parity import Probe
+from rmcore.hf_export.parts import exported_parts
 from rmcore.hf_export.probe import built_in, probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.host.model_directory import ADAPTER
@@ -92,9 +93,10 @@ def export(
     adapter = None
     if config.export.adapter:
         adapter = adapter_parts(config.model, loaded.adapted, type(trained.hf_model), trained.tokenizer)
+    parts = exported_parts(config, type(trained.hf_model), trained.hf_model.config, towers(trained.hf_model))
     package = Package(
-        model_class=type(trained.hf_model),
-        hf_config=trained.hf_model.config,
+        model_class=parts.model_class,
+        hf_config=parts.hf_config,
         tokenizer=trained.tokenizer,
         template=loaded.template,
         dtype=trained.dtype,
@@ -106,15 +108,16 @@ def export(
             normalisation=normalisation,
             outputs=Outputs.stored(trained.hf_model.config),
             temperature=temperature,
-            made=is_made(type(trained.hf_model)),
+            made=is_made(parts.model_class),
             adapter=adapter,
             alone=computes_alone(trained.model),
+            parts=parts,
         ),
         config_yaml=config.dump_yaml(),
         normalisation=normalisation,
         temperature=temperature,
         max_shard_size=max_shard_size,
-        towers=towers(trained.hf_model),
+        towers=parts.towers,
         trust_remote_code=config.model.trust_remote_code,
         lm_head=config.export.lm_head,
         adapter=adapter,
@@ -147,19 +150,26 @@ def merge_adapter(source: str, out: str, overrides: Sequence[str], max_shard_siz
     with trained.autocast():
         probe = probe_of(trained.model, trial, trained.device, trained.share, trained.dtype)
     normalisation = read_normalisation(hf_config, source) if hasattr(hf_config, NORMALISATION) else None
-    saved, made = Path(source) / "rmcore_config.yaml", is_made(type(trained.hf_model))
+    parts = exported_parts(config, type(trained.hf_model), trained.hf_model.config, towers(trained.hf_model))
+    saved, made = Path(source) / "rmcore_config.yaml", is_made(parts.model_class)
     package = Package(
-        model_class=type(trained.hf_model),
-        hf_config=trained.hf_model.config,
+        model_class=parts.model_class,
+        hf_config=parts.hf_config,
         tokenizer=tokenizer,
         template=template,
         dtype=trained.dtype,
-        card=converted_card(source, wants_text=template.wants_text, normalisation=normalisation, made=made),
+        card=converted_card(
+            source,
+            wants_text=template.wants_text,
+            normalisation=normalisation,
+            made=made,
+            parts=parts,
+        ),
         config_yaml=saved.read_text(encoding="utf-8") if saved.is_file() else config.dump_yaml(),
         normalisation=normalisation,
         temperature=read_temperature(hf_config, source),
         max_shard_size=max_shard_size,
-        towers=towers(trained.hf_model),
+        towers=parts.towers,
         trust_remote_code=config.model.trust_remote_code,
     )
     state = trained.model.state_dict()

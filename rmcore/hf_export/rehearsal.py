@@ -27,6 +27,7 @@ from rmcore.evaluation.trained import TrainedModel
 from rmcore.hf_export.adapter import adapter_parts
 from rmcore.hf_export.directory import Package, check_without_weights, check_written, write_model
 from rmcore.hf_export.parity import Parity
+from rmcore.hf_export.parts import exported_parts
 from rmcore.hf_export.probe import probe_of, probe_texts
 from rmcore.host.command import ExplainedError
 from rmcore.host.memory import available_memory
@@ -113,19 +114,21 @@ def _rehearsed(
     skeleton = _on_meta(config, tokenizer)
     if config.loss.router_aux:
         RouterBalance(text_model(skeleton))  # the run would refuse a model without routers
+    parts = exported_parts(config, type(skeleton), skeleton.config, towers(skeleton))
     package = Package(
-        model_class=type(skeleton),
-        hf_config=skeleton.config,
+        model_class=parts.model_class,
+        hf_config=parts.hf_config,
         tokenizer=tokenizer,
         template=template,
         dtype=dtype,
         card="",
         config_yaml=config.dump_yaml(),
-        towers=towers(skeleton),
+        towers=parts.towers,
         trust_remote_code=config.model.trust_remote_code,
         lm_head=config.export.lm_head,
     )
-    count = sum(p.numel() for p in skeleton.parameters())
+    left_out = towers(skeleton).keys() - parts.towers.keys()
+    count = sum(p.numel() for name, p in skeleton.named_parameters() if name not in left_out)
     # The run would refuse a model whose logits are more than a product with its head.
     head = empty_head(skeleton, "meta") if config.loss.sft else None
     adapted = add_lora(text_model(skeleton), lora, seed) if lora.rank else []
@@ -152,7 +155,7 @@ def _rehearsed(
         settled = Outputs.settled(config.model, load_model_config(config.model))
         random = settled.model_copy(update={"init": "random", "head": "fresh"})
         hf_model = load_model(random, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
-        package = replace(package, towers=towers(hf_model))
+        package = replace(package, towers=towers(hf_model) if package.towers else {})
         if lora.rank:
             adapted = add_lora(text_model(hf_model), lora, seed)
             store_base(text_model(hf_model), lora)

@@ -34,6 +34,8 @@ _DECODERS = (
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
 )
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+# Where the class in config.json of the family's checkpoints is spelled in another way than the class of transformers.
+_NAMES_IN_CHECKPOINTS = {"Phimoe": "PhiMoE"}
 _ONLY_DECODERS = "rmcore trains causal decoders (Llama, Qwen, Gemma and the like)"
 
 
@@ -102,10 +104,12 @@ def architecture(hf_config: PretrainedConfig, model_class: type[PreTrainedModel]
 
     It is the class's own name, except where transformers gives text models of families with towers another one:
     Gemma3TextForSequenceClassification is written as Gemma3ForSequenceClassification, after Gemma3ForCausalLM.
+    PhimoeForSequenceClassification is written as PhiMoE..., as in the family's checkpoints, which vLLM follows.
     """
     if is_custom_code(model_class) or not issubclass(model_class.config_class or PretrainedConfig, type(hf_config)):
         return model_class.__name__
-    return f"{_stem(decoder_class(type(hf_config)))}ForSequenceClassification"
+    stem = _stem(decoder_class(type(hf_config)))
+    return f"{_NAMES_IN_CHECKPOINTS.get(stem, stem)}ForSequenceClassification"
 
 
 def is_custom_code(model_class: type[PreTrainedModel]) -> bool:

@@ -23,6 +23,7 @@ from rmcore.hf_export.adapter import adapter_parts
 from rmcore.hf_export.card import model_card
 from rmcore.hf_export.directory import Package, check_texts, check_weights, set_aside, take_place, write_model
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export
+from rmcore.hf_export.parts import exported_parts
 from rmcore.hf_export.probe import probe_of
 from rmcore.hf_export.upload import push
 from rmcore.host.cores import usable_cores
@@ -96,9 +97,10 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
     adapter = None
     if config.export.adapter:
         adapter = adapter_parts(config.model, run.adapted, run.model_class, run.tokenizer)
+    parts = exported_parts(config, run.model_class, run.hf_config, run.towers)
     return Package(
-        model_class=run.model_class,
-        hf_config=run.hf_config,
+        model_class=parts.model_class,
+        hf_config=parts.hf_config,
         tokenizer=run.tokenizer,
         template=run.data.template,
         dtype=export_dtype(config),
@@ -109,12 +111,13 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
             data=run.data.train,
             metrics=evaluations.metrics if evaluations else None,
             outputs=Outputs.stored(run.hf_config),
-            made=is_made(run.model_class),
+            made=is_made(parts.model_class),
             adapter=adapter,
             alone=computes_alone(run.strategy.model),
+            parts=parts,
         ),
         config_yaml=config.dump_yaml(),
-        towers=run.towers,
+        towers=parts.towers,
         trust_remote_code=config.model.trust_remote_code,
         lm_head=config.export.lm_head,
     )

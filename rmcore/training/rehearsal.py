@@ -40,7 +40,8 @@ def sizes_of(run: Run) -> Sizes:
     """The sizes of the run's whole model. On ranks other than 0 they leave out the towers, which only rank 0 holds."""
     parameters = run.strategy.named_parameters()
     weights = sum(math.prod(shape) for shape in merged_shapes(run.strategy.shapes(), run.adapted).values())
-    weights += sum(tensor.numel() for tensor in run.towers.values())
+    if run.config.export.towers:
+        weights += sum(tensor.numel() for tensor in run.towers.values())
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     exported = 4 * trained if run.config.export.adapter else weights * export_dtype(run.config).itemsize
     return Sizes(weights, trained, exported)

@@ -125,6 +125,7 @@ log.samples | whole number >= 0 | 10
 log.report | none | html | png | html
 export.adapter | true | false | false
 export.lm_head | true | false | false
+export.towers | true | false | true
 hub.push | true | false | false
 hub.repo | text | null | null
 hub.revision | text | null | null

@@ -197,7 +197,10 @@ def test_a_composite_config_keeps_its_sizes_and_tokens_in_its_text_part(tmp_path
     for name in ("num_hidden_layers", "max_position_embeddings", "eos_token_id"):
         assert not hasattr(config, name)
     words = command(tmp_path, model_directory(tmp_path / "model", config))
-    assert "rewards reloaded by transformers differ by" in rehearsed(words)[1]
+    whole, line = rehearsed(words)
+    text, text_line = rehearsed([*words, "export.towers=false"])
+    assert all("rewards reloaded by transformers differ by" in one for one in (line, text_line))
+    assert text.trained == text.weights < whole.weights and text.exported == 4 * text.weights
     stored = load_model_config(load_config(None, words).model)
     assert position_limit(stored) == 512
     assert DryRun(stored).sizes.layers == 2 and DryRun(stored).token_bytes("fp32", "none").total > 0
