@@ -9,7 +9,7 @@ from rmcore.ops.gather_prefix import gather_plan
 from tests.harness.segments import segments_of
 from tests.harness.triton_interpreter import triton_kernel
 
-COMPARISONS = [(40, [13, 22, 4]), (0, [2, 3]), (3, [0, 40]), (2, [4, 0])]  # more rows than PART
+COMPARISONS = [(20, [13, 12, 4]), (0, [2, 3]), (3, [0, 12]), (2, [4, 0])]  # more rows than PART
 PLAN = gather_plan(segments_of(COMPARISONS))
 TOKENS = len(PLAN.copy_offset) - 1
 
@@ -42,8 +42,15 @@ def oracle(qkv, cos, sin, heads, grads=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("heads, size, turned", [(3, 24, 6), (2, 16, 16)])
-@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "name, heads, size, turned",
+    [
+        ("reference", 3, 24, 6),
+        ("reference", 2, 16, 16),
+        ("triton", 3, 24, 6),
+        pytest.param("triton", 2, 16, 16, marks=pytest.mark.slow),
+    ],
+)
 def test_one_pass_equals_transformers_and_autograd(name, heads, size, turned, dtype):
     forward, backward = kernels(name)
     qkv, cos, sin = inputs(heads, size, turned, dtype)
@@ -65,8 +72,6 @@ def test_one_pass_equals_transformers_and_autograd(name, heads, size, turned, dt
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert parts.dtype == wide and len(parts) == -(-TOKENS // op.PART) > 1
     assert ((parts.double().sum(0) - exact.sum(0)).abs() <= 4 * torch.finfo(wide).eps * TOKENS * most).all()
-    for mine, again in zip((joined, parts), backward(*grads, cos, sin, *plan, True), strict=True):
-        assert torch.equal(mine, again)
     alone, none = backward(*grads, cos, sin, *plan, False)
     assert torch.equal(alone, joined) and none.shape == (0, parts.shape[1])
 
