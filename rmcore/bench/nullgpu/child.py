@@ -227,7 +227,7 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
         "waits": sum(count for name, count in found.items() if name.startswith("SYNC")),
         "predicted_gb": predicted.total / 1e9,
         "modelled": model_of_time,
-        "kernels": dict(sorted(found.items(), key=lambda item: -item[1])[:40]),
+        "kernels": dict(sorted(found.items(), key=lambda item: -item[1])[:15]),
         "machine": machine(),
     }
 
