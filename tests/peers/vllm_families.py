@@ -36,7 +36,7 @@ from tests.harness.exporting import texts as probe_texts
 from tests.peers.table import row, write_rows
 
 CLOSE = 1e-5  # fp32, four layers, rewards of order 1
-CLOSE_BF16 = 0.05  # of the range of the rewards
+CLOSE_BF16 = 0.15  # of the range of the rewards: rounded products, and experts chosen by rounded scores
 SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "word_embed_proj_dim", "dim_model_base"), 64),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 2),
@@ -96,7 +96,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": ONE_HEAD,
     "llama4_text": LLAMA4,
     "mamba2": {"num_heads": 8},
-    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid"},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "nemotron": {"head_dim": 32},
     "nemotron_h": {"layers_block_type": ["mamba", "mlp", "attention", "mlp"], "mamba_num_heads": 8},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
