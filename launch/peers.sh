@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs other programs on rmcore's models, each in a Python environment of its own, and prints one table of the largest
 # differences of rewards. A peer NAME is tests/peers/NAME.py, its environment .peers/NAME, made from tests/peers/NAME.txt:
-# requirements of pip, and three kinds of comments: `# alone: PKG ...` (installed without its own requirements),
-# `# python: PKG ...` (the same, without its CUDA extension) and `# remove: PKG ...` (uninstalled at the end). pip's own
-# variables, such as PIP_INDEX_URL, are respected.
+# requirements of pip, and four kinds of comments: `# alone: PKG ...` (installed without its own requirements),
+# `# python: PKG ...` (the same, without its CUDA extension), `# remove: PKG ...` (uninstalled at the end) and
+# `# aside: PKG ...` (installed alone into the folder `aside` of the environment, which is not on Python's path). pip's
+# own variables, such as PIP_INDEX_URL, are respected.
 #
 #   bash launch/peers.sh                # all peers
 #   bash launch/peers.sh trl openrlhf   # some
@@ -35,6 +36,8 @@ prepare() {
         "${pip[@]}" install -qq --no-input --no-compile --no-deps --no-build-isolation "${words[@]}" || return 1
     read -ra words <<<"$(packages remove "$list" | tr '\n' ' ')"
     [ ${#words[@]} -eq 0 ] || "${pip[@]}" uninstall -qq -y "${words[@]}" || return 1
+    read -ra words <<<"$(packages aside "$list" | tr '\n' ' ')"
+    [ ${#words[@]} -eq 0 ] || "${pip[@]}" install -qq --no-input --no-compile --no-deps --target "$place/aside" "${words[@]}" || return 1
     cp "$list" "$place/requirements.txt"
 }
 

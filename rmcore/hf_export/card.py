@@ -214,7 +214,7 @@ def model_card(
         use = _of_several(use, outputs)
     if temperature is not None:
         use += "\n" + CALIBRATED.format(temperature=temperature).rstrip()
-    parts = [
+    sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# A reward model on {markdown_text(base)}",
         f"Trained by rmcore {__version__} with the objective {', '.join(f'`{loss.name}`' for loss in config.losses)}.",
@@ -224,7 +224,7 @@ def model_card(
         "## Limits\n\n" + LIMITS.format(tokens=config.data.max_tokens),
         "## Training\n\n" + TRAINING.format(yaml=markdown_code(config.dump_yaml().strip(), "yaml")),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def converted_card(
@@ -235,21 +235,21 @@ def converted_card(
     front["tags"] = ["reward-model"]
     if HUB_ID.fullmatch(source) and not os.path.isdir(source):
         front["base_model"] = source
-    parts = [
+    sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         f"# {markdown_text(source)} as a plain reward model",
         f"Converted by rmcore {__version__}; the reward head is `score`.",
         "## Use\n\n"
         + _use("path/to/this/directory", "float32", wants_text, normalisation, made, "the original rewards", parts),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def average_card(models: Sequence[str], *, made: bool) -> str:
     """README.md of the average of several models."""
     names = "\n".join(f"- {markdown_code(model)}" for model in models)
     front = {"library_name": "transformers", "pipeline_tag": "text-classification", "tags": ["reward-model", "rmcore"]}
-    parts = [
+    sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
         "# An average of reward models",
         f"Averaged by rmcore {__version__}: each weight is the mean of that weight in {len(models)} models (WARM, "
@@ -257,7 +257,7 @@ def average_card(models: Sequence[str], *, made: bool) -> str:
         "## Use\n\n" + _use("path/to/this/directory", "float32", False, None, made, ""),
         "## Metrics\n\nThe average was not evaluated. `rmcore evaluate` measures it.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _use(

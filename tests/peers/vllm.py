@@ -7,7 +7,8 @@ Example: {"client": "vLLM", "version": "0.32.0", "compared": "llama, LLM.classif
 rmcore exports a tiny random model of each family and computes its rewards with `rmcore score`'s own code. Then
 vllm_client.py loads the directories in its environment: LLM.encode, LLM.classify and LLM.score, the server's /classify
 (texts and conversations) and /score, and the normalisation by the command line of the model card. All in fp32. Of a
-model of several outputs all are compared, and no score, which vLLM computes of models with one output only.
+model of several outputs all are compared, and no score, which vLLM computes of models with one output only. Without
+FAMILY, vllm_families.py then loads exports of many families.
 """
 
 import json
@@ -32,6 +33,7 @@ from rmcore.model.outputs import Outputs
 from rmcore.scoring.normalisation import Normalisation
 from rmcore.scoring.scorer import Scorer, Text
 from tests.harness.exporting import export, run_config
+from tests.peers import vllm_families
 
 CLOSE = 1e-5  # fp32, four layers, rewards of order 1
 # vLLM's attention on CPUs has heads of at least 32 numbers.
@@ -82,7 +84,8 @@ def main(workdir: str, peer: str, *families: str) -> int:
     lines = [json.dumps(row) for row in rows]
     (folder / "vllm.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print("\n".join(lines))
-    return int(done.returncode != 0 or not all(row["largest_difference"] <= CLOSE for row in rows))
+    wrong = done.returncode != 0 or not all(row["largest_difference"] <= CLOSE for row in rows)
+    return int(wrong or (not families and vllm_families.main(workdir, peer) != 0))
 
 
 def prepared(directory: Path, family: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 
 def main(tasks: str, found: str) -> None:
+    sys.path.append(str(Path(sys.prefix, "aside")))  # torchvision, by launch/peers.sh
     declare_operators()
     import vllm
     from vllm.model_executor.models import registry
@@ -117,9 +118,14 @@ def followed(load: Any, loader: Any, model: torch.nn.Module, config: Any) -> dic
         "class": type(model).__name__,
         "weights": len(names),
         "unread": sorted(names - follower.used),
-        "unset": [n for n, p in model.named_parameters() if p.is_floating_point() and p.isnan().any()],
+        # The class of some families keeps a language-model head, which no reward reads.
+        "unset": [n for n, p in model.named_parameters() if _is_unset(p) and not n.startswith("lm_head.")],
         "heads": [name for name, module in model.named_modules() if module is getattr(head, "classifier", None)],
     }
+
+
+def _is_unset(parameter: torch.Tensor) -> bool:
+    return parameter.is_floating_point() and bool(parameter.isnan().any())
 
 
 class Follower(TorchDispatchMode):
