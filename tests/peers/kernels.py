@@ -20,7 +20,7 @@ import sys
 from tests.harness.paths import ROOT
 from tests.peers.table import row, write_rows
 
-FAMILIES = ["qwen3_5", "mamba", "lfm2"]
+FAMILIES = ["qwen3_5", "mamba", "mamba2", "lfm2"]
 ALLOWED = {"rewards": 1e-5, "gradients": 5e-5}  # fp32, three layers, weights three times as large as a fresh model's
 
 
