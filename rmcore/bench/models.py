@@ -141,13 +141,12 @@ def tried(family: str) -> Result:
     """Build, load, test, export and reload a tiny model of the family."""
     try:
         config = tiny_config(family)
-        set_padding(config, TOKENS["pad_token_id"])
-    except Exception as error:  # whatever the family's config class finds wrong with small sizes
-        return Result(family, "not tried", line=one_line(error))
-    try:
         classifier_class(part_that_reads(config))
+        set_padding(config, TOKENS["pad_token_id"])
     except UserError as error:
         return Result(family, "refused", line=str(error))
+    except Exception as error:  # whatever the family's config class finds wrong with small sizes
+        return Result(family, "not tried", line=one_line(error))
     with tempfile.TemporaryDirectory(prefix="rmcore-models-") as directory:
         checkpoint, exported = Path(directory, "checkpoint"), Path(directory, "model")
         try:
@@ -213,7 +212,11 @@ ODD: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("chameleon", "emu3"), IMAGES),
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2},
-    "dots3_note": {"adapter_in_dim": 32},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "ernie4_5_vl_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "inkling2_vision": {"text_hidden_size": 32},
@@ -221,6 +224,7 @@ ODD: dict[str, dict[str, Any]] = {
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "glm5_next_text": {"index_topk": 16, "qk_rope_head_dim": 0},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "mimi": {"upsample_groups": 32},
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 1, 1]}},
     "mistral_large4_text": {"kv_source_layers": [0, 1, 2, 3], "indexer_types": ["full"] * LAYERS},
     "step3p5": {"sliding_window": 7},

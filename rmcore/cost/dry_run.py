@@ -218,7 +218,7 @@ def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel, lora: LoraConfig
         products=sum(matrices[:-1]),
         last=_keys_and_values(layers[-1], matrices[-1]),
         layers=len(layers),
-        width=_attention_widths(hf_config)[0],
+        width=_attention_width(hf_config),
         trained=total if lora.rank is None else adapters + _count(cast(nn.Module, model.score)),
         adapters=adapters,
         adapted=sum(map(math.prod, adapted)),
@@ -235,12 +235,16 @@ def _adapted(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     return [place[id(text.get_submodule(name))] for name in targets(text, lora)]
 
 
-def _attention_widths(hf_config: PretrainedConfig) -> tuple[int, int]:
-    """The number of query heads and that of key heads, each times the head size."""
-    text = hf_config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1  # a model without attention is as if it had one head
-    head = getattr(text, "head_dim", None) or state_width(hf_config) // heads
-    return heads * head, (getattr(text, "num_key_value_heads", None) or heads) * head
+def _attention_width(hf_config: PretrainedConfig) -> int:
+    """The number of query heads times the head size; the mean of the layers where they differ (Gemma 4)."""
+    text: Any = hf_config.get_text_config()
+    differ = getattr(text, "is_heterogeneous", False)  # the text's own config then raises for what differs
+    layers = [text.per_layer_config[n] for n in range(text.num_hidden_layers)] if differ else [text]
+    widths = []
+    for layer in layers:
+        heads = getattr(layer, "num_attention_heads", None) or 1  # a model without attention is as if it had one head
+        widths.append(heads * (getattr(layer, "head_dim", None) or state_width(hf_config) // heads))
+    return round(sum(widths) / len(widths))
 
 
 def _keys_and_values(layer: nn.Module, whole: int) -> int:

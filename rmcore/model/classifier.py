@@ -187,11 +187,15 @@ def new_classifier(
 ) -> PreTrainedModel:
     """A classifier with weights as transformers draws them. `trust_remote_code`: its classes may come with it.
 
-    Raises UserError for what is not a decoder, ValueError where the config's sizes do not fit each other.
+    Raises UserError for what is not a decoder or needs a package that is not installed, ValueError where the config's
+    sizes do not fit each other.
     """
-    if brings_code(hf_config, trust_remote_code=trust_remote_code):
-        return AutoModelForSequenceClassification.from_config(hf_config, dtype=dtype, trust_remote_code=True)
-    return classifier_class(hf_config)._from_config(hf_config, dtype=dtype)
+    try:
+        if brings_code(hf_config, trust_remote_code=trust_remote_code):
+            return AutoModelForSequenceClassification.from_config(hf_config, dtype=dtype, trust_remote_code=True)
+        return classifier_class(hf_config)._from_config(hf_config, dtype=dtype)
+    except ImportError as error:  # Gemma 3n's tower for images needs timm, also where only text is read
+        raise UserError(f"{hf_config.model_type} needs a package: {' '.join(str(error).split())[:300]}") from None
 
 
 def brings_code(hf_config: PretrainedConfig, *, trust_remote_code: bool) -> bool:

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, GPTNeoXConfig
+from transformers import AutoModelForSequenceClassification, Gemma4TextConfig, GPTNeoXConfig
 
+from rmcore.bench.models import families, tiny_config
+from rmcore.config import UserError
 from rmcore.cost.data_size import DataSize
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import flops_of_pair
@@ -30,6 +32,29 @@ class Rows:
             tie_weight=one[:0],
             score=np.zeros(2),
         )
+
+
+def test_heads_of_several_sizes_count_by_their_mean() -> None:
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "hidden_size_per_layer_input": 8}
+    config = Gemma4TextConfig(**layers, **heads, **small, vocab_size_per_layer_input=64)
+    assert DryRun(config).sizes.width == 4 * (8 + 16) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+def test_a_plan_knows_the_sizes_of_every_family(family: str) -> None:
+    if family == "granite4_vision":
+        pytest.skip("its towers need a width of 64")
+    try:
+        config = tiny_config(family)
+    except Exception as error:
+        pytest.skip(f"no tiny config: {error}")
+    try:
+        assert DryRun(config).sizes.total > 0
+    except (UserError, ValueError, OSError):  # what the callers of DryRun report in one sentence
+        return
 
 
 def test_flops_are_those_that_torch_counts() -> None:

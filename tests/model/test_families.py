@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, PI0Config, T5Config
+from transformers import BertConfig, Gemma3nConfig, PI0Config, T5Config
+from transformers.utils import is_timm_available
 
 from rmcore.bench.models import exact, families, tiny_config, tried
 from rmcore.config import UserError
@@ -84,6 +85,14 @@ def test_what_is_not_a_decoder_is_refused_in_one_sentence(config) -> None:
     with pytest.raises(UserError, match=rf"{config.model_type}.*rmcore trains causal decoders") as error:
         classifier_class(config)
     assert "\n" not in str(error.value)
+
+
+def test_a_tower_that_needs_a_package_is_one_sentence(tmp_path: Path) -> None:
+    if is_timm_available():
+        pytest.skip("timm is installed")
+    Gemma3nConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"gemma3n needs a package: .*pip install timm"):
+        open_lazy_model(ModelConfig(name=str(tmp_path)), **ARGUMENTS)
 
 
 def test_a_robot_policy_is_refused_before_its_vocabulary_is_read(tmp_path: Path) -> None:
