@@ -175,7 +175,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_recompute_changes_no_bit(family, half, how):
+def test_neither_recompute_nor_evaluation_changes_a_bit(family, half, how):
     batch, found = build_batch(odd_items(), range(8)), []
     for recompute in ("none", how):
         model = reward_model(tiny_model(family), SHARED).train()
@@ -184,4 +184,7 @@ def test_recompute_changes_no_bit(family, half, how):
             out = model(batch)
         out.loss_sum.backward()
         found.append([out.rewards_A.detach(), *(p.grad for p in model.parameters())])
+    loaded = reward_model(tiny_model(family).eval(), SHARED).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert torch.equal(loaded(batch).rewards_A, found[0][0])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
