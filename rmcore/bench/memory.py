@@ -7,8 +7,9 @@ Example: pythia-1b under zero3 on 4 gloo ranks: 909 million parameters, 14.5 GB 
 
 The benchmark writes the shape with random weights, one weight at a time, as a directory of several safetensors files.
 Then it runs torchrun on it: the embedded task, three steps, an export that is checked in parts. Each rank is a child
-process; the mark of the kernel is reset between the phases, so that each peak belongs to its own phase. There is no
-ratio: `rmcore.bench plan` compares the peaks with predictions.
+process; the mark of the kernel is reset between the phases, so that each peak belongs to its own phase. `--quick`
+leaves out the self-test, which takes longer than some steps, and the export. There is no ratio: `rmcore.bench plan`
+compares the peaks with predictions.
 """
 
 import json
@@ -23,12 +24,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+import rmcore.training.assembly
 import rmcore.training.publish
 from rmcore.bench.measure import machine, own_child, parser, report, run_child, write_results
 from rmcore.checkpoint.resume import choose_start
 from rmcore.config import load_config
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.hf_export.weights import write_weights
+from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.world import all_gather_json, barrier, running_world
 from rmcore.tracking.tracker import Tracker
 from rmcore.train import train
@@ -58,6 +61,7 @@ def main(arguments: list[str]) -> int:
     p.add_argument("--context", type=int, default=1, help="ranks that compute each row together")
     p.add_argument("--recompute", default="none", choices=["none", "selective", "full", "offload"])
     p.add_argument("--comparison", type=int, help="tokens of each comparison; default: the embedded task")
+    p.add_argument("--quick", action="store_true", help="no self-test and no export: a few minutes for a 1b model")
     p.add_argument("--models", help="directory that keeps the written model; default: a temporary one")
     p.add_argument("--out", help="result file; default: rmcore/bench/results/memory.json")
     options = p.parse_args(arguments)
@@ -184,10 +188,18 @@ def peak() -> dict[str, int]:
     return {"peak": found["VmHWM"], "now": found["VmRSS"]}
 
 
+def shared_path(model: RewardModel, *_: Any, **__: Any) -> tuple[str, str]:
+    """The path that the self-test finds for these models, without the test."""
+    model.use(SHARED, pruned=True)
+    return SHARED, "not tested"
+
+
 def measure_rank(settings: dict[str, Any]) -> None:
     """One rank of the run. Rank 0 prints the peaks of all ranks."""
     config = load_config(None, overrides_of(settings))
     rmcore.training.publish.RELOAD_SHARE = 0.0  # the export is checked in parts, even if there is memory for more
+    if settings.get("quick"):
+        rmcore.training.assembly.choose_path = shared_path
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     with running_world(config.parallel.timeout_seconds, config.run.seed) as world:
         marks = {"start": peak()}
@@ -198,7 +210,8 @@ def measure_rank(settings: dict[str, Any]) -> None:
         train(state, tracker)
         barrier(world)
         marks["train"] = peak()
-        rmcore.training.publish.publish(state, None, tracker)
+        if not settings.get("quick"):
+            rmcore.training.publish.publish(state, None, tracker)
         barrier(world)
         marks["export"] = peak()
         mine: dict[str, Any] = {"rank": world.rank, **{phase: mark["peak"] for phase, mark in marks.items()}}

@@ -6,7 +6,8 @@ Output: a table and a JSON file.
 Example: Pythia 70m, fp32: 1,410 GFLOP per step predicted, 1,408 counted by torch; 9.6 s predicted, 9.1 s measured: +5
 %.
 
-Error: predicted / measured - 1. The rates of the CPU are measured first, as `rmcore plan --gpu cpu` does.
+Error: predicted / measured - 1. The rates of the CPU are measured first, as `rmcore plan --gpu cpu` does. The result
+file has two parts, of `--model` and of `--memory`; a part for which nothing is given stays as it is.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rmcore.bench.measure import machine, own_child, parser, run_child, write_results
+from rmcore.bench.measure import RESULTS, machine, own_child, parser, run_child, write_results
 from rmcore.bench.memory import overrides_of, write_comparisons
 from rmcore.bench.train_rmcore import config_of
 from rmcore.config import Config, load_config
@@ -47,6 +48,11 @@ def main(arguments: list[str]) -> int:
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "model", "data", "memory")}
     record = {"what": "plan", "machine": machine(), "settings": settings, "runs": runs, "ranks": ranks}
     print(table(record))
+    earlier = Path(options.out or RESULTS / "plan.json")
+    if earlier.exists():
+        before = json.loads(earlier.read_text(encoding="utf-8"))
+        record |= {} if options.model else {key: before[key] for key in ("settings", "runs")}
+        record |= {} if options.memory else {"ranks": before["ranks"]}
     print(f"written: {write_results('plan', record, options.out)}")
     return 0
 
@@ -101,6 +107,8 @@ def many_ranks(file: Path) -> dict[str, Any]:
         "precision": settings["precision"],
         "ranks": settings["ranks"],
         "set": settings.get("set", []),
+        "quick": settings.get("quick", False),
+        "time": found["machine"]["time"],
         "parts": plan["asked"]["memory"],
         "runtime": plan["runtime_bytes"],
         "peak_gib": compared(plan["asked"]["memory"]["total"] / 2**30, max(peaks) / 2**30),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from rmcore.config import Config
 from rmcore.cost.dry_run import Sizes
+from rmcore.cost.formats import BASE
 from rmcore.cost.machines import LINK_SHARE, Machine
 
 FORWARD, BACKWARD, NOTHING = "forward", "backward", "nothing"  # what can hide a collective
@@ -43,13 +44,22 @@ class Collective:
         return max(self.within / machine.within, self.between / machine.between) / LINK_SHARE
 
 
-def collectives(config: Config, model: Sizes, ranks: int, hosts: int, micro_batches: int) -> list[Collective]:
-    """Everything that one rank sends in a step; nothing on one rank."""
-    return list(_collectives(config, model, ranks, hosts, micro_batches)) if ranks > 1 else []
+def collectives(
+    config: Config, model: Sizes, ranks: int, hosts: int, micro_batches: int, passes: int = 2
+) -> list[Collective]:
+    """Everything that one rank sends in a step; nothing on one rank.
+
+    passes: through each layer in a micro batch: 2, forward and backward; 3 with recompute.
+    """
+    return list(_collectives(config, model, ranks, hosts, micro_batches, passes)) if ranks > 1 else []
 
 
-def _collectives(config: Config, model: Sizes, ranks: int, hosts: int, micro_batches: int) -> Iterator[Collective]:
-    gradients, weights = 4.0 * model.trained, (2.0 if config.parallel.bf16 else 4.0) * (model.total + model.adapters)
+def _collectives(
+    config: Config, model: Sizes, ranks: int, hosts: int, micro_batches: int, passes: int
+) -> Iterator[Collective]:
+    base = config.model.lora.base
+    by_fsdp = model.total + model.adapters - (model.adapted if base != "fp32" else 0)
+    gradients, weights = 4.0 * model.trained, (2.0 if config.parallel.bf16 else 4.0) * by_fsdp
     updated = (2.0 if config.model.trains_bf16 else 4.0) * model.trained
     local, traits = ranks // hosts, config.parallel.traits
     if not traits.shards_weights:
@@ -62,6 +72,9 @@ def _collectives(config: Config, model: Sizes, ranks: int, hosts: int, micro_bat
     yield _ring("gather weights", weights, group, local, FORWARD, times)
     if traits.gathers_each_micro_batch:  # freed after the forward
         yield _ring("gather weights again", weights, group, local, BACKWARD, times)
+    if base != "fp32":  # each layer waits for the codes of its weight, in each pass (rmcore/model/frozen.py)
+        codes = BASE[base] * model.adapted
+        yield _ring("gather the stored base", codes, group, local, NOTHING, passes * micro_batches)
     yield _ring("scatter gradients", gradients, group, local, BACKWARD, times)
     if traits.by_host:
         yield _ring("all-reduce gradients between hosts", 2 * gradients / local, hosts, 1, BACKWARD)

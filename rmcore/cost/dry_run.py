@@ -330,7 +330,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for tensor in (*model.parameters(), *model.buffers(), *gradients):
             self._sizes[tensor.untyped_storage()._cdata] = 0
         for parameter in model.parameters():
             if parameter.requires_grad:

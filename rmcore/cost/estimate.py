@@ -121,8 +121,8 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     compute = flops / setting.gpus / (machine.peak(parallel.precision) * setting.mfu) / (1 - idle)
     if machine.is_cpu and machine.memory_rate:
         compute += ACTIVATION_TRAFFIC * per_token.kept * step_tokens / machine.memory_rate / (1 - idle)
-    sent = collectives(config, sizes, setting.gpus, setting.hosts, micro_batches)
     context, passes = parallel.context, 2 if budget.recompute == "none" else 3
+    sent = collectives(config, sizes, setting.gpus, setting.hosts, micro_batches, passes)
     local = setting.gpus // setting.hosts
     sent += exchange(sizes, parallel.precision, step_tokens, context, local, passes)
     own = sizes.trained / (ranks if parallel.traits.shards_optimizer else 1)
@@ -198,8 +198,6 @@ def cheapest(config: Config, model: DryRun, data: DataSize, setting: Setting) ->
     names = [name for name, traits in TRAITS.items() if setting.hosts > 1 or not traits.by_host]
     if setting.gpus == 1:
         names = ["ddp"]
-    elif config.model.lora.base != "fp32":
-        names = [name for name in names if not TRAITS[name].shards_weights]
     every = [estimate(config, model, data, setting, name) for name in names]
     fitting = [one for one in every if one.fits is not False]
     if not fitting:

@@ -12,15 +12,19 @@ formats and LoRA make of it (rmcore.cost.formats). zero1 keeps 1/n of the averag
 all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp16).
 - copies: ddp and zero1 in bf16: on GPUs 2 W (rmcore.parallel.half_copies); on CPUs, and with LoRA or FP8, what autocast
   casts, 2 (W - embedding); nothing if the weights are bf16, the largest matrix if LoRA's base is restored at each use.
-  zero2: all weights gathered, w W. zero3, hsdp: two layers, w (R + 2 B). Of a stored base only the largest matrix,
-  under each of them.
-- deferred gradients: zero2 accumulates 4 W bytes unsharded when a step has several micro batches; zero3 and hsdp do
-  not.
-- buffers, at the start of the backward: next to the activations, a layer's gradients (w B), two fp32 buffers of the
-  reduce-scatter (2 * 4 B) and one of the all-gather (w B). At its end: the embedding's gradient, w R and 4 R (ddp:
-  4 R). The larger of the two moments counts. gloo scatters a copy: 4 B or 4 R more.
+  zero2: all weights gathered, w W. zero3, hsdp: two layers, w (R + 2 B). Of a stored base only the largest matrix and
+  its codes, under each of them.
+- the first of two moments, the start of the last backward of a step: gradients that earlier micro batches left (zero2:
+  4 W, not sharded), and DDP's buckets, which are never freed; copies; activations; under zero2, zero3 and hsdp a
+  layer's gradients (w B), two fp32 buffers of the reduce-scatter (2 * 4 B) and one of the all-gather (w B). gloo
+  scatters a copy, 4 B more. Or, if this is more (zero3, hsdp), the buffer in which the root is gathered again, w R.
+- the second, its end: all gradients, and what makes those of the embedding or of the root. ddp and zero1: 4 bytes per
+  element of the embedding; 2 if it is bf16, and 4 more for the sum over several micro batches. The others: the gathered
+  root and its gradient (2 w R; zero2 with several micro batches 4 R more); its gradient and the buffer of the
+  reduce-scatter; or this buffer and gloo's copy. The gathered layers and the casts are gone.
 - activations: tokens * (kept + working), counted by a dry run. There are no logits. Of a row that N ranks compute
   together (`parallel.context`), each has 1/N of the tokens; the dry run is that of one of the ranks.
+The larger of the two counts: its parts are those that are there at that moment.
 README.md has this as a table, and compares it with measurements.
 """
 
@@ -31,7 +35,7 @@ from transformers import PretrainedConfig
 
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, RECOMPUTES, DryRun, Sizes, TokenBytes
-from rmcore.cost.formats import stored
+from rmcore.cost.formats import BASE, stored
 from rmcore.model.language_head import is_tied
 
 CPU_TOKENS = 4096  # large enough for full-rate matrix products, small enough that a micro batch stays under a gigabyte
@@ -110,23 +114,39 @@ def memory_of_step(
     if not traits.shards_weights:
         largest = max(1.0 / ranks, model.embedding / everything if share == 1.0 else 0.0)  # zero1: whole parameters
         averages = kept.averages * (largest if traits.shards_optimizer else 1.0)
-        gradients = kept.gradients / (ranks if traits.shards_gradients else 1)
-        copies = _casts(config, model, cuda=not gloo)
-        last = kept.width * model.embedding * (share == 1.0)
-        return Memory(kept.weights, gradients, averages, copies, max(0.0, last - activations), activations)
+        copies, persistent = _casts(config, model, cuda=not gloo), config.computes_with_copies(cuda=not gloo)
+        # The embedding's gradient in the dtype of the weights that compute. If that is bf16, its fp32 copy is added to
+        # the gradients that earlier micro batches left; the first one becomes the gradient.
+        halves = config.model.trains_bf16 or persistent
+        last = (2.0 + 4.0 * deferred if halves else 4.0) * model.embedding * (share == 1.0)
+        in_buckets = ranks > 1 and not halves  # DDP never frees its gradients
+        begin = Memory(kept.weights, kept.gradients * (deferred or in_buckets), averages, copies, 0.0, activations)
+        end = Memory(kept.weights, kept.gradients, averages, copies * persistent, last, 0.0)
+        return max(begin, end, key=_total)
     each = traits.gathers_each_micro_batch
     gathered = min(everything, root + 2 * layer) if each else everything
+    codes = 0.0
     if config.model.lora.base != "fp32":  # the stored base is gathered and restored one weight at a time
         gathered *= 1.0 - model.adapted / everything
         gathered += model.matrix
-    waiting = 4.0 * model.trained if deferred and not each else 0.0
+        codes = BASE[config.model.lora.base] * model.matrix
+    waits = deferred and not each  # zero2 reduces the sums of a step, with its last micro batch
     copied = 4.0 if gloo and ranks > 1 else 0.0
-    scattered = width + 4.0 + copied  # bytes per gradient of a layer, or of the root, in the reduction
-    first = activations + (scattered + 4.0) * layer * share + width * layer
-    last = scattered * (root if share == 1.0 else 0.0)
-    buffers = waiting + max(first, last) - activations
+    first = (width + 8.0 + copied) * layer * share + width * layer
+    if each:  # first of all the root is gathered again, into one buffer and then out of it
+        first = max(first, width * root)
+    # Next to its gradient is the gathered root; then the buffer that is scattered; then gloo's copy of that.
+    summed = 4.0 if waits else width
+    last = root * max(2.0 * width + 4.0 * waits, summed + 4.0, 4.0 + copied) * (share == 1.0)
     weights, gradients, averages = (part / ranks for part in (kept.weights, kept.gradients, kept.averages))
-    return Memory(weights, gradients, averages, width * gathered, buffers, activations)
+    earlier = 4.0 * model.trained if waits else gradients * deferred
+    begin = Memory(weights, earlier, averages, width * gathered + codes, first, activations)
+    end = Memory(weights, gradients, averages, 0.0, last, 0.0)
+    return max(begin, end, key=_total)
+
+
+def _total(memory: Memory) -> float:
+    return memory.total
 
 
 def _casts(config: Config, model: Sizes, *, cuda: bool) -> float:

@@ -129,8 +129,8 @@ def _is_cuda(world: World) -> bool:
 
 
 def saves_memory(config: Config) -> bool:
-    """Whether memory counts for more than page faults (rmcore.host.memory): something is stored in fewer bits, or ranks
-    divide rows that are too long for one.
+    """Whether memory counts for more than page faults (rmcore.host.memory): something is stored in fewer bits, LoRA
+    trains little of the model, or ranks divide rows that are too long for one.
     """
-    formats = {config.model.weights, config.optim.states, config.model.lora.base}
-    return formats != {"fp32"} or config.parallel.context > 1
+    formats = {config.model.weights, config.optim.states}
+    return formats != {"fp32"} or config.model.lora.rank is not None or config.parallel.context > 1

@@ -31,7 +31,7 @@ def test_every_config_is_planned_on_eight_gpus_without_a_hub(path: Path, capsys:
     found = predicted(capsys, str(path), *how, "--gpus", "8", "--gpu", "h100", *data)
     asked, total = found["asked"], found["model"]["total"]
     assert asked["fits"] is True and asked["recompute"] == ("selective" if path.stem == "zephyr_7b" else "none")
-    assert asked["memory"]["weights"] + asked["memory"]["gradients"] in (8 * total, total)  # whole, or one eighth
+    assert asked["memory"]["weights"] in (4 * total, total / 2)  # whole, or one eighth
     assert found["steps"] and asked["hours"] > 0 and asked["most_tokens"] >= found["data"]["longest"]
     assert found["checkpoint_bytes"] == 12 * total
     assert [one["gpus"] for one in found["by_gpus"]] == [1, 8, 64, 512]

@@ -1,12 +1,14 @@
 """Bytes that each strategy sends, compared with the formulas of ring collectives."""
 
 import pytest
-from transformers import GPTNeoXConfig
+import torch
+from transformers import AutoModelForSequenceClassification, GPTNeoXConfig
 
 from rmcore.config import Config
-from rmcore.cost.communication import collectives, exchange
+from rmcore.cost.communication import NOTHING, collectives, exchange
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.machines import gpu
+from rmcore.model.lora import add_lora, store_base
 
 
 def test_a_ring_sends_what_rings_send() -> None:
@@ -47,3 +49,30 @@ def test_context_groups_exchange_heads() -> None:
     assert (within.within, within.between) == (2 * 2 * layer * 3 / 4, 0)
     (across,) = exchange(sizes, "bf16", 1000, 16, 8, 3)
     assert (across.within, across.between) == (2 * 3 * layer * 7 / 16, 2 * 3 * layer * 8 / 16)
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_stored_base_is_gathered_in_its_own_format(strategy: str, base: str) -> None:
+    """In each pass of each micro batch the codes and scales of a real model; by FSDP2 everything else, as ever."""
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    shape = GPTNeoXConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=2, vocab_size=128, num_labels=1
+    )
+    model = {"name": "m", "lora": {"rank": 4, "base": base}}
+    parallel = {"strategy": strategy, "precision": "bf16"}
+    config = Config.model_validate({"model": model, "data": {"train": {"path": "p"}}, "parallel": parallel})
+    hf_model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32)
+    add_lora(hf_model.base_model, config.model.lora, 0)
+    store_base(hf_model.base_model, config.model.lora)
+    codes = sum(b.nbytes for name, b in hf_model.named_buffers() if name.endswith((".codes", ".scale")))
+    rest = 2 * sum(parameter.numel() for parameter in hf_model.parameters())  # in bf16
+    sent = {
+        one.what: one
+        for one in collectives(config, DryRun(shape, lora=config.model.lora).sizes, 4, 1, micro_batches=5, passes=3)
+    }
+    stored = sent["gather the stored base"]
+    assert (stored.within, stored.times, stored.behind) == (pytest.approx(codes * 3 / 4, rel=0.001), 15, NOTHING)
+    assert sent["gather weights"].within == pytest.approx(rest * 3 / 4)

@@ -14,12 +14,14 @@ import rmcore.model.attention as attention
 import rmcore.model.varlen as varlen
 from rmcore import ops
 from rmcore.bench.gpu_checks import SAVED, whole_run
+from rmcore.config import Config
 from rmcore.data.batches.batch import build_batch
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import composed_attention
 from rmcore.model.compiled import compile_layers
 from rmcore.model.reward_model import SHARED
 from rmcore.ops.gather_prefix import gather_plan
+from rmcore.parallel.ddp import saves_memory
 from rmcore.parallel.world import running_world
 from tests.harness.oracle import assert_close, odd_items, reward_model, tiny_model
 from tests.harness.paths import ROOT
@@ -244,6 +246,15 @@ def test_memory_that_was_freed_before_is_given_back_too():
     """What loading a model left between small blocks does not stay for the run."""
     _, freed, left = freeing("keep_freed_memory")
     assert freed > 64 * (4 << 20) and left < freed // 10
+
+
+@pytest.mark.parametrize(
+    "settings, saves",
+    [({}, False), ({"model": {"lora": {"rank": 4}}}, True), ({"optim": {"states": "int8"}}, True)],
+)
+def test_runs_that_save_memory_return_what_is_freed(settings, saves):
+    values = {"data": {"train": {"path": "p"}}, **settings, "model": {"name": "m", **settings.get("model", {})}}
+    assert saves_memory(Config.model_validate(values)) == saves
 
 
 @pytest.mark.gpu
