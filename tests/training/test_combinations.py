@@ -172,7 +172,8 @@ def learned_of(names: Iterable[str]) -> tuple[str, ...]:
 
 def assert_learns_the_same(runs: Runs, names: tuple[str, ...], size: int) -> None:
     """In fp32 within the rounding of sums in another order: 1e-5 was measured, and 1e-4 is allowed, for a bf16 or 8-bit
-    average may round the other way. In bf16 every order rounds activations at 2^-8: 0.07 was measured, and 0.2 is allowed."""
+    average may round the other way. In bf16 every order rounds activations at 2^-8: 0.07 was measured, 0.2 is allowed.
+    """
     bound = 0.2 if "bf16" in learned_of(names) else 1e-4
     expected = runs.results(learned_of(names))
     np.testing.assert_allclose(runs.results(names, size), expected, rtol=0, atol=bound)
