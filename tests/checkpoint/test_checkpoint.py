@@ -103,18 +103,53 @@ def test_other_formats_resume_to_the_last_bit_and_move_between_strategies(
     assert resumed.codes == [0, 0] and metrics(resumed) == metrics(whole), resumed.text
     assert read_manifest(resumed.directory / "checkpoints" / "step-8").files == read_manifest(last).files
     # Another strategy and another world size restore the same numbers, to the last bit.
-    stored = {}
-    for path in sorted(last.glob("rank-*")):
-        with safe_open(path, framework="pt") as file:
-            stored |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     other = "zero3" if strategy != "zero3" else "zero1"
     moved = [*arguments(tmp_path, f"parallel.strategy={other}", *more), f"run.dir={whole.directory}", "run.epochs=2"]
+    assert restored_by(3, tmp_path / "three", moved) == stored_in(last)
+
+
+EVERY_STRATEGY = [("ddp", 1, 1), ("zero1", 3, 1), ("zero2", 4, 1), ("zero3", 3, 1), ("hsdp", 4, 2)]
+MOVED = {
+    **{what: more for what, (more, *_) in FORMATS.items()},
+    "nf4 base, 8-bit averages": ["model.lora.rank=64", "model.lora.base=nf4", "optim.states=int8"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", MOVED)
+@pytest.mark.parametrize("written_by", ["ddp", "hsdp"])
+def test_what_two_ranks_wrote_is_restored_by_every_strategy(tmp_path: Path, written_by: str, what: str) -> None:
+    """The numbers as they are stored, with their scales, to the last bit, on 1, 3 and 4 ranks."""
+    more = MOVED[what]
+    for library in ("bitsandbytes", "peft"):
+        pytest.importorskip(library)
+    given = arguments(tmp_path, f"parallel.strategy={written_by}", *more)
+    whole = run(tmp_path / "whole", given, 2)
+    assert whole.codes == [0, 0], whole.text
+    stored = stored_in(whole.directory / "checkpoints" / "step-8")
+    assert any(key.startswith("exp_avg_scale/") for key in stored) == ("optim.states=int8" in more)
+    for strategy, ranks, hosts in EVERY_STRATEGY:
+        moved = [*arguments(tmp_path, f"parallel.strategy={strategy}", *more), f"run.dir={whole.directory}"]
+        found = restored_by(ranks, tmp_path / strategy, [*moved, "run.epochs=2"], hosts)
+        assert found == stored, f"{strategy} on {ranks} ranks"
+
+
+def stored_in(checkpoint: Path) -> dict[str, str]:
+    """The whole tensors of a checkpoint, read without rmcore, in hexadecimal."""
     parts: dict[str, str] = {}
-    for result in run_ranks(restored, 3, tmp_path / "three", moved):
+    for path in checkpoint.glob("rank-*"):
+        with safe_open(path, framework="pt") as file:
+            parts |= {key: file.get_tensor(key).view(torch.uint8).numpy().tobytes().hex() for key in file.keys()}  # noqa: SIM118
+    return joined(parts)
+
+
+def restored_by(ranks: int, folder: Path, arguments: list[str], hosts: int = 1) -> dict[str, str]:
+    """The whole tensors that these ranks continue from, in hexadecimal."""
+    parts: dict[str, str] = {}
+    for result in run_ranks(restored, ranks, folder, arguments, hosts=hosts, timeout=300):
         parts |= result.value
-    assert joined(parts) == joined(
-        {key: tensor.view(torch.uint8).numpy().tobytes().hex() for key, tensor in stored.items()}
-    )
+    return joined(parts)
 
 
 def restored(rendezvous: str, arguments: list[str]) -> dict[str, str]:
