@@ -66,7 +66,7 @@ def assert_follows(steps: list[dict], expected: dict, loss: float = 1e-5, norm: 
         pytest.param(2, "ddp", marks=pytest.mark.slow),
         pytest.param(2, "zero1", marks=pytest.mark.slow),
         (2, "zero2"),
-        (2, "zero3"),
+        pytest.param(2, "zero3", marks=pytest.mark.slow),
     ],
 )
 def test_trl_followed_in_fp32(tmp_path, ranks, strategy):
