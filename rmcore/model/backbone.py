@@ -273,12 +273,14 @@ NOISE = re.compile("drop|jitter|noise")
 def turn_dropout_off(model: nn.Module) -> None:
     """Set every dropout probability, and the noise of routers, to 0, in training too.
 
-    PhiMoE's routers draw experts at random in training mode, so they compute in evaluation mode. The self-test refuses
-    models in which anything else is drawn. Source for dropout: Ziegler et al., arXiv 1909.08593, p. 3.
+    PhiMoE's routers draw experts at random in training mode, so they compute in evaluation mode; their jitter is also
+    a threshold there, and stays. The self-test refuses models in which anything else is drawn. Source for dropout:
+    Ziegler et al., arXiv 1909.08593, p. 3.
     """
     for module in model.modules():
         if hasattr(module, "router_jitter_noise"):
             module.register_forward_pre_hook(_evaluate)
+            continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, Gemma3nConfig, PI0Config, T5Config
+from transformers import AutoModel, BertConfig, Gemma3nConfig, PI0Config, T5Config
 from transformers.utils import is_timm_available
 
 from rmcore.bench.models import exact, families, tiny_config, tried
@@ -197,7 +197,7 @@ def test_layers_of_several_classes_are_one_list() -> None:
 @pytest.mark.parametrize("family", some("starcoder2", "phimoe", "dbrx", "seed_oss", "gpt_bigcode", fast=2))
 def test_nothing_is_drawn_at_random_in_training(family: str, tmp_path: Path) -> None:
     """PhiMoE samples its experts, DBRX multiplies their inputs by noise, and Starcoder 2 calls functions for dropout,
-    where a module is in training mode.
+    where a module is in training mode. What transformers computes outside training stays.
     """
     config = tiny_config(family)
     for name in ("residual_dropout", "embedding_dropout", "attention_dropout"):
@@ -213,3 +213,5 @@ def test_nothing_is_drawn_at_random_in_training(family: str, tmp_path: Path) -> 
     first, second = (model(input_ids=ids).logits for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first, model.eval()(input_ids=ids).logits)
+    plain = AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(text_model(model)(input_ids=ids)[0], plain(input_ids=ids)[0])
