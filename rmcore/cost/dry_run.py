@@ -43,6 +43,7 @@ from rmcore.model.pruning import OUTPUT, QUERY, attention_of
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.model.router_balance import RouterBalance
 from rmcore.model.row_split import ContextGroup
+from rmcore.ops.layers import counting
 
 RECOMPUTES = ("none", "selective", "full", "offload")  # the fastest first
 # Bytes per token, layer and unit of width in bf16: an estimate that others checked against llm.c.
@@ -108,14 +109,14 @@ class DryRun:
     def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True, context: int = 1) -> TokenBytes:
         """Activation bytes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute` (one of RECOMPUTES).
 
-        cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer; and what
-            `offload` moves to host memory is not on the device.
+        cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer, without the
+            layers' ops for CPUs; and what `offload` moves to host memory is not on the device.
         context: ranks that compute each row together; the bytes are those per token of a rank's own part, with the
             buffers of the exchange, and with the keys and values that are repeated for more ranks than heads.
         """
         if recompute == "offload" and not cuda:
             return self.token_bytes(arithmetic, "full", cuda=False, context=context)
-        key = arithmetic, recompute, cuda and arithmetic != FP32, context
+        key = arithmetic, recompute, cuda, context
         if key not in self._known:
             self._known[key] = self._count(*key)
         return self._known[key]
@@ -166,7 +167,7 @@ class DryRun:
         lora = self._lora if find_spec("peft") is not None else FULL
         if lora.rank is not None:
             add_lora(text_model(hf_model), lora, seed=0)
-        shapes = _batch(comparisons, cuda, context)
+        shapes = _batch(comparisons, cuda and arithmetic != FP32, context)
         # Made before the fake tensors, with which the rule of the routers could not be found.
         balance = RouterBalance(text_model(hf_model)) if self._objective.router_aux else None
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -185,7 +186,7 @@ class DryRun:
             model.train()
             batch = shapes.mapped(lambda t: torch.empty(t.shape, dtype=t.dtype))
             half = torch.autocast("cpu", torch.bfloat16) if arithmetic == AUTOCAST else nullcontext()
-            with LiveBytes(model) as live:
+            with LiveBytes(model) as live, nullcontext() if cuda else counting():
                 with half:
                     loss = model(batch).loss_sum
                 kept = live.now

@@ -81,20 +81,19 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _takes(x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether the ops take a tensor: a plain one on the CPU, outside compiled code."""
-    return type(x) is Tensor and x.is_cpu and x.dtype in dtypes and not torch.compiler.is_compiling() and ops.fused()
+    """Whether the ops take a tensor here: outside compiled code, with compiled kernels in use."""
+    return layers.takes(x, *dtypes) and not torch.compiler.is_compiling() and ops.fused()
 
 
 def _gelu(module: nn.Module, input: Tensor) -> Tensor:
     if _takes(input, torch.float32, torch.bfloat16):
-        return torch.ops.rmcore.gelu(input)
+        return layers.gelu(input)
     return type(module).forward(module, input)
 
 
 def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    plain = type(module.weight) in (nn.Parameter, Tensor) and module.weight.dtype == torch.float32
-    if plain and _takes(hidden_states, torch.float32):
-        return torch.ops.rmcore.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    if _takes(module.weight, torch.float32) and _takes(hidden_states, torch.float32):
+        return layers.rms_norm(hidden_states, module.weight, module.variance_epsilon)
     return type(module).forward(module, hidden_states)
 
 
@@ -104,7 +103,7 @@ def _swiglu(module: Any, x: Tensor) -> Tensor:
         return type(module).forward(module, x)
     gate, up = module.gate_proj(x), module.up_proj(x)
     if _takes(gate, torch.float32, torch.bfloat16) and gate.dtype == up.dtype:
-        return module.down_proj(torch.ops.rmcore.swiglu(gate, up))
+        return module.down_proj(layers.swiglu(gate, up))
     return module.down_proj(F.silu(gate) * up)
 
 
@@ -116,7 +115,7 @@ def _rotation(original: Callable[..., Any]) -> Callable[..., Any]:
         plain = not (rest or named) and _takes(cos, torch.float32) and _takes(sin, torch.float32)
         kinds = torch.float32, torch.bfloat16
         if plain and current_layout() is not None and _takes(q, *kinds) and _takes(k, *kinds) and q.shape[0] == 1:
-            return torch.ops.rmcore.rotate(q, cos, sin), torch.ops.rmcore.rotate(k, cos, sin)
+            return layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         return original(q, k, cos, sin, *rest, **named)
 
     return rotation
