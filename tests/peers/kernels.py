@@ -9,7 +9,7 @@ forward of transformers' PyTorch functions. Exit code 1 if a reward differs by m
 Example: {"client": "causal_conv1d_fn, selective_scan_fn", "compared": "mamba, rewards", "largest_difference": 2.2e-06}.
 
 kernels_client.py computes in that environment, with Triton's interpreter (TRITON_INTERPRET=1), in fp32. It takes about
-half a minute of the processor for each family, and a minute for Mamba 2.
+half a minute of the processor for each family, a minute for Mamba 2, and four for Kimi Linear.
 """
 
 import json
@@ -20,7 +20,7 @@ import sys
 from tests.harness.paths import ROOT
 from tests.peers.table import row, write_rows
 
-FAMILIES = ["qwen3_5", "mamba", "mamba2", "lfm2"]
+FAMILIES = ["qwen3_5", "mamba", "mamba2", "lfm2", "kimi_linear"]
 ALLOWED = {"rewards": 1e-5, "gradients": 5e-5}  # fp32, three layers, weights three times as large as a fresh model's
 
 
