@@ -9,7 +9,7 @@ forward of transformers' PyTorch functions. Exit code 1 if a reward differs by m
 Example: {"client": "causal_conv1d_fn, selective_scan_fn", "compared": "mamba, rewards", "largest_difference": 2.2e-06}.
 
 kernels_client.py computes in that environment, with Triton's interpreter (TRITON_INTERPRET=1), in fp32. It takes about
-half a minute of the processor for each family, a minute for Mamba 2, and four for Kimi Linear.
+half a minute of the processor for each family, a minute for Mamba 2, and a minute and a half for Kimi Linear.
 """
 
 import json
