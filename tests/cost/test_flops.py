@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, Gemma4TextConfig, GPTNeoXConfig
+from transformers import AutoModelForSequenceClassification, GPTNeoXConfig
 
 from rmcore.bench.models import families, tiny_config
 from rmcore.config import UserError
@@ -35,10 +35,11 @@ class Rows:
 
 
 def test_heads_of_several_sizes_count_by_their_mean() -> None:
+    gemma4 = pytest.importorskip("transformers.models.gemma4.configuration_gemma4")  # not in transformers 5.3
     layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "hidden_size_per_layer_input": 8}
-    config = Gemma4TextConfig(**layers, **heads, **small, vocab_size_per_layer_input=64)
+    config = gemma4.Gemma4TextConfig(**layers, **heads, **small, vocab_size_per_layer_input=64)
     assert DryRun(config).sizes.width == 4 * (8 + 16) / 2
 
 
