@@ -37,8 +37,8 @@ from rmcore.model.attention import attention_forward
 from rmcore.model.layout_context import packed_layout
 from rmcore.model.reward_model import RewardModel
 from rmcore.model.selftest import choose_path
+from rmcore.ops.biased_gelu import biased_gelu
 from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
-from rmcore.ops.gelu import biased_gelu
 from rmcore.ops.pairwise import pairwise_loss
 from rmcore.ops.rotate_gather import rotate_gather
 from rmcore.parallel.world import World, running_world

@@ -32,8 +32,8 @@ import rmcore.ops as ops
 from rmcore.bench.measure import Clock, add_up, machine, parser, spread, write_results
 from rmcore.host.memory import keep_freed_memory
 from rmcore.model.attention import composed_attention
+from rmcore.ops.biased_gelu import biased_gelu
 from rmcore.ops.gather_prefix import gather_plan, gather_prefix_kv
-from rmcore.ops.gelu import biased_gelu
 from rmcore.ops.pairwise import pairwise_loss
 from rmcore.ops.ragged_attention import ragged_attention
 from rmcore.ops.rotate_gather import rotate_gather

@@ -8,8 +8,8 @@ Example: pythia-1b under zero3 on 4 gloo ranks: 909 million parameters, 14.5 GB 
 The benchmark writes the shape with random weights, one weight at a time, as a directory of several safetensors files.
 Then it runs torchrun on it: the embedded task, three steps, an export that is checked in parts. Each rank is a child
 process; the mark of the kernel is reset between the phases, so that each peak belongs to its own phase. `--quick`
-leaves out the self-test, which takes longer than some steps, and the export. There is no ratio: `rmcore.bench plan`
-compares the peaks with predictions.
+skips the self-test, which takes longer than some steps, and the export. The benchmark prints peaks only:
+`rmcore.bench plan` compares them with predictions.
 """
 
 import json

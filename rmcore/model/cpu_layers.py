@@ -8,7 +8,7 @@ compute the same numbers.
 
 A module is recognised by the code of its forward, so the many models whose norm or MLP is a copy of Llama's are
 covered, and one that computes something else is left alone. Tensors that the ops do not take (another device or dtype,
-DTensors, fake tensors) pass through the module's own forward.
+DTensors, fake tensors that nothing counts) pass through the module's own forward.
 """
 
 import functools

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rmcore.host.bf16 import bf16_instructions
-from rmcore.ops import gather_prefix, gelu, pairwise, ragged_attention, rotate_gather
+from rmcore.ops import biased_gelu, gather_prefix, pairwise, ragged_attention, rotate_gather
 
 # The reference of each op, which the dispatcher calls where there is no compiled kernel.
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -34,7 +34,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "gather_prefix_backward": gather_prefix.reference_backward,
     "rotate_gather": rotate_gather.reference_forward,
     "rotate_gather_backward": rotate_gather.reference_backward,
-    "biased_gelu_backward": gelu.reference_backward,
+    "biased_gelu_backward": biased_gelu.reference_backward,
     "ragged_attention": ragged_attention.reference_forward,
     "ragged_attention_backward": ragged_attention.reference_backward,
 }
@@ -45,7 +45,7 @@ TRITON = {
     "gather_prefix_backward": ("rmcore.ops.gather_prefix_triton", "backward"),
     "rotate_gather": ("rmcore.ops.rotate_gather_triton", "forward"),
     "rotate_gather_backward": ("rmcore.ops.rotate_gather_triton", "backward"),
-    "biased_gelu_backward": ("rmcore.ops.gelu_triton", "backward"),
+    "biased_gelu_backward": ("rmcore.ops.biased_gelu_triton", "backward"),
 }
 MODES = ("fused", "reference")
 SCHEMAS = 2  # raised when the schema of an op changes: a library of another schema would end the process

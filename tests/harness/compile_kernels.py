@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from rmcore.data.batches.batch import build_batch
-from rmcore.ops import gather_prefix_triton, gelu_triton, pairwise_triton, rotate_gather_triton
+from rmcore.ops import biased_gelu_triton, gather_prefix_triton, pairwise_triton, rotate_gather_triton
 from rmcore.ops.gather_prefix import gather_plan
 from tests.harness.oracle import odd_items
 
@@ -63,7 +63,7 @@ def launches() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
                 rows = key.new_zeros(tokens, heads, size)
                 for sums in (True, False):
                     rotate_gather_triton.backward(rows, copies, copies, *turns, sums)
-            gelu_triton.backward(*torch.zeros(2, tokens, 8192, dtype=dtype))
+            biased_gelu_triton.backward(*torch.zeros(2, tokens, 8192, dtype=dtype))
     finally:
         JITFunction.run = real
     yield from found

@@ -29,7 +29,11 @@ def classifier(family: str, tokenizer: Any) -> PreTrainedModel:
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = getattr(transformers, class_name)(**{**arguments, "vocab_size": len(tokenizer), **ids})
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_config(config)
+    return enlarged(AutoModelForSequenceClassification.from_config(config))
+
+
+def enlarged(model: PreTrainedModel) -> PreTrainedModel:
+    """A random model, its matrices three times as large, so that a wrong layer shows in a reward; dropout off."""
     for parameter in model.parameters():
         parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
     turn_dropout_off(model)

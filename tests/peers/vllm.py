@@ -26,13 +26,12 @@ import transformers
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.templates import load_template
 from rmcore.hf_export.card import model_card
-from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.classifier import is_made, new_classifier, towers
 from rmcore.model.meta_model import set_padding
 from rmcore.model.outputs import Outputs
 from rmcore.scoring.normalisation import Normalisation
 from rmcore.scoring.scorer import Scorer, Text
-from tests.harness.exporting import export, run_config
+from tests.harness.exporting import enlarged, export, run_config
 from tests.peers import vllm_families
 
 CLOSE = 1e-5  # fp32, four layers, rewards of order 1
@@ -139,12 +138,7 @@ def classifier(family: str, tokenizer: Any) -> transformers.PreTrainedModel:
     (SEVERAL[1] if family == SEVERAL[0] else Outputs()).store(config)
     set_padding(config, tokenizer.pad_token_id)
     torch.manual_seed(1)
-    model = new_classifier(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
-    turn_dropout_off(model)
-    return model
+    return enlarged(new_classifier(config))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,12 @@ import transformers
 from rmcore.bench import models
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.hf_export.parts import exported_parts
-from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.classifier import new_classifier, towers
 from rmcore.model.meta_model import set_padding
 from rmcore.model.outputs import Outputs
 from rmcore.model.reward_model import PADDED
 from rmcore.scoring.scorer import Scorer, Text
-from tests.harness.exporting import engine, export, run_config
+from tests.harness.exporting import engine, enlarged, export, run_config
 from tests.harness.exporting import texts as probe_texts
 from tests.peers.table import row, write_rows
 
@@ -197,12 +196,7 @@ def classifier(family: str, pad_token_id: int) -> transformers.PreTrainedModel:
     Outputs().store(config)
     set_padding(config, pad_token_id)
     torch.manual_seed(1)
-    model = new_classifier(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
-    turn_dropout_off(model)
-    return model
+    return enlarged(new_classifier(config))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The backward of `rmcore::biased_gelu` in Triton, for CUDA. The contract is gelu.py; the forward is PyTorch's.
+"""The backward of `rmcore::biased_gelu` in Triton, for CUDA. The contract is biased_gelu.py; the forward is PyTorch's.
 
 Input and output: as in the contract. One program computes BLOCK columns of PART rows, one row after the other, and adds
 up what it stores. Reruns are bitwise equal.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmcore.ops.gelu import PART, reference_backward
+from rmcore.ops.biased_gelu import PART, reference_backward
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,7 +33,7 @@ def _gelu_back(grad, pre, out, sums, T, F, PART: tl.constexpr, BLOCK: tl.constex
 
 
 def backward(grad: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """See `gelu.reference_backward`."""
+    """See `biased_gelu.reference_backward`."""
     if grad.dtype == torch.float64:
         return reference_backward(grad, pre)
     tokens, features = pre.shape
