@@ -13,8 +13,8 @@
 #define RMCORE_HAS_BF16
 #define RMCORE_BF16 __attribute__((target("avx512bf16")))
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 namespace rmcore {
@@ -61,22 +61,49 @@ struct Arithmetic<Pair> {
   }
 };
 
+// The lanes [0, count) of a vector of 16 or 32.
+inline __mmask16 lanes16(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
+inline __mmask32 lanes32(int64_t count) {
+  return static_cast<__mmask32>((uint64_t(1) << std::clamp<int64_t>(count, 0, 32)) - 1);
+}
+
 // Reads rows [first, first + count) of a bf16 or fp32 head, rounded to bf16 and paired along the head, into
 // pairs[count, ld], with zeros beyond hd.
 RMCORE_BF16 inline void load_pairs(const HeadView& head, int64_t first, int64_t count, int64_t hd, Pair* pairs,
                                    int64_t ld) {
+  const bool is_bf16 = head.dtype == at::kBFloat16;
   for (int64_t r = 0; r < count; ++r, pairs += ld) {
     const char* row = head.data + (first + r) * head.row_bytes;
-    std::fill(pairs, pairs + ld, Pair(0));
-    if (head.dtype == at::kBFloat16) {
-      std::memcpy(pairs, row, hd * 2);
-      continue;
+    for (int64_t line = 0; line < (is_bf16 ? hd * 2 : hd * 4); line += 64)
+      __builtin_prefetch(row + 8 * head.row_bytes + line);
+    for (int64_t word = 0; word < ld; word += 16) {
+      const int64_t left = hd - 2 * word;
+      __m512i both;
+      if (is_bf16) {
+        both = _mm512_maskz_loadu_epi16(lanes32(left), row + 4 * word);
+      } else {
+        const __m512 low = _mm512_maskz_loadu_ps(lanes16(left), row + 8 * word);
+        const __m512 high = _mm512_maskz_loadu_ps(lanes16(left - 16), row + 8 * word + 64);
+        both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+      }
+      _mm512_mask_storeu_epi32(pairs + word, lanes16(ld - word), both);
     }
+  }
+}
+
+// packed[count, ld] * alpha -> rows [first, first + count) of a bf16 or fp32 head.
+RMCORE_BF16 inline void store_rows(const HeadView& head, int64_t first, int64_t count, int64_t hd, float alpha,
+                                   const float* packed, int64_t ld) {
+  const __m512 factor = _mm512_set1_ps(alpha);
+  for (int64_t r = 0; r < count; ++r, packed += ld) {
+    char* row = head.data + (first + r) * head.row_bytes;
     for (int64_t d = 0; d < hd; d += 16) {
-      const int64_t left = std::min<int64_t>(16, hd - d);
-      const __mmask16 these = static_cast<__mmask16>((1u << left) - 1);
-      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(these, row + d * 4));
-      _mm256_mask_storeu_epi16(reinterpret_cast<char*>(pairs) + d * 2, these, (__m256i)rounded);
+      const __mmask16 these = lanes16(hd - d);
+      const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(packed + d), factor);
+      if (head.dtype == at::kBFloat16)
+        _mm256_mask_storeu_epi16(row + d * 2, these, (__m256i)_mm512_cvtneps_pbh(values));
+      else
+        _mm512_mask_storeu_ps(row + d * 4, these, values);
     }
   }
 }

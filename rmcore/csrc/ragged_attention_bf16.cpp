@@ -141,7 +141,7 @@ void forward_task(const Call& call, const PackedGroup& group, int64_t g, const a
         }
         times_rows(strip, shape_v.hd, chance, shape.wide, values.rows, shape_v.ld, result);
         for (int64_t r = 0; r < strip.count; ++r)
-          o.store(row + r, 1, shape_v.hd, inverse[r], result + r * shape_v.ld, shape_v.ld);
+          store_rows(o, row + r, 1, shape_v.hd, inverse[r], result + r * shape_v.ld, shape_v.ld);
       }
     }
   }
@@ -194,7 +194,7 @@ void backward_block(const Call& call, const Strip& block, const Group& packed_gr
       }
     }
     times_rows(strip, shape.hd, b.strip_scores, shape.wide, keys.rows, shape.ld, b.grad_q);
-    dq.store(row, strip.count, shape.hd, call.scale, b.grad_q, shape.ld);
+    store_rows(dq, row, strip.count, shape.hd, call.scale, b.grad_q, shape.ld);
   }
   add_to_keys(block, shape_v.hd, packed.prefix(), 0, b.chance, shape.width, b.rows_out, shape_v.ld, b.grad_v);
   add_to_keys(block, shape.hd, packed.prefix(), 0, b.grad_scores, shape.width, b.rows_q, shape.ld, b.grad_k);
@@ -227,8 +227,8 @@ void backward_task(const Call& call, const PackedGroup& group, int64_t g, const 
   for (size_t i = 0; i < group.given.size(); ++i) {
     const int64_t row = group.given[i].query_start, count = group.given[i].query_end - row;
     const int64_t from = group.packed.segments[i].query_start;
-    HeadView(grads[1], g).store(row, count, shape.hd, call.scale, b.grad_k + from * shape.ld, shape.ld);
-    HeadView(grads[2], g).store(row, count, shape_v.hd, 1.0f, b.grad_v + from * shape_v.ld, shape_v.ld);
+    store_rows(HeadView(grads[1], g), row, count, shape.hd, call.scale, b.grad_k + from * shape.ld, shape.ld);
+    store_rows(HeadView(grads[2], g), row, count, shape_v.hd, 1.0f, b.grad_v + from * shape_v.ld, shape_v.ld);
   }
 }
 
