@@ -45,11 +45,13 @@ class AdamW(torch.optim.Optimizer):
         states: the format of the averages: fp32, bf16 or int8.
         seed: of the draws.
 
-    `found_inf`: 0-dim; unless it is 0, `step` changes nothing. `updates`: 0-dim, how many steps changed something; all
+    `found_inf`: 0-dim; unless it is 0, `step` changes nothing. `grad_scale`: 0-dim; `step` divides the gradients by it,
+    which clips them. Both as in torch's fused AdamW. `updates`: 0-dim, how many steps changed something; all
     parameters share it, as the `step` of their states.
     """
 
     found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -126,6 +128,8 @@ class AdamW(torch.optim.Optimizer):
         for at in range(0, rows, at_once):
             here = slice(at, min(rows, at + at_once))
             grad = gradient[here].float()
+            if self.grad_scale is not None:
+                grad = grad / self.grad_scale
             averages = []
             for average in AVERAGES:
                 value = self._read(state, average, here, columns)

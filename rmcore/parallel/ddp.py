@@ -35,7 +35,7 @@ from rmcore.parallel.ema import Ema
 from rmcore.parallel.half_copies import HalfCopies
 from rmcore.parallel.optim import adamw_arguments, adamw_class, parameter_groups, trained_dtype, trained_in_bf16
 from rmcore.parallel.reduction import GradientReduction
-from rmcore.parallel.strategy import Shards, gradient_norms
+from rmcore.parallel.strategy import Shards, clip_in_update, gradient_norms
 from rmcore.parallel.world import World
 
 
@@ -105,8 +105,7 @@ class DataParallel:
             self._copies.changing()  # the update follows
         self.grad_norms_W = gradient_norms(self._parameters)
         norm = torch.linalg.vector_norm(self.grad_norms_W)
-        if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
+        clip_in_update(self.adamw, max_norm, norm)
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

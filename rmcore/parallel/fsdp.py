@@ -62,7 +62,7 @@ from rmcore.parallel.optim import (
     trained_in_bf16,
 )
 from rmcore.parallel.placement import held
-from rmcore.parallel.strategy import Shards, Weights, clip_local_gradients, gradient_norms
+from rmcore.parallel.strategy import Shards, Weights, clip_in_update, gradient_norms
 from rmcore.parallel.world import World, device_mesh
 
 
@@ -207,8 +207,8 @@ class FullySharded:
         square = self.grad_norms_W.square().sum()
         dist.all_reduce(square, group=self.mesh.get_group("shard"))  # under hsdp every host has the same gradients
         norm = square.sqrt()
-        if max_norm > 0:
-            clip_local_gradients(self._parameters, max_norm, norm)
+        # With parallel.offload AdamW runs on the CPU, and torch would not wait for the copy that it makes itself.
+        clip_in_update(self.adamw, max_norm, norm.to(self._parameters[0].device))
         return norm
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

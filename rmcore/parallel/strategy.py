@@ -61,7 +61,7 @@ class Strategy(Protocol):
         """Goes around the forward and sets the configured precision."""
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Global L2 norm of the gradients over all ranks, before they are scaled down to `max_norm` (0: not scaled)."""
+        """Global L2 norm of the gradients over all ranks. AdamW's next step scales them down to `max_norm` (0: not)."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters (DTensors where they are sharded) under the reward model's names."""
@@ -81,16 +81,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def clip_local_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """What nn.utils.clip_grads_with_norm_ does, by one kernel for all gradients that this rank holds a part of.
+def clip_in_update(adamw: torch.optim.Optimizer, max_norm: float, norm: Tensor) -> None:
+    """Make the next step of AdamW clip gradients whose global norm is `norm` to `max_norm` (0: not at all).
 
-    Of DTensors it multiplies each by itself, through their dispatch.
+    nn.utils.clip_grads_with_norm_ multiplies the gradients by min(1, max_norm / (norm + 1e-6)), in a pass over all of
+    them. AdamW divides each by the inverse, `grad_scale`, when it reads it anyway. `norm` is where the weights are.
     """
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    if gradients:
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+    scale = torch.clamp((norm + 1e-6) / max_norm, min=1.0) if max_norm > 0 else None
+    adamw.grad_scale = scale  # type: ignore[attr-defined]
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
