@@ -1,7 +1,8 @@
 """Lets the layers of a decoder that transformers wrote compute by the ops of `rmcore.ops.layers` on a CPU.
 
 Input: a backbone. Output: the number of its modules that compute by these ops; weights and their names stay.
-Example: GPT-NeoX's layers get `gelu` and `rotate`, Llama's `swiglu`, `rms_norm` and `rotate`.
+Example: Llama's layers get `swiglu`, `rms_norm` and `rotate`, GPT-NeoX's `layer_norm` and, with the fused classes of
+fused_layers.py, `gelu` and `rotate_qkv`.
 
 Every `RewardModel` has them, so a training, its evaluations, a recomputed layer, `rmcore evaluate`, `score` and `serve`
 compute the same numbers.
@@ -12,10 +13,11 @@ DTensors, fake tensors that nothing counts) pass through the module's own forwar
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +41,12 @@ def use_cpu_ops(backbone: nn.Module) -> int:
     if not layers.available():
         return 0
     found = 0
+    feeding = {norm for module in backbone.modules() for norm in _norms_before_products(module)}
     for module in backbone.modules():
         # A forward in the module's own dictionary was put there by a caller: it stays.
         if "forward" not in vars(module) and (forward := _forward(module)) is not None:
-            module.forward = functools.partial(forward, module)
+            extra = {"before_products": module in feeding} if forward in (_layer_norm, _rms_norm) else {}
+            module.forward = functools.partial(forward, module, **extra)
             found += 1
     for namespace in {sys.modules[type(module).__module__] for module in backbone.modules()}:
         original, half = getattr(namespace, ROTATION, None), getattr(namespace, HALF, None)
@@ -55,7 +59,7 @@ def use_cpu_ops(backbone: nn.Module) -> int:
 def without_cpu_ops(layer: nn.Module) -> None:
     """Undo `use_cpu_ops` in a layer that will be compiled, because equal layers shall share one compilation."""
     for module in layer.modules():
-        if getattr(vars(module).get("forward"), "func", None) in (_gelu, _rms_norm, _swiglu):
+        if getattr(vars(module).get("forward"), "func", None) in (_gelu, _layer_norm, _rms_norm, _swiglu):
             del module.forward
 
 
@@ -65,6 +69,8 @@ def _forward(module: nn.Module) -> Callable[..., Tensor] | None:
     exact_gelu = kind is nn.GELU and module.approximate == "none"
     if exact_gelu or (kind is GELUActivation and module.act is F.gelu):
         return _gelu
+    if kind is nn.LayerNorm and module.bias is not None and len(module.normalized_shape) == 1:
+        return _layer_norm
     if _same(kind.forward, llama.LlamaRMSNorm.forward):
         return _rms_norm
     if _same(kind.forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, SILU):
@@ -72,9 +78,25 @@ def _forward(module: nn.Module) -> Callable[..., Tensor] | None:
     return None
 
 
+def _norms_before_products(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The norms of a decoder layer whose results only linear layers read, which round them to the precision of autocast.
+
+    Such a norm rounds its own result, so that nothing writes and reads it in fp32 in between.
+    """
+    kind = type(layer)
+    if _same(kind.forward, llama.LlamaDecoderLayer.forward):
+        parts: Any = layer
+        known = (parts.self_attn, llama.LlamaAttention), (parts.mlp, llama.LlamaMLP)
+        if not all(_same(type(part).forward, original.forward) for part, original in known):
+            return ()
+    elif kind is not neox.GPTNeoXLayer:
+        return ()
+    return cast(nn.Module, layer.input_layernorm), cast(nn.Module, layer.post_attention_layernorm)
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Whether two functions have the same code, apart from their docstrings and the names of local variables."""
-    a, b = (getattr(x, "__code__", None) for x in (one, other))
+    """Whether two functions have the same code, apart from decorators, docstrings and the names of local variables."""
+    a, b = (getattr(inspect.unwrap(x) if callable(x) else x, "__code__", None) for x in (one, other))
     if not (isinstance(a, CodeType) and isinstance(b, CodeType)):
         return False
     return (a.co_code, a.co_names, a.co_consts[1:]) == (b.co_code, b.co_names, b.co_consts[1:])
@@ -91,10 +113,22 @@ def _gelu(module: nn.Module, input: Tensor) -> Tensor:
     return type(module).forward(module, input)
 
 
-def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+def _layer_norm(module: Any, input: Tensor, before_products: bool) -> Tensor:
+    if all(_takes(x, torch.float32) for x in (input, module.weight, module.bias)):
+        half = before_products and _rounds_products()
+        return layers.layer_norm(input, module.weight, module.bias, module.eps, half)
+    return type(module).forward(module, input)
+
+
+def _rms_norm(module: Any, hidden_states: Tensor, before_products: bool) -> Tensor:
     if _takes(module.weight, torch.float32) and _takes(hidden_states, torch.float32):
-        return layers.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+        half = before_products and _rounds_products()
+        return layers.rms_norm(hidden_states, module.weight, module.variance_epsilon, half)
     return type(module).forward(module, hidden_states)
+
+
+def _rounds_products() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _swiglu(module: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from types import MethodType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN, GELUActivation
@@ -20,7 +21,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from rmcore import ops
 from rmcore.data.batches.batch import AttentionLayout, build_batch
-from rmcore.model.backbone import recompute_activations
+from rmcore.model.backbone import decoder_layers, recompute_activations
 from rmcore.model.cpu_layers import use_cpu_ops
 from rmcore.model.layout_context import packed_layout
 from rmcore.model.reward_model import SHARED
@@ -71,8 +72,9 @@ def test_gelu(module, dtype):
 
 
 @pytest.mark.parametrize("size", [16, 50, 256])
-def test_rms_norm(size):
-    module = prepared(llama.LlamaRMSNorm(size, eps=1e-5))
+@pytest.mark.parametrize("norm", [partial(llama.LlamaRMSNorm, eps=1e-5), nn.LayerNorm])
+def test_norms(norm, size):
+    module = prepared(norm(size))
     assert_exact(module, given(1, 150, size), given(1, 150, size, seed=1), torch.float32, roundings=150**0.5)
 
 
@@ -117,12 +119,71 @@ def test_rotation(namespace, turned, dtype):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_a_norm_that_only_products_read_rounds_as_they_do(family):
+    model = tiny_model(family)
+    norm = decoder_layers(model)[0].input_layernorm
+    with torch.no_grad():
+        for seed, parameter in enumerate(norm.parameters()):
+            parameter.copy_(given(*parameter.shape, seed=seed + 10))
+    x, weight = given(1, 150, norm.weight.shape[0]).requires_grad_(), given(24, norm.weight.shape[0], seed=3)
+    up = given(1, 150, 24, seed=4).bfloat16()
+    assert use_cpu_ops(model) > 0
+    found = []
+    for before_products in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = F.linear(hidden := norm.forward(x, before_products=before_products), weight)
+        assert hidden.dtype == (torch.bfloat16 if before_products else torch.float32)
+        found.append([out, *torch.autograd.grad(out, [x, *norm.parameters()], up)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        last = model.base_model.norm if family == "llama" else model.base_model.final_layer_norm
+        assert norm(x).dtype == torch.bfloat16 and last(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [8, 32])
+def test_the_joined_projection_of_gpt_neox(turned, dtype):
+    """Against transformers' split and rotation in fp64; the bias, part of the input, gets the sum over the rows."""
+    rows, heads, size = 150, 3, 32
+    qkv, angle = given(rows, 3 * heads * size), given(rows, turned // 2, seed=5)
+    cos, sin = (torch.cat([one, one], -1) for one in (angle.cos(), angle.sin()))
+    ups = [given(rows, heads, size, seed=6 + n) for n in range(3)]
+
+    x = qkv.double().requires_grad_()
+    q, k, v = x.view(1, rows, heads, 3 * size).transpose(1, 2).chunk(3, -1)
+    q, k = neox.apply_rotary_pos_emb(q, k, cos[None].double(), sin[None].double())
+    wanted = [one[0].transpose(0, 1) for one in (q, k, v)]
+    (grad,) = torch.autograd.grad(wanted, x, [up.double() for up in ups])
+
+    y, bias = qkv.to(dtype).requires_grad_(), torch.zeros(3 * heads * size, requires_grad=True)
+    found = layers.rotate_qkv(y, bias, cos, sin, heads)
+    grads = torch.autograd.grad(found, [y, bias], [up.to(dtype) for up in ups])
+    for a, b in zip((*found, grads[0]), (*wanted, grad), strict=True):
+        assert (a.double() - b).abs().max() <= 4 * ROUNDOFF[dtype] * float(b.detach().abs().max())
+    assert (grads[1].double() - grad.sum(0)).abs().max() <= rows * ROUNDOFF[torch.float32] * float(grad.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_sums_the_gradient_of_the_bias(dtype):
+    x, up = given(150, 70, scale=2.0), given(150, 70, seed=1)
+    y = x.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.gelu(y), y, up.double())
+    z, bias = x.to(dtype).requires_grad_(), torch.zeros(70, requires_grad=True)
+    of_x, of_bias = torch.autograd.grad(layers.gelu(z, bias), [z, bias], up.to(dtype))
+    assert (of_x.double() - wanted).abs().max() <= 4 * ROUNDOFF[dtype] * float(wanted.abs().max())
+    bound = 150 * ROUNDOFF[torch.float32] * float(wanted.abs().max())
+    assert of_bias.dtype == torch.float32 and (of_bias.double() - wanted.sum(0)).abs().max() <= bound
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_a_model_is_as_exact_as_with_its_own_layers(family, monkeypatch):
     batch = build_batch(odd_items(), range(8), share=True)
 
     def gradients(dtype: torch.dtype, fused: bool) -> list[Tensor]:
         monkeypatch.setattr(ops, "fused", lambda: fused)
-        model = reward_model(tiny_model(family, dtype), SHARED)
+        whole = tiny_model(family, dtype)
+        whole.load_state_dict(tiny_model(family).state_dict())  # random numbers differ between precisions
+        model = reward_model(whole, SHARED)
         out = model(batch)
         return [
             out.rewards_A.detach().double(),
@@ -153,7 +214,8 @@ def test_no_result_depends_on_the_number_of_threads():
 def test_what_computes_something_else_keeps_its_code():
     replaced = nn.GELU()
     replaced.forward = torch.relu
-    model = nn.ModuleList([GemmaRMSNorm(16), nn.GELU("tanh"), ACT2FN["gelu_new"], nn.LayerNorm(16), replaced])
+    plain = nn.LayerNorm(16, bias=False), nn.LayerNorm(16, elementwise_affine=False), nn.LayerNorm((2, 16))
+    model = nn.ModuleList([GemmaRMSNorm(16), nn.GELU("tanh"), ACT2FN["gelu_new"], *plain, replaced])
     assert use_cpu_ops(model) == 0
     assert not any("forward" in vars(module) for module in model[:-1]) and replaced.forward is torch.relu
 
