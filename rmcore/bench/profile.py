@@ -4,14 +4,16 @@ Input: a model directory and rows.
 Output: a table, a JSON file, and with --trace a file for Perfetto or chrome://tracing.
 Example: `matrix products 71 %, attention 9 %, elementwise 8 %, optimizer 5 %, ...`; 112 of 170 GFLOP/s, 66 %.
 
-Ratio: the useful FLOP/s over the measured rate of a large matrix product; 66 % means that a step that does nothing but
-such products would take 0.66 of the time. Useful are the FLOPs of the model's products and of visible attention. The
-rate is the median over as many steps before the profile, so it contains no time of the profiler.
+Ratio: the useful FLOP/s over the rate of a large matrix product, [1536, 1536] x [1536, 1536], which is timed after each
+step, because both vary with what else the machine does; 66 % means that a step that does nothing but such products
+would take 0.66 of the time. Useful are the FLOPs of the model's products and of visible attention. The ratio is the
+median over as many steps before the profile, so it contains no time of the profiler.
 """
 
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from torch.profiler import profile as profiler
 from rmcore.bench.measure import add_up, machine, parser, write_results
 from rmcore.bench.train_rmcore import Stopwatch, config_of, flops_of_step
 from rmcore.checkpoint.resume import choose_start
-from rmcore.cost.machines import matrix_rate
 from rmcore.data.batches.batch import build_batch
 from rmcore.parallel.world import running_world
 from rmcore.train import train
@@ -51,6 +52,7 @@ KINDS = {
     "elementwise": ("aten::",),
 }
 WARM = 4  # steps before the profile
+SIDE = 1536  # of the square matrices of the product that a step is compared with
 
 
 def main(arguments: list[str]) -> int:
@@ -87,31 +89,45 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
 
             def step_done(self, step: int) -> None:
                 super().step_done(step)
+                if world.device.type == "cpu" and step <= timed.stop:
+                    begin = time.perf_counter()
+                    torch.mm(square, square)
+                    products.append(2.0 * SIDE**3 / (time.perf_counter() - begin))
+                    self._clock.lap()  # the next lap begins behind the product
                 if step == timed.stop:
                     seen.start()
                 if step == run.plan.steps:
                     seen.stop()
 
+        square = torch.randn(SIDE, SIDE).to({"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision])
+        products: list[float] = []  # FLOP/s of the product after each step
         watch = Watch()
         train(run, watch)
-        steps, done, rate = len(watch.laps) - timed.stop, 0.0, 0.0
-        if world.device.type == "cpu":  # rmcore.bench gpu measures the rate of a GPU
-            rates = []
+        steps, rates = len(watch.laps) - timed.stop, []
+        if products:  # rmcore.bench gpu measures the rate of a GPU
             for step in timed:
                 some = [build_batch(run.data.train, micro, run.share) for micro in run.plan.step(step).ranks[0]]
-                rates.append(sum(flops_of_step(run, batch) for batch in some) / watch.laps[step]["wall_s"])
-            done, rate = 1e-9 * statistics.median(rates), 1e-9 * matrix_rate(options.precision)
+                useful = sum(flops_of_step(run, batch) for batch in some) / watch.laps[step]["wall_s"]
+                rates.append((useful, 0.5 * (products[step - 1] + products[step])))  # the products around the step
     if options.trace:
         seen.export_chrome_trace(options.trace)
     names = {"model": Path(options.model).name, "data": Path(options.data).name, "threads": options.threads}
     record: dict[str, Any] = {"what": "profile", "machine": machine(), "lines": run.lines}
     record |= {
         "settings": {**settings, **names},
-        "useful_gflops": done,
-        "matrix_gflops": rate,
+        **medians(rates),
         "others_share": add_up(watch.laps[timed.start : timed.stop])["others_share"],
     }
     return {**record, "steps": steps, **shares(seen.key_averages(), steps, torch.cuda.is_available())}
+
+
+def medians(rates: list[tuple[float, float]]) -> dict[str, float]:
+    """Of the FLOP/s of steps and of the products around them: the medians, and those of their ratios with quartiles."""
+    if not rates:
+        return {}
+    low, middle, high = statistics.quantiles([useful / product for useful, product in rates], n=4)
+    useful, product = (1e-9 * statistics.median(column) for column in zip(*rates, strict=True))
+    return {"useful_gflops": useful, "matrix_gflops": product, "ratio": middle, "ratio_q1": low, "ratio_q3": high}
 
 
 def shares(events: Iterable[Any], steps: int, on_gpu: bool) -> dict[str, Any]:
@@ -153,6 +169,10 @@ def table(record: dict[str, Any], rows: int) -> str:
         for one in record["operations"][:rows]
     ]
     if rate := record.get("matrix_gflops"):
-        done = record["useful_gflops"]
-        lines += ["", f"Useful work: {done:.0f} GFLOP/s, {done / rate:.0%} of the {rate:.0f} of a large matrix product"]
+        ratio, low, high = (record[name] for name in ("ratio", "ratio_q1", "ratio_q3"))
+        lines += [
+            "",
+            f"Useful work: {record['useful_gflops']:.0f} GFLOP/s, {ratio:.0%} (quartiles {low:.0%} and {high:.0%}) of "
+            f"the {rate:.0f} of a large matrix product",
+        ]
     return "\n".join(lines)

@@ -79,9 +79,9 @@ def _forward(module: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def _norms_before_products(layer: nn.Module) -> tuple[nn.Module, ...]:
-    """The norms of a decoder layer whose results only linear layers read, which round them to the precision of autocast.
+    """The norms of a decoder layer whose results only linear layers read, which round them under autocast.
 
-    Such a norm rounds its own result, so that nothing writes and reads it in fp32 in between.
+    Such a norm rounds its result itself, so that nothing writes and reads it in fp32 in between.
     """
     kind = type(layer)
     if _same(kind.forward, llama.LlamaDecoderLayer.forward):

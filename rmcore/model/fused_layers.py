@@ -46,6 +46,8 @@ class FusedAttention(GPTNeoXAttention):
     ) -> tuple[Tensor, Tensor | None]:
         layout, linear = _layout(hidden_states), self.query_key_value
         plain = attention_mask is None and layer_past is None and position_embeddings is not None
+        if layout is not None and layout.gather is None:  # FSDP's policy makes angles bf16
+            plain = plain and position_embeddings[0].dtype == torch.float32  # type: ignore[index]
         if layout is None or not plain or type(linear) is not nn.Linear or (self.training and self.attention_dropout):
             return super().forward(
                 hidden_states,
