@@ -19,7 +19,7 @@ from rmcore.config.schema import Config
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import model_flops_per_token
 from rmcore.cost.machines import PEAK_FLOPS
-from rmcore.cost.memory import arithmetic_of, choose_budget, memory_of_step
+from rmcore.cost.memory import choose_budget, memory_of_step, token_bytes
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
@@ -129,7 +129,7 @@ def rmcore_run(
     memory = memory_of_step(
         config,
         sizes.sizes,
-        sizes.token_bytes(arithmetic_of(config, cuda=device.type == "cuda"), chosen.recompute),
+        token_bytes(config, sizes, chosen.recompute, cuda=device.type == "cuda"),
         tokens=watch.most,
         ranks=1,
         deferred=watch.batches > steps,

@@ -16,7 +16,8 @@ For a model that does not run on fake tensors, the rule of thumb in RULE_OF_THUM
 import copy
 import math
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -105,21 +106,28 @@ class DryRun:
         self._objective = Objective(router_aux=1.0 if router_aux else 0.0)
         self.sizes = _sizes(hf_config, self._meta_model(hf_config), lora)
         self._known: dict[tuple[str, str, bool, int], TokenBytes] = {}
+        self._layers: dict[tuple[str, str, bool, int], tuple[bool, float]] = {}  # pruned; bytes per token of a layer
+        self._saved: dict[tuple[str, str, bool], float] = {}
 
-    def token_bytes(self, arithmetic: str, recompute: str, *, cuda: bool = True, context: int = 1) -> TokenBytes:
+    def token_bytes(
+        self, arithmetic: str, recompute: str, *, cuda: bool = True, context: int = 1, compiled: bool = False
+    ) -> TokenBytes:
         """Activation bytes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute` (one of RECOMPUTES).
 
         cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer, without the
             layers' ops for CPUs; and what `offload` moves to host memory is not on the device.
         context: ranks that compute each row together; the bytes are those per token of a rank's own part, with the
             buffers of the exchange, and with the keys and values that are repeated for more ranks than heads.
+        compiled: all layers but the last are compiled, and keep what the compiler's cut of their graphs keeps; where
+            this cannot be counted, what they keep without a compiler, which is more.
         """
         if recompute == "offload" and not cuda:
-            return self.token_bytes(arithmetic, "full", cuda=False, context=context)
+            return self.token_bytes(arithmetic, "full", cuda=False, context=context, compiled=compiled)
         key = arithmetic, recompute, cuda, context
         if key not in self._known:
             self._known[key] = self._count(*key)
-        return self._known[key]
+        plain = self._known[key]
+        return self._compiled(plain, arithmetic, recompute, cuda) if compiled and plain.counted else plain
 
     def _count(self, arithmetic: str, recompute: str, cuda: bool, context: int) -> TokenBytes:
         layers, half = self.sizes.layers, 4.0 if arithmetic == FP32 else 2.0
@@ -141,8 +149,28 @@ class DryRun:
 
         # Of the inputs that `offload` moves away, at most two are on the device at any moment.
         kept_layers = min(layers, 3) if recompute == "offload" else layers
+        self._layers[arithmetic, recompute, cuda, context] = pruned, three[0] - two[0]
         kept = two[0] + (kept_layers - 2) * (three[0] - two[0])
         return TokenBytes(kept, max(two[1], three[1]), counted=True)
+
+    def _compiled(self, plain: TokenBytes, arithmetic: str, recompute: str, cuda: bool) -> TokenBytes:
+        """`plain` with all layers compiled but the last."""
+        # A layer that is computed again in its backward keeps meanwhile what one without recompute keeps.
+        less, at_once = (self._saved_by_compiler(arithmetic, how, cuda) for how in (recompute, "none"))
+        kept = plain.kept - (self.sizes.layers - 1) * less
+        return TokenBytes(kept, max(0.0, plain.working - (at_once - less)), counted=True)
+
+    def _saved_by_compiler(self, arithmetic: str, recompute: str, cuda: bool) -> float:
+        """Bytes per token that a compiled layer keeps less than a plain one; 0 where that cannot be counted."""
+        if recompute == "full":
+            return 0.0  # its input, either way
+        key = arithmetic, recompute, cuda
+        if key not in self._saved:
+            plain = self.token_bytes(arithmetic, recompute, cuda=cuda)
+            pruned, bytes_of_one = self._layers.get((*key, 1), (False, 0.0))
+            found = self._compiled_layer(arithmetic, recompute, pruned, cuda) if plain.counted else None
+            self._saved[key] = 0.0 if found is None else bytes_of_one - found
+        return self._saved[key]
 
     def _slope(
         self, layers: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool, context: int
@@ -158,6 +186,32 @@ class DryRun:
         self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool, context: int
     ) -> tuple[int, int]:
         """Live bytes after the forward, and their peak until the backward ends; not parameters and gradients."""
+        with self._small(layers, comparisons, arithmetic, pruned, cuda, context) as (model, forward):
+            recompute_activations(model.backbone, recompute)
+            with LiveBytes(model) as live, nullcontext() if cuda else counting():
+                loss = forward()
+                kept = live.now
+                loss.backward()
+        return kept, live.peak
+
+    def _compiled_layer(self, arithmetic: str, recompute: str, pruned: bool, cuda: bool) -> float | None:
+        """Bytes per token that a compiled layer keeps, the second of three; None where that cannot be counted."""
+        from rmcore.cost.compiled_layers import compiled_bytes
+
+        comparisons = 2
+        try:
+            small = self._small(3, comparisons, arithmetic, pruned, cuda, 1)
+            with small as (model, forward), nullcontext() if cuda else counting():
+                found = compiled_bytes(model.backbone, 1, recompute, forward)
+        except Exception:  # as for a model that fails on fake tensors
+            return None
+        return None if found is None else found / (comparisons * (PREFIX + 2 * TAIL))
+
+    @contextmanager
+    def _small(
+        self, layers: int, comparisons: int, arithmetic: str, pruned: bool, cuda: bool, context: int
+    ) -> Iterator[tuple[RewardModel, Callable[[], Tensor]]]:
+        """A copy of the model with so many layers, and what returns its loss. Within, all tensors are fake."""
         small = copy.deepcopy(self.hf_config)
         text = small.get_text_config()
         text.num_hidden_layers = layers
@@ -182,16 +236,15 @@ class DryRun:
             if balance:
                 model.add_balance(self._objective, balance)
             model.use(SHARED, pruned=pruned)
-            recompute_activations(model.backbone, recompute)
             model.train()
             batch = shapes.mapped(lambda t: torch.empty(t.shape, dtype=t.dtype))
             half = torch.autocast("cpu", torch.bfloat16) if arithmetic == AUTOCAST else nullcontext()
-            with LiveBytes(model) as live, nullcontext() if cuda else counting():
+
+            def forward() -> Tensor:
                 with half:
-                    loss = model(batch).loss_sum
-                kept = live.now
-                loss.backward()
-        return kept, live.peak
+                    return model(batch).loss_sum
+
+            yield model, forward
 
     def _meta_model(self, hf_config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The sequence classifier on the meta device: shapes without memory."""

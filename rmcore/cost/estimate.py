@@ -28,11 +28,11 @@ from rmcore.cost.memory import (
     MOST_TOKENS,
     RESERVE,
     Memory,
-    arithmetic_of,
     cpu_budget,
     gpu_budget,
     largest_budget,
     memory_of_step,
+    token_bytes,
     trained_sizes,
 )
 
@@ -97,12 +97,11 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
     # The micro batch: its budget, and how the pairs of a step are divided into ranks and micro batches.
     if machine.is_cpu:
         budget = cpu_budget(config, data.longest)
-        arithmetic = arithmetic_of(config, cuda=False)
-        per_token = model.token_bytes(arithmetic, budget.recompute, cuda=False, context=parallel.context)
+        per_token = token_bytes(config, model, budget.recompute, cuda=False)
         most_tokens = None
     else:
         budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)
-        per_token = model.token_bytes(arithmetic_of(config), budget.recompute, context=parallel.context)
+        per_token = token_bytes(config, model, budget.recompute)
         most_tokens = largest_budget(config, sizes, per_token, machine.memory, ranks, step_tokens)
     micro_batches, idle, largest = _balance(config, data, setting, budget.tokens)
 

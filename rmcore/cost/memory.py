@@ -91,6 +91,13 @@ def arithmetic_of(config: Config, *, cuda: bool = True) -> str:
     return CAST if cast else AUTOCAST
 
 
+def token_bytes(config: Config, model: DryRun, recompute: str, *, cuda: bool = True) -> TokenBytes:
+    """Activation bytes per token as the run of `config` computes, with the recompute that was chosen for it."""
+    parallel = config.parallel
+    arithmetic = arithmetic_of(config, cuda=cuda)
+    return model.token_bytes(arithmetic, recompute, cuda=cuda, context=parallel.context, compiled=parallel.compile)
+
+
 def memory_of_step(
     config: Config,
     model: Sizes,
@@ -206,8 +213,11 @@ def gpu_budget(
     recompute, context = config.parallel.recompute, config.parallel.context
     wanted = max(longest, configured or context * ENOUGH_TOKENS)
     sizes, fits = trained_sizes(config, model), dict[str, int]()
-    for name in RECOMPUTES if recompute == "auto" else (recompute,):
-        per_token = model.token_bytes(arithmetic_of(config), name, context=context)
+    choice = [
+        name for name in RECOMPUTES if name != "offload" or not config.parallel.compile
+    ]  # they exclude each other
+    for name in choice if recompute == "auto" else (recompute,):
+        per_token = token_bytes(config, model, name)
         fits[name] = largest_budget(config, sizes, per_token, device_memory, ranks, step_tokens)
         if fits[name] >= wanted:
             break

@@ -38,6 +38,19 @@ def test_the_bytes_of_an_operator(
     assert moved(call) == expected
 
 
+def test_adamw_writes_the_gradients_that_it_scales() -> None:
+    def update(weight: torch.Tensor, gradient: torch.Tensor, **scale: torch.Tensor) -> None:
+        averages, steps = [torch.empty_like(weight) for _ in range(2)], [torch.ones(())]
+        settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8}
+        flags = {"amsgrad": False, "maximize": False}
+        torch._fused_adamw_([weight], [gradient], averages[:1], averages[1:], [], steps, **settings, **flags, **scale)
+
+    (plain,) = moved(update)["_fused_adamw_"]
+    (scaled,) = moved(lambda a, b: update(a, b, grad_scale=torch.ones(())))["_fused_adamw_"]
+    assert plain == pytest.approx(7 * WIDE, abs=8)  # the weight and two averages twice, the gradient once
+    assert scaled - plain == WIDE + 4  # and the scale
+
+
 def test_a_step_takes_its_products_attention_and_bytes_one_after_the_other() -> None:
     trace = Trace()
     trace.moved["add"] = [10**9, 1]

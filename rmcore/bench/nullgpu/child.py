@@ -8,6 +8,7 @@ Example: {"model": "1.4b", "strategy": "zero2", "waits": 0, "launches_per_layer"
 
 import ctypes
 import json
+import os
 import sys
 import tempfile
 import time
@@ -28,7 +29,7 @@ from rmcore.bench.measure import machine, report
 from rmcore.bench.nullgpu.roofline import Trace, modelled
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import DryRun
-from rmcore.cost.memory import arithmetic_of, choose_budget, memory_of_step
+from rmcore.cost.memory import choose_budget, memory_of_step, token_bytes
 from rmcore.data.batches.batch import AttentionLayout, RaggedBatch
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
@@ -36,7 +37,7 @@ from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.compiled import speed_up
 from rmcore.model.reward_model import SHARED, RewardModel
 from rmcore.parallel.make import make_strategy
-from rmcore.parallel.world import World, running_world, use_deterministic_algorithms
+from rmcore.parallel.world import World, running_world, use_deterministic_algorithms, use_expandable_segments
 
 MEASURED = 2  # the last steps
 MOST_TOKENS = 32768  # of a micro batch
@@ -64,6 +65,7 @@ def one_of(ranks: int) -> Iterator[World]:
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    use_expandable_segments(os.environ)  # as `running_world` does
     torch.cuda.set_device(0)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     yield World(0, ranks, 0, ranks, torch.device("cuda", 0), 600.0)
@@ -128,7 +130,7 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
     chosen = choose_budget(config, hf_config, longest, device, world.size, float(data.tokens_N.mean()) * pairs)
     budget = max(longest, min(MOST_TOKENS, chosen.tokens))
     dry = DryRun(hf_config)
-    per_token = dry.token_bytes(arithmetic_of(config), chosen.recompute)
+    per_token = token_bytes(config, dry, chosen.recompute)
     plan = Plan(
         data.tokens_N,
         work(data.tokens_N),

@@ -129,13 +129,15 @@ def _bytes_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         return 0
     read = written = 0
     inputs = set()
+    # AdamW may change its gradients by its schema, and does if it scales them.
+    unchanged = "grads" if name.startswith("_fused_adam") and kwargs.get("grad_scale") is None else None
     for place, argument in enumerate(func._schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
         tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor) and x.device.type != "cpu"]
         inputs |= {x.untyped_storage()._cdata for x in tensors}
         size = sum(map(_size, tensors))
         changed = argument.alias_info is not None and argument.alias_info.is_write
-        written += size if changed and not (name.startswith("_fused_adam") and argument.name == "grads") else 0
+        written += size if changed and argument.name != unchanged else 0
         read += 0 if changed and (name in UNREAD or argument.name == "out") else size
     new = [
         x
