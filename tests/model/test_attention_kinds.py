@@ -12,8 +12,9 @@ import transformers
 from transformers import AutoModel
 
 from rmcore.data.batches.batch import build_batch
+from rmcore.model import attention, pruning
 from rmcore.model.attention import Terms, chunked, composed_attention
-from rmcore.model.backbone import recompute_activations, turn_dropout_off
+from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.grid import Grid
 from rmcore.model.layout_context import current_layout, packed_layout
 from rmcore.model.pruning import ScoredRows
@@ -188,6 +189,26 @@ def test_rewards_and_gradients_equal_the_padded_oracle(kind, dtype, pruned):
     for name, parameter in model.named_parameters():
         if name in expected:
             assert_close(parameter.grad, expected[name], BOUND[dtype], name)
+
+
+@pytest.mark.parametrize("kind", ["soft cap and windows", "sinks and windows", "smaller values and sinks"])
+def test_a_batch_for_cuda_takes_the_tiles(kind, monkeypatch):
+    """In each layer, the pruned last one included: rewards and gradients are those of a batch for CPUs."""
+    batch, results, calls = build_batch(odd_items(), range(8)), [], []
+    for module in (attention, pruning):
+        original = module.tiled_attention
+        monkeypatch.setattr(module, "tiled_attention", lambda *given, f=original: calls.append(given[0]) or f(*given))
+    for its_batch in (batch, batch.with_varlen()):
+        model = reward_model(tiny(kind, torch.float64), SHARED)
+        model.use(SHARED, pruned=True)
+        assert not calls
+        out = model(its_batch)
+        out.loss_sum.backward()
+        results.append([out.rewards_A, *(p.grad for p in model.parameters() if p.grad is not None)])
+    layers = len(decoder_layers(model.backbone))
+    assert [len(query) for query in calls] == [batch.computed_tokens] * (layers - 1) + [len(batch.last_rows_A)]
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, 1e-11, "tiles")
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
