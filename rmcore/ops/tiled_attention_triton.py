@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 # By the largest head size: the tiles of the forward, of the gradient of queries, and of that of keys and values. They
-# need at most 99 KiB of shared memory on GPUs that have no more, and no register spills on sm_80, 90 and 100.
+# need at most 99 KiB of shared memory on GPUs that have no more. On sm_80, 90 and 100 no registers spill (Triton 3.9).
 HALF = {
     64: (Tile(64, 64, 4), Tile(64, 32, 8), Tile(32, 64, 4)),
     128: (Tile(64, 64, 4), Tile(64, 32, 8), Tile(32, 64, 8)),
@@ -418,8 +418,8 @@ def backward(
     grad_out, terms = grad_out.contiguous(), (scale, window, softcap, slopes)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(log_sum)
-    tensors = grad_out, q, k, v, out, log_sum, slopes, pieces, query_blocks, grad_q, delta
-    _launch(_queries_back, tiles[1], query_blocks, q.shape[1], tensors, (q, k, v), terms)
-    tensors = grad_out, q, k, v, log_sum, delta, slopes, pieces, key_blocks, readers, grad_k, grad_v
-    _launch(_keys_back, tiles[2], key_blocks, k.shape[1], tensors, (q, k, v), terms)
+    queries = grad_out, q, k, v, out, log_sum, slopes, pieces, query_blocks, grad_q, delta
+    _launch(_queries_back, tiles[1], query_blocks, q.shape[1], queries, (q, k, v), terms)
+    keys = grad_out, q, k, v, log_sum, delta, slopes, pieces, key_blocks, readers, grad_k, grad_v
+    _launch(_keys_back, tiles[2], key_blocks, k.shape[1], keys, (q, k, v), terms)
     return grad_q, grad_k, grad_v, delta
