@@ -223,9 +223,8 @@ def _queries_back(
             if WINDOW:
                 visible &= behind < WINDOW
             key = _columns(keys, column, k_t, d, key_last, K)
-            scores, bent = _scores(
-                tl.dot(query, key, input_precision="ieee"), behind, slope, visible, SCALE, CAP, SLOPES
-            )
+            products = tl.dot(query, key, input_precision="ieee")
+            scores, bent = _scores(products, behind, slope, visible, SCALE, CAP, SLOPES)
             p = tl.exp2(scores - log2_sum[:, None])
             grad_p = tl.dot(grad, _columns(values, column, v_t, e, key_last, V), input_precision="ieee")
             grad_scores = p * (grad_p - delta_of[:, None])
@@ -302,9 +301,8 @@ def _keys_back(
             if WINDOW:
                 visible &= behind < WINDOW
             query = _columns(q + h * q_h, column, q_n, d, query_last, K)
-            scores, bent = _scores(
-                tl.dot(key, query, input_precision="ieee"), behind, slope, visible, SCALE, CAP, SLOPES
-            )
+            products = tl.dot(key, query, input_precision="ieee")
+            scores, bent = _scores(products, behind, slope, visible, SCALE, CAP, SLOPES)
             p = tl.exp2(scores - tl.load(log_sum + h * N + column, mask=real, other=0.0)[None, :] * LOG2_E)
             grad = _rows(grad_out + h * V, column, G * SHARE * V, e, query_last, V)
             sums_v += tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
