@@ -161,7 +161,7 @@ def mistake_in(command: str, *arguments: str) -> str | None:
     if command == "bench":
         if not arguments or arguments[0] not in BENCHMARKS:
             return f"no benchmark {arguments[:1]}"
-        source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "rmcore" / "bench").glob("*.py"))
+        source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "rmcore" / "bench").rglob("*.py"))
         options = {word for word in arguments if word.startswith("--")} - {"--help"}
         unknown = [word for word in options if f'"{word}"' not in source]
         return f"unknown {unknown}" if unknown else None

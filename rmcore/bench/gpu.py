@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
-from rmcore.bench.gpu_checks import kernel_table, model_errors, small_models, whole_run, within_twice
+from rmcore.bench.gpu_checks import WITHOUT_ORACLE, kernel_table, model_errors, small_models, whole_run, within_twice
 from rmcore.bench.gpu_train import Rows, padded_run, rmcore_run, rows_of_lengths
 from rmcore.bench.gpu_trl import python_with_trl, trl_run
 from rmcore.bench.measure import machine, parser, write_results
@@ -129,6 +129,20 @@ def ceiling(bench: Bench) -> dict[str, Any]:
     return found | {"memory_gb": memory / 1e9, "versions": versions}
 
 
+# Query and key heads, sizes of keys and values, window, soft cap, sinks.
+ATTENTION = (
+    (8, 8, 128, 128, 0, 0.0, False),
+    (8, 2, 128, 128, 64, 0.0, False),
+    (4, 4, 80, 80, 0, 0.0, False),
+    (4, 1, 256, 256, 0, 0.0, False),
+    (8, 4, 256, 256, 64, 5.0, False),
+    (8, 4, 128, 128, 0, 5.0, False),
+    (4, 4, 80, 80, 0, 0.0, True),
+    (8, 1, 64, 64, 64, 0.0, True),
+    (4, 2, 192, 128, 0, 0.0, True),
+)
+
+
 def ops(bench: Bench) -> dict[str, Any]:
     """Relative errors of the ops on this device, compared with their references in fp64: results and gradients."""
     found: dict[str, Any] = {}
@@ -180,27 +194,37 @@ def ops(bench: Bench) -> dict[str, Any]:
         pre, bias = (torch.randn(n, 1000, device=bench.device, dtype=kind) for n in (tokens, 1))
         name = f"gelu and its bias {kind}"
         found[name] = bench.note(name, errors(biased_gelu, pre, bias.squeeze(0)))
-        for heads, groups, size, window in ((8, 8, 128, 0), (8, 2, 128, 64), (4, 4, 80, 0), (4, 1, 256, 0)):
-            shapes = ((heads, size), (groups, size), (groups, size))
-            q, k, v = (torch.randn(1, h, tokens, d, device=bench.device, dtype=kind) for h, d in shapes)
+        for heads, groups, size, size_v, window, softcap, sinks in ATTENTION:
+            shapes = ((heads, size), (groups, size), (groups, size_v))
+            qkv = [torch.randn(1, h, tokens, d, device=bench.device, dtype=kind) for h, d in shapes]
+            its_sinks = [torch.randn(heads, device=bench.device, dtype=kind)] if sinks else []
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, window: int = window) -> Tensor:
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None, window: int = window, softcap: float = softcap
+            ) -> Tensor:
+                terms = {"sliding_window": window or None, "softcap": softcap or None, "s_aux": s}
                 with packed_layout(batch.layout):
-                    return attention_forward(torch.nn.Module(), q, k, v, None, sliding_window=window or None)[0]
+                    return attention_forward(torch.nn.Module(), q, k, v, None, **terms)[0]  # type: ignore[arg-type]
 
-            name = f"attention {heads} of {groups} heads, size {size}, window {window}, {kind}"
-            found[name] = bench.note(name, errors(attend, q, k, v))
+            name = f"attention {heads} of {groups} heads, sizes {size} and {size_v}, window {window}, cap {softcap:g}"
+            name += f"{', sinks' * sinks}, {kind}"
+            found[name] = bench.note(name, errors(attend, *qkv, *its_sinks))
     return found
 
 
 def exactness(bench: Bench) -> dict[str, Any]:
-    """Errors of rewards and gradients of whole models, by every way to compute them, compared with padded fp64."""
+    """Errors of rewards and gradients of whole models, by every way to compute them, compared with padded fp64.
+
+    And what the start-up self-test chooses.
+    """
     found: dict[str, Any] = {}
     for name, config in small_models(bench.vocabulary, bench.tiny).items():
         if bench.late:
             break
-        errors: dict[str, Any] = dict(model_errors(config, bench.rows["hh"], bench.device, lambda: bench.late))
-        errors["within_twice_bf16"] = within_twice(errors)
+        errors: dict[str, Any] = {}
+        if name not in WITHOUT_ORACLE:
+            errors |= model_errors(config, bench.rows["hh"], bench.device, lambda: bench.late)
+            errors["within_twice_bf16"] = within_twice(errors)
         data, numbers = bench.rows["hh"].data, list(range(4))
         half = bench.half() if bench.cuda else None
         errors["chosen"] = choose_path(bench.model(config), data, numbers, bench.device, half=half, gradients=True)[1]
@@ -250,9 +274,11 @@ def random_inputs(
     return tuple(torch.randn(batch, heads, tokens, size, device=device, dtype=kind, requires_grad=True) for _ in "qkv")
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, layout: AttentionLayout) -> None:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, layout: AttentionLayout, softcap: float | None = None
+) -> None:
     with packed_layout(layout):
-        out = attention_forward(torch.nn.Module(), q, k, v, None)[0]
+        out = attention_forward(torch.nn.Module(), q, k, v, None, softcap=softcap)[0]
     torch.autograd.grad(out, (q, k, v), upstream)
 
 
@@ -262,7 +288,9 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def attention(bench: Bench) -> dict[str, Any]:
-    """One layer's attention, forward and backward: on a packed micro batch, and by SDPA on the padded texts."""
+    """One layer's attention, forward and backward: on a packed micro batch, without and with a soft cap, and by SDPA on
+    the padded texts.
+    """
     found = {}
     for name, rows in bench.rows.items():
         batch = build_batch(rows.data, range(4 if bench.tiny else 48)).on(bench.device)
@@ -280,10 +308,13 @@ def attention(bench: Bench) -> dict[str, Any]:
             packed = partial(packed_attention, q, k, v, upstream, batch.layout)
             inputs = random_inputs(len(texts), heads, max(texts), size, kind, bench.device)
             ours, theirs = bench.timed(packed), bench.timed(partial(padded_attention, *inputs))
+            capped = bench.timed(partial(packed, softcap=50.0))
             found[f"{name} {shape}"] = {
                 "tokens": batch.computed_tokens,
                 "ms": 1e3 * ours,
                 "tflops": 12e-12 * seen * width / ours,
+                "capped_ms": 1e3 * capped,
+                "capped_tflops": 12e-12 * seen * width / capped,
                 "padded_ms": 1e3 * theirs,
             }
     return found

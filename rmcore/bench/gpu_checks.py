@@ -35,6 +35,7 @@ from rmcore.parallel.world import World
 COMPARISONS = range(8)
 STEPS, SAVED = 6, 3  # of the whole run; the checkpoint from which it resumes
 FIRST_STEP_WITHOUT_WAITS = 3
+WITHOUT_ORACLE = ("gemma2", "gpt_oss")  # transformers takes their softmax in fp32, also in an fp64 forward
 # Path, pruned, precision, compiled, recompute.
 WAYS = {
     "fp32 shared": (SHARED, True, torch.float32, False, "none"),
@@ -49,7 +50,9 @@ WAYS = {
 
 
 def small_models(vocabulary: int, tiny: bool) -> dict[str, PretrainedConfig]:
-    """NeoX; Llama with grouped heads; Mistral with grouped heads and a window that is shorter than the texts."""
+    """NeoX; Llama with grouped heads; Mistral with grouped heads and a window that is shorter than the texts; Gemma 2
+    and gpt-oss with such windows, soft caps and sinks.
+    """
     layers, width, heads, inner = (3, 64, 2, 128) if tiny else (6, 512, 8, 2048)
     common: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     common |= {"intermediate_size": inner, "vocab_size": vocabulary, "pad_token_id": 1, "num_labels": 1}
@@ -58,6 +61,12 @@ def small_models(vocabulary: int, tiny: bool) -> dict[str, PretrainedConfig]:
         "gpt_neox": AutoConfig.for_model("gpt_neox", rotary_pct=0.25, max_position_embeddings=2048, **common),
         "llama": AutoConfig.for_model("llama", **common, **grouped),
         "mistral": AutoConfig.for_model("mistral", sliding_window=64, **common, **grouped),
+        "gemma2": AutoConfig.for_model(
+            "gemma2", sliding_window=64, head_dim=80, attn_logit_softcapping=5.0, **common, **grouped
+        ),
+        "gpt_oss": AutoConfig.for_model(
+            "gpt_oss", sliding_window=64, num_local_experts=2, num_experts_per_tok=2, **common, **grouped
+        ),
     }
 
 

@@ -7,8 +7,8 @@ a sees p0 p1 a; b sees p0 p1 b, never a.
 
 It is exact: attention is causal, so the hidden states of p0 p1 do not depend on a or b. Three implementations compute
 the same function: the op `ragged_attention` (CPU), variable-length kernels with the shared keys gathered once for each
-answer (CUDA, rmcore.model.varlen), and products over groups of padded segments (CUDA with soft capping or sinks, or in
-fp32 with a window; rmcore.model.grouped_attention). `composed_attention` is what tests compare them with.
+answer (CUDA, rmcore.model.varlen), and the op `tiled_attention` (CUDA with soft capping or sinks, or in fp32 with a
+window). `composed_attention` is what tests compare them with.
 """
 
 from functools import lru_cache
@@ -21,12 +21,12 @@ from transformers import AttentionInterface
 
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
-from rmcore.model.grouped_attention import grouped_attention
 from rmcore.model.layout_context import current_layout, current_part
 from rmcore.model.pruning import current_scored_rows
 from rmcore.model.row_split import SplitHeads
 from rmcore.model.varlen import UnsupportedAttention, takes_varlen, varlen_attention
 from rmcore.ops.ragged_attention import ragged_attention
+from rmcore.ops.tiled_attention import tiled_attention
 
 NAME = "rmcore_ragged"
 
@@ -77,8 +77,8 @@ def attention_forward(
         query_THK = split.queries(query_THK)
     if (plan := layout.gather) is not None and takes_varlen(key_TGK, value_TGV, terms):
         out_THV = varlen_attention(query_THK, key_TGK, value_TGV, plan, terms)
-    elif query.is_cuda:
-        out_THV = grouped_attention(query_THK, key_TGK, value_TGV, layout, terms)
+    elif layout.tiles is not None:
+        out_THV = tiled_attention(query_THK, key_TGK, value_TGV, layout.tiles, *terms)
     else:
         out_THV = ragged_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
     return (split.back(out_THV) if split else out_THV).unsqueeze(0), None

@@ -36,6 +36,7 @@ from rmcore.model.backbone import decoder_layers
 from rmcore.model.layout_context import current_part
 from rmcore.model.row_split import SplitHeads
 from rmcore.model.varlen import takes_varlen, varlen_attention
+from rmcore.ops.tiled_attention import tiled_attention
 
 # The names that transformers' decoders give to the parts.
 ATTENTION = ("self_attn", "attention", "attn", "self_attention", "multi_head_attention")
@@ -71,6 +72,8 @@ class ScoredRows:
             query_AHK = split.queries(query_AHK)
         if split is None and layout.scored is not None and takes_varlen(key_TGK, value_TGV, terms):
             out_AHV = varlen_attention(query_AHK, key_TGK, value_TGV, layout.scored, terms)
+        elif split is None and layout.scored_tiles is not None:
+            out_AHV = tiled_attention(query_AHK, key_TGK, value_TGV, layout.scored_tiles, *terms)
         else:
             visible_AT, behind_AT = self.visible(key_TGK.shape[0], layout, terms.window)
             out_AHV = scored_attention(query_AHK, key_TGK, value_TGV, visible_AT, behind_AT, terms)

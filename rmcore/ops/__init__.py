@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rmcore.host.bf16 import bf16_instructions
-from rmcore.ops import biased_gelu, gather_prefix, pairwise, ragged_attention, rotate_gather
+from rmcore.ops import biased_gelu, gather_prefix, pairwise, ragged_attention, rotate_gather, tiled_attention
 
 # The reference of each op, which the dispatcher calls where there is no compiled kernel.
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -37,6 +37,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "biased_gelu_backward": biased_gelu.reference_backward,
     "ragged_attention": ragged_attention.reference_forward,
     "ragged_attention_backward": ragged_attention.reference_backward,
+    "tiled_attention": tiled_attention.reference_forward,
+    "tiled_attention_backward": tiled_attention.reference_backward,
 }
 TRITON = {
     "pairwise_forward": ("rmcore.ops.pairwise_triton", "forward"),
@@ -46,6 +48,8 @@ TRITON = {
     "rotate_gather": ("rmcore.ops.rotate_gather_triton", "forward"),
     "rotate_gather_backward": ("rmcore.ops.rotate_gather_triton", "backward"),
     "biased_gelu_backward": ("rmcore.ops.biased_gelu_triton", "backward"),
+    "tiled_attention": ("rmcore.ops.tiled_attention_triton", "forward"),
+    "tiled_attention_backward": ("rmcore.ops.tiled_attention_triton", "backward"),
 }
 MODES = ("fused", "reference")
 SCHEMAS = 3  # raised when the schema of an op changes: a library of another schema would end the process

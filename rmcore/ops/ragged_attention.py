@@ -127,7 +127,7 @@ def _keys_and_mask(
     return keys, visible, column - position, slice(query_start, query_end)
 
 
-def _scores(
+def scores_of(
     queries_HLK: Tensor, keys_HMK: Tensor, ahead_LM: Tensor, scale: float, softcap: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor | float]:
     """The scores [H, L, M] before the softmax, and their derivative with respect to scale * q k^T."""
@@ -163,7 +163,7 @@ def reference_forward(
             keys_HMK = k[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
             values_HMV = v[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
             queries_HLK = q[rows].to(dtype).transpose(0, 1)
-            scores_HLM = _scores(queries_HLK, keys_HMK, ahead_LM, scale, softcap, slopes)[0]
+            scores_HLM = scores_of(queries_HLK, keys_HMK, ahead_LM, scale, softcap, slopes)[0]
             scores_HLM = scores_HLM.masked_fill(~visible, -torch.inf)
             log_sum_HL, p_HLM = scores_HLM.logsumexp(-1), scores_HLM.softmax(-1)
             if sinks is not None:
@@ -198,7 +198,7 @@ def reference_backward(
             values_HMV = v[keys].to(dtype).transpose(0, 1).repeat_interleave(share, 0)
             queries_HLK, grad_HLV = q[rows].to(dtype).transpose(0, 1), grad_out[rows].to(dtype).transpose(0, 1)
             # The probabilities P again, from the scores and their saved log-sum-exp.
-            scores_HLM, derivative = _scores(queries_HLK, keys_HMK, ahead_LM, scale, softcap, slopes)
+            scores_HLM, derivative = scores_of(queries_HLK, keys_HMK, ahead_LM, scale, softcap, slopes)
             p_HLM = (scores_HLM.masked_fill(~visible, -torch.inf) - log_sum[rows].mT[..., None]).exp()
             # The gradient of the softmax: dS = P * (dP - sum(P * dP)). A sink adds nothing, because its value is zero.
             grad_p_HLM = grad_HLV @ values_HMV.mT

@@ -1,8 +1,10 @@
-"""python -m tests.harness.compile_kernels SM...: compiles the Triton kernels for GPUs of these compute capabilities.
+"""python -m tests.harness.compile_kernels all|few SM...: compiles the Triton kernels for GPUs.
 
-Input: capabilities, e.g. 80 90 100. No GPU is needed: Triton brings NVIDIA's assembler.
-Output: one JSON line per kernel: its name, the capability, registers per thread, and bytes that spill to memory.
-Example: {"kernel": "_score", "sm": 90, "registers": 64, "spilled": 0}.
+Input: `few` for two kinds of attention, in bf16 only, `all` for all of them; compute capabilities, e.g. 80 90 100. No
+GPU is needed: Triton brings NVIDIA's assembler.
+Output: one JSON line per kernel: its name, the capability, registers per thread, bytes that spill to memory, and bytes
+of shared memory.
+Example: {"kernel": "_score", "sm": 90, "registers": 64, "spilled": 0, "shared": 128}.
 
 The variants are those that the ops launch: the wrappers run on CPU tensors, and each launch is recorded in place of
 being made. Triton specialises a kernel for the dtype of each pointer, for integers that are 1 and for those that 16
@@ -26,14 +28,29 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from rmcore.data.batches.batch import build_batch
-from rmcore.ops import biased_gelu_triton, gather_prefix_triton, pairwise_triton, rotate_gather_triton
+from rmcore.ops import (
+    biased_gelu_triton,
+    gather_prefix_triton,
+    pairwise_triton,
+    rotate_gather_triton,
+    tiled_attention_triton,
+)
 from rmcore.ops.gather_prefix import gather_plan
+from rmcore.ops.tiled_attention import tile_plan
 from tests.harness.oracle import odd_items
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS[torch.int32] = "*i32"
+# Query heads, key heads, sizes of keys and values, window, soft cap, sinks, slopes: gpt-oss, Gemma 2, MPT, MiMo V2.
+ATTENTION = (
+    (64, 8, 64, 64, 128, 0.0, True, False),
+    (8, 4, 256, 256, 4096, 50.0, False, False),
+    (32, 32, 128, 128, 0, 0.0, False, True),
+    (64, 8, 192, 128, 128, 0.0, True, False),
+)
 
 
-def launches() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
+def launches(few: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     """Each kernel that the ops launch, with its arguments: small and large models, key heads apart and side by side."""
     found: list[tuple[JITFunction, dict[str, Any]]] = []
 
@@ -64,6 +81,16 @@ def launches() -> Iterator[tuple[JITFunction, dict[str, Any]]]:
                 for sums in (True, False):
                     rotate_gather_triton.backward(rows, copies, copies, *turns, sums)
             biased_gelu_triton.backward(*torch.zeros(2, tokens, 8192, dtype=dtype))
+            tiles = tile_plan(batch.layout.segments_S4)
+            for heads, groups, size, size_v, window, softcap, sinks, slopes in ATTENTION[: 2 if few else None]:
+                if dtype == torch.float32 and (few or size != size_v):
+                    continue  # K = 192 and V = 128 spill 8 bytes on sm_80 in fp32
+                shapes = (heads, size), (groups, size), (groups, size_v)
+                q, k, v = (torch.zeros(h, tokens, d, dtype=dtype).transpose(0, 1) for h, d in shapes)
+                sinks_H, slopes_H = (torch.zeros(heads) if some else None for some in (sinks, slopes))
+                terms = 0.1, window, softcap
+                out, log_sum = tiled_attention_triton.forward(q, k, v, *tiles, *terms, sinks_H, slopes_H)
+                tiled_attention_triton.backward(out, q, k, v, out, log_sum, *tiles, *terms, slopes_H)
     finally:
         JITFunction.run = real
     yield from found
@@ -75,7 +102,7 @@ def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     aligned: dict[tuple[int], list[list[Any]]] = {}
     for place, parameter in enumerate(kernel.params):
         value, special = arguments[parameter.name], not parameter.do_not_specialize
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and special):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
             signature[parameter.name], constants[(place,)] = "constexpr", value
             continue
         kinds = {Tensor: lambda x: POINTERS[x.dtype], float: lambda _: "fp32", int: lambda _: "i32"}
@@ -87,22 +114,29 @@ def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
 
 
 def compiled(kernel: JITFunction, arguments: dict[str, Any], capability: int) -> dict[str, Any]:
-    """Registers and spilled bytes of a kernel, as the assembler reports them."""
+    """Registers and spilled bytes of a kernel, as the assembler reports them, and its shared memory."""
     log = io.StringIO()
     with redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
-        triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32))
+        options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+        made = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     assert registers is not None and len(spills) == 2, log.getvalue()
     spilled = sum(map(int, spills))
-    return {"kernel": kernel.__name__, "sm": capability, "registers": int(registers[1]), "spilled": spilled}
+    return {
+        "kernel": kernel.__name__,
+        "sm": capability,
+        "registers": int(registers[1]),
+        "spilled": spilled,
+        "shared": made.metadata.shared,
+    }
 
 
 if __name__ == "__main__":
-    for capability in map(int, sys.argv[1:]):
+    for capability in map(int, sys.argv[2:]):
         seen = set()
-        for kernel, arguments in launches():
+        for kernel, arguments in launches(few=sys.argv[1] == "few"):
             source = source_of(kernel, arguments)
             key = kernel.__name__, json.dumps([source.signature, str(source.constants), str(source.attrs)])
             if key not in seen:

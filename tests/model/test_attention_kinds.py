@@ -2,8 +2,8 @@
 oracle, and the way that the self-test chooses.
 """
 
-import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,17 +11,17 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from rmcore.bench.measure import RESULTS
-from rmcore.data.batches.batch import AttentionLayout, build_batch
+from rmcore.data.batches.batch import build_batch
+from rmcore.model import attention, pruning
 from rmcore.model.attention import Terms, chunked, composed_attention
-from rmcore.model.backbone import recompute_activations, turn_dropout_off
+from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.grid import Grid
-from rmcore.model.grouped_attention import grouped_attention, groups_of
 from rmcore.model.layout_context import current_layout, packed_layout
 from rmcore.model.pruning import ScoredRows
 from rmcore.model.reward_model import PADDED, SHARED
 from rmcore.model.selftest import choose_path
 from rmcore.ops.ragged_attention import ragged_attention
+from rmcore.ops.tiled_attention import tiled_attention
 from tests.harness.oracle import (
     BOUND,
     GROUPED,
@@ -35,7 +35,6 @@ from tests.harness.oracle import (
     padded,
     reward_model,
 )
-from tests.harness.segments import segments_of
 
 CPU = torch.device("cpu")
 GPT = {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96, "rotary_dim": 4, "n_inner": 48}
@@ -192,6 +191,26 @@ def test_rewards_and_gradients_equal_the_padded_oracle(kind, dtype, pruned):
             assert_close(parameter.grad, expected[name], BOUND[dtype], name)
 
 
+@pytest.mark.parametrize("kind", ["soft cap and windows", "sinks and windows", "smaller values and sinks"])
+def test_a_batch_for_cuda_takes_the_tiles(kind, monkeypatch):
+    """In each layer, the pruned last one included: rewards and gradients are those of a batch for CPUs."""
+    batch, results, calls = build_batch(odd_items(), range(8)), [], []
+    for module in (attention, pruning):
+        original = module.tiled_attention
+        monkeypatch.setattr(module, "tiled_attention", lambda *given, f=original: calls.append(given[0]) or f(*given))
+    for its_batch in (batch, batch.with_varlen()):
+        model = reward_model(tiny(kind, torch.float64), SHARED)
+        model.use(SHARED, pruned=True)
+        assert not calls
+        out = model(its_batch)
+        out.loss_sum.backward()
+        results.append([out.rewards_A, *(p.grad for p in model.parameters() if p.grad is not None)])
+    layers = len(decoder_layers(model.backbone))
+    assert [len(query) for query in calls] == [batch.computed_tokens] * (layers - 1) + [len(batch.last_rows_A)]
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, 1e-11, "tiles")
+
+
 @pytest.mark.parametrize("how", ["full", "selective"])
 @pytest.mark.parametrize("kind", ["layers that drop keywords", "sinks and windows", "ALiBi", "ALiBi of MPT"])
 def test_recompute_changes_no_gradient(kind, how):
@@ -246,37 +265,27 @@ TERMS = {
 
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 def test_composition_scored_rows_and_op_agree(terms):
-    """Four implementations of one function, and their gradients: of PyTorch calls per segment, and per group of them,
-    for few rows, and the op."""
+    """Implementations of one function, and their gradients: of PyTorch calls per segment, for few rows, and the ops of
+    CPUs and of GPUs, these for all rows and for few."""
     batch = build_batch(odd_items(), range(8))
+    layout = batch.with_varlen().layout
     segments, rows_A = batch.layout.segments_S4, batch.last_token_index_A
     q, k, v = leaves = random_qkv(int(segments[:, 1].max()))
     expected = ragged_attention(q, k, v, segments, *terms)
     ours = composed_attention(q, k, v, segments, *terms)
     few = ScoredRows(rows_A).attend(q, k, v, batch.layout, terms)
-    grouped = grouped_attention(q, k, v, batch.layout, terms)
+    tiled = tiled_attention(q, k, v, layout.tiles, *terms)
+    few_tiled = ScoredRows(rows_A).attend(q, k, v, replace(layout, scored=None), terms)
     assert_close(ours, expected, 1e-12, "composition")
-    assert_close(grouped, expected, 1e-12, "groups")
-    assert_close(few[rows_A], expected[rows_A], 1e-12, "scored rows")
+    assert_close(tiled, expected, 1e-12, "tiles")
+    for out in (few, few_tiled):
+        assert_close(out[rows_A], expected[rows_A], 1e-12, "scored rows")
     weight = torch.zeros_like(expected)
     weight[rows_A] = torch.randn(len(rows_A), *expected.shape[1:], dtype=torch.float64)
     theirs = torch.autograd.grad(expected, leaves, weight)
-    for out in (ours, few, grouped):
+    for out in (ours, few, tiled, few_tiled):
         for mine, other in zip(torch.autograd.grad(out, leaves, weight), theirs, strict=True):
             assert_close(mine, other, 1e-12, "gradients")
-
-
-def test_groups_of_segments_have_little_padding_and_are_few():
-    """256 texts of HH's lengths: every row is a query once, a group is 25 % padding at most, and far fewer groups."""
-    rows = json.loads((RESULTS.parent / "lengths.json").read_text(encoding="utf-8"))["hh"][:128]
-    comparisons = [(prefix, [max(1, tail) for tail in tails]) for prefix, *tails in rows]
-    layout = AttentionLayout(segments_of(comparisons))
-    groups, place_T = groups_of(layout, torch.device("cpu"))
-    found = torch.cat([group.query_SL.flatten() for group in groups])[place_T]
-    assert torch.equal(found, torch.arange(len(place_T)))
-    assert len(groups) <= 20 and sum(len(group.query_SL) for group in groups) == 256
-    padded = sum(group.key_SM.numel() for group in groups)
-    assert padded <= 1.25 * int(sum((group.queries_S + group.prefix_S).sum() for group in groups))
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
@@ -293,8 +302,9 @@ def test_chunks_are_those_of_the_positions(size):
 
     chunk = batch.position_ids_T // size
     assert torch.equal(seen(chunked(batch.layout, size)), seen(batch.layout) & (chunk[:, None] == chunk))
-    plan = chunked(batch.layout.for_varlen(), size).gather
-    assert plan is not None and int(plan.cu_q[-1]) == batch.computed_tokens
+    layout = chunked(batch.layout.for_varlen(), size)
+    assert layout.gather is not None and int(layout.gather.cu_q[-1]) == batch.computed_tokens
+    assert layout.tiles is not None and int(layout.tiles.query_blocks[-1, 1]) == batch.computed_tokens
 
 
 def test_a_grid_has_at_most_twice_the_cells_of_its_tokens():

@@ -44,13 +44,20 @@ MOST_TOKENS = 32768  # of a micro batch
 
 
 def shape_of(name: str) -> PretrainedConfig:
-    """Pythia shapes by name; `7b` is Mistral's: 32 query heads share 8 key heads; `gemma2` has 2b and soft caps."""
+    """Pythia shapes by name; `7b` is Mistral's: 32 query heads share 8 key heads; `gemma2` has 2b and soft caps.
+
+    `gpt_oss` has the attention and the width of gpt-oss 20b, sinks and windows of 128 included, but 6 layers with 4
+    experts.
+    """
     if name in SHAPES | TINY:
         return neox((SHAPES | TINY)[name])
     if name == "gemma2":
         return AutoConfig.for_model("gemma2", pad_token_id=1, num_labels=1)  # transformers' defaults are this shape
+    if name == "gpt_oss":
+        few = {"num_hidden_layers": 6, "num_local_experts": 4}
+        return AutoConfig.for_model("gpt_oss", pad_token_id=1, num_labels=1, **few)
     if name != "7b":
-        raise ValueError(f"unknown shape {name}: {', '.join(SHAPES)}, 7b or gemma2")
+        raise ValueError(f"unknown shape {name}: {', '.join(SHAPES)}, 7b, gemma2 or gpt_oss")
     sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     sizes |= {"intermediate_size": 14336, "vocab_size": 32000, "max_position_embeddings": 32768}
     return AutoConfig.for_model("mistral", sliding_window=4096, pad_token_id=1, num_labels=1, **sizes)

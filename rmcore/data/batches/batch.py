@@ -19,6 +19,7 @@ from rmcore.data.batches.answers import chosen_answers, first_answer_token
 from rmcore.data.labels import LABEL_FIELDS, OFFSETS
 from rmcore.data.tokens.comparisons import TokenizedComparison, TokenizedComparisons
 from rmcore.ops.gather_prefix import GatherPlan, gather_plan, scored_plan
+from rmcore.ops.tiled_attention import TilePlan, tile_plan
 
 
 class Comparisons(Protocol):
@@ -40,6 +41,8 @@ class AttentionLayout:
     gather: GatherPlan | None = None  # for CUDA: which rows are the keys of each segment
     device_segments_S4: Tensor | None = None  # for CUDA: the segments where kernels can read them
     scored: GatherPlan | None = None  # for CUDA: which rows are the keys of each scored row
+    tiles: TilePlan | None = None  # for CUDA: the same as `gather`, for attention with more terms
+    scored_tiles: TilePlan | None = None  # for CUDA: the same as `scored`
 
     @cached_property
     def texts(self) -> list[list[int]]:
@@ -51,15 +54,16 @@ class AttentionLayout:
 
     def for_varlen(self) -> "AttentionLayout":
         """The same layout with the index tensors that CUDA attention reads, still on the CPU."""
-        return replace(self, gather=gather_plan(self.segments_S4), device_segments_S4=self.segments_S4)
+        gather, tiles = gather_plan(self.segments_S4), tile_plan(self.segments_S4)
+        return replace(self, gather=gather, tiles=tiles, device_segments_S4=self.segments_S4)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "AttentionLayout":
         """The same layout with the tensors for CUDA changed; the segments for the host stay."""
-        if self.gather is None or self.device_segments_S4 is None:
+        if self.device_segments_S4 is None:
             return self
-        scored = self.scored.mapped(change) if self.scored else None
-        device_segments_S4 = change(self.device_segments_S4)
-        return replace(self, gather=self.gather.mapped(change), device_segments_S4=device_segments_S4, scored=scored)
+        plans = {name: getattr(self, name) for name in ("gather", "scored", "tiles", "scored_tiles")}
+        changed = {name: plan.mapped(change) for name, plan in plans.items() if plan is not None}
+        return replace(self, device_segments_S4=change(self.device_segments_S4), **changed)
 
     def segments_on(self, device: torch.device) -> Tensor:
         """The segments in the memory of `device`. Raises ValueError if the batch was not made for that device."""
@@ -172,7 +176,8 @@ class RaggedBatch(Judged):
         """The batch with the index tensors that CUDA attention reads. Without answers row 0 counts as scored."""
         rows_A = self.last_rows_A if len(self.last_rows_A) else np.zeros(1, dtype=np.int64)
         layout = self.layout.for_varlen()
-        return replace(self, layout=replace(layout, scored=scored_plan(layout.segments_S4, rows_A)))
+        scored, tiles = scored_plan(layout.segments_S4, rows_A), tile_plan(layout.segments_S4, rows_A)
+        return replace(self, layout=replace(layout, scored=scored, scored_tiles=tiles))
 
     def pin_memory(self) -> "RaggedBatch":
         return self.mapped(Tensor.pin_memory)
