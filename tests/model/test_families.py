@@ -181,7 +181,8 @@ def test_two_ranks_train_a_composite_without_a_base_model_as_one_does(tmp_path: 
     for path, ours in run_ranks(walk, 2, tmp_path / "two", variants)[0].value:
         assert path == "attention shared"
         assert_metrics_close(ours, expected, 1e-5)
-    run_ranks(train_rank, 2, tmp_path / "run", [*given, "parallel.strategy=zero3", f"run.dir={tmp_path / 'zero3'}"])
+    stored_once = ["run.save_every=2", f"run.dir={tmp_path / 'zero3'}"]
+    run_ranks(train_rank, 2, tmp_path / "run", [*given, "parallel.strategy=zero3", *stored_once])
     (checkpoint,) = (tmp_path / "zero3" / "checkpoints").iterdir()
     averaged = stored_weights(checkpoint, "exp_avg")
     assert averaged and all(name.startswith(("backbone.", "score.")) for name in averaged)
