@@ -195,7 +195,7 @@ def _take_heads_out(model: PreTrainedModel) -> None:
 
     BLT's patcher is a model of its own within, whose head it needs.
     """
-    for part, head in [(part, _head(part)) for part in _holders(model)]:
+    for part, head in [(part, part.get_output_embeddings()) for part in _holders(model)]:
         if head is not None:
             for holder in [*part.modules()]:
                 for name in [name for name, child in holder.named_children() if child is head]:
@@ -207,13 +207,6 @@ def _holders(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The models in a model that hold its token embedding, from the outermost to the innermost."""
     embedding = model.get_input_embeddings()
     return [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
-
-
-def _head(part: PreTrainedModel) -> nn.Module | None:
-    try:
-        return cast(nn.Module | None, part.get_output_embeddings())
-    except (AttributeError, NotImplementedError):  # a tower without one
-        return None
 
 
 def _ignored(known: type[PreTrainedModel] | None) -> list[str]:
@@ -269,7 +262,7 @@ def text_model(hf_model: PreTrainedModel) -> PreTrainedModel:
     base = hf_model if from_decoder else cast(PreTrainedModel, hf_model.base_model)
     if not from_decoder and base.config.get_text_config() is base.config:
         return base
-    without_head = [m for m in _holders(base) if _head(m) is None]
+    without_head = [m for m in _holders(base) if m.get_output_embeddings() is None]
     return (without_head or [base])[-1]
 
 
