@@ -17,7 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -38,6 +44,7 @@ _DECODERS = (
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 # Where the class in config.json of the family's checkpoints is spelled in another way than the class of transformers.
 _NAMES_IN_CHECKPOINTS = {"Phimoe": "PhiMoE"}
+_CLASSIFIER = "AutoModelForSequenceClassification"  # in auto_map of config.json: the class of the model's own code
 _ONLY_DECODERS = "rmcore trains causal decoders (Llama, Qwen, Gemma and the like)"
 
 
@@ -138,6 +145,12 @@ def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
     Of a decoder with towers it is the class that holds all of them. Raises UserError if there is none.
     """
     found = [getattr(auto, mapping)[kind] for mapping in _DECODERS if kind in getattr(auto, mapping, ())]
+    if not found and not kind.__module__.startswith("transformers."):
+        native = f": set model.trust_remote_code=false, because transformers has {kind.model_type} itself"
+        raise UserError(
+            f"the code that comes with the model has no class for sequence classification: auto_map of its config.json "
+            f"has no {_CLASSIFIER}{native * (kind.model_type in CONFIG_MAPPING)}"
+        )
     if not found:
         raise UserError(f"transformers has no decoder for the model type {kind.model_type}; {_ONLY_DECODERS}")
     return _one(found[-1])
@@ -248,8 +261,8 @@ def new_classifier(
 
 
 def brings_code(hf_config: PretrainedConfig, *, trust_remote_code: bool) -> bool:
-    """Whether the model's classes are code of its repository that may run; rmcore then assumes nothing about them."""
-    return trust_remote_code and bool(getattr(hf_config, "auto_map", None))
+    """Whether the model's class is code of its repository that may run; rmcore then assumes nothing about it."""
+    return trust_remote_code and _CLASSIFIER in (getattr(hf_config, "auto_map", None) or {})
 
 
 def text_model(hf_model: PreTrainedModel) -> PreTrainedModel:

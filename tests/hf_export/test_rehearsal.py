@@ -281,6 +281,22 @@ def test_code_that_comes_with_the_model_is_copied(tmp_path: Path, monkeypatch: p
     assert set(kept) == {"AutoConfig", "AutoModelForSequenceClassification"}
 
 
+@pytest.mark.parametrize("model_type, more", [("toy", "$"), ("olmo", ": set model.trust_remote_code=false")])
+def test_code_without_a_classifier_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, more: str
+) -> None:
+    """Most models on the hub bring a class for the next token only."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = model_directory(tmp_path / "model", llama())
+    for name, code in CODE.items():
+        (folder / name).write_text(code.replace("'toy'", repr(model_type)))
+    values = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+    values["auto_map"] = {"AutoConfig": "configuration_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyLM"}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"has no AutoModelForSequenceClassification{more}"):
+        rehearsed(command(tmp_path, folder, "model.trust_remote_code=true"))
+
+
 def written(model: Any, place: Path, config: Config, tokenizer: Any = None, template: Any = None) -> Path:
     """The export of a model, not yet checked."""
     tokenizer = tokenizer or load_tokenizer(config)
