@@ -213,7 +213,8 @@ def _take_heads_out(model: PreTrainedModel) -> None:
             for holder in [*part.modules()]:
                 for name in [name for name, child in holder.named_children() if child is head]:
                     setattr(holder, name, None)
-            part._tied_weights_keys, part.all_tied_weights_keys = None, {}
+            part._tied_weights_keys = None  # type: ignore[assignment]
+            part.all_tied_weights_keys = {}
 
 
 def _holders(model: PreTrainedModel) -> list[PreTrainedModel]:
