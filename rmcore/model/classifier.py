@@ -11,6 +11,7 @@ another head, which it would draw at random); rmcore can. The name is for progra
 """
 
 import inspect
+import sys
 from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, cast
@@ -28,6 +29,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto import modeling_auto as auto
 
@@ -44,7 +46,8 @@ _DECODERS = (
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 # Where the class in config.json of the family's checkpoints is spelled in another way than the class of transformers.
 _NAMES_IN_CHECKPOINTS = {"Phimoe": "PhiMoE"}
-_CLASSIFIER = "AutoModelForSequenceClassification"  # in auto_map of config.json: the class of the model's own code
+# Keys of auto_map in config.json, where code comes with a model.
+_CLASSIFIER, _CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 _ONLY_DECODERS = "rmcore trains causal decoders (Llama, Qwen, Gemma and the like)"
 
 
@@ -96,7 +99,7 @@ def state_width(hf_config: PretrainedConfig) -> int:
 
 
 def classifier_class(hf_config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that holds the decoder of `hf_config` and a score head.
+    """The class that holds the decoder of `hf_config` and a score head. Of trusted code it is made of its decoder.
 
     Raises UserError in one sentence for what is not a decoder: its reward could not be read at the last token.
     """
@@ -110,6 +113,10 @@ def classifier_class(hf_config: PretrainedConfig) -> type[PreTrainedModel]:
         raise UserError(f"{kind.model_type} has an encoder, which reads a text in both directions; {_ONLY_DECODERS}")
     if getattr(text, "vocab_size", None) is None:
         raise UserError(f"{kind.model_type} does not have one vocabulary that it reads; {_ONLY_DECODERS}")
+    decoder = (getattr(hf_config, "auto_map", None) or {}).get(_CAUSAL)
+    if decoder is not None and _is_code(kind):  # which is trusted, or the config would have another class
+        found: Any = get_class_from_dynamic_module(decoder, hf_config._name_or_path)
+        return _made(cast(Hashable, kind), found, None)
     return _class_of(cast(Hashable, kind))
 
 
@@ -134,6 +141,15 @@ def is_custom_code(model_class: type[PreTrainedModel]) -> bool:
     return model_class.is_remote_code() or not model_class.__module__.startswith("transformers.")
 
 
+def code_of_decoder(model_class: type[PreTrainedModel]) -> list[str]:
+    """The files of the decoder's code, if the class was made of a decoder that came with a model."""
+    decoder = getattr(model_class, "decoder", None)
+    if decoder is None or not is_custom_code(decoder):
+        return []
+    file = str(sys.modules[decoder.__module__].__file__)
+    return [file, *get_relative_import_files(file)]
+
+
 def is_made(model_class: type[PreTrainedModel]) -> bool:
     """Whether the class was made here, so that plain transformers cannot load its exports."""
     return MadeClassifier in model_class.__mro__
@@ -145,11 +161,11 @@ def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
     Of a decoder with towers it is the class that holds all of them. Raises UserError if there is none.
     """
     found = [getattr(auto, mapping)[kind] for mapping in _DECODERS if kind in getattr(auto, mapping, ())]
-    if not found and not kind.__module__.startswith("transformers."):
+    if not found and _is_code(kind):
         native = f": set model.trust_remote_code=false, because transformers has {kind.model_type} itself"
         raise UserError(
-            f"the code that comes with the model has no class for sequence classification: auto_map of its config.json "
-            f"has no {_CLASSIFIER}{native * (kind.model_type in CONFIG_MAPPING)}"
+            f"the code that comes with the model has no decoder: auto_map of its config.json has no {_CLASSIFIER} or "
+            f"{_CAUSAL}{native * (kind.model_type in CONFIG_MAPPING)}"
         )
     if not found:
         raise UserError(f"transformers has no decoder for the model type {kind.model_type}; {_ONLY_DECODERS}")
@@ -168,6 +184,11 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
         known = _one(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if _has_score(known):
             return known
+    return _made(kind, decoder, base)
+
+
+@cache
+def _made(kind: Any, decoder: type[PreTrainedModel], base: type[PreTrainedModel] | None) -> type[PreTrainedModel]:
     family: Any = next(
         c for c in decoder.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel
     )
@@ -177,6 +198,7 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
         # Transformers then treats the class as its own: it renames and fuses weights, and exports no code with it.
         "__module__": decoder.__module__,
         "config_class": kind,
+        "decoder": decoder,
         "from_decoder": from_decoder,
         "_keys_to_ignore_on_load_unexpected": _ignored(decoder) + _ignored(base),
     }
@@ -226,6 +248,11 @@ def _holders(model: PreTrainedModel) -> list[PreTrainedModel]:
 def _ignored(known: type[PreTrainedModel] | None) -> list[str]:
     """Patterns of the weights that transformers ignores in checkpoints of a class."""
     return list(getattr(known, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+def _is_code(kind: type[PretrainedConfig]) -> bool:
+    """Whether a config's class came with a model, and is not known to transformers."""
+    return not kind.__module__.startswith("transformers.") and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _has_score(known: type[PreTrainedModel]) -> bool:

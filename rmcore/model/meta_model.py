@@ -47,7 +47,8 @@ def other_heads(model: PreTrainedModel) -> set[str]:
     """Names of the weights that a causal language model of this architecture has in addition to the classifier's."""
     with parameters_on_meta():
         try:
-            causal = decoder_class(type(model.config))._from_config(copy.deepcopy(model.config))
+            made_of = getattr(type(model), "decoder", None)
+            causal = (made_of or decoder_class(type(model.config)))._from_config(copy.deepcopy(model.config))
         except (UserError, ValueError, KeyError, AttributeError):
             return set()
     return (set(causal.state_dict()) - set(model.state_dict())) | {OLD_GPT_NEOX_HEAD}
