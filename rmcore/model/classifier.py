@@ -184,11 +184,12 @@ def _class_of(kind: Any) -> type[PreTrainedModel]:
         known = _one(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if _has_score(known):
             return known
-    return _made(kind, decoder, base)
+    made: Any = _made  # mypy takes a class for a value that cannot be hashed
+    return cast(type[PreTrainedModel], made(kind, decoder, base))
 
 
 @cache
-def _made(kind: Any, decoder: type[PreTrainedModel], base: type[PreTrainedModel] | None) -> type[PreTrainedModel]:
+def _made(kind: Any, decoder: Any, base: Any) -> type[PreTrainedModel]:
     family: Any = next(
         c for c in decoder.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel
     )
