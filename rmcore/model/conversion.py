@@ -75,7 +75,7 @@ class Conversion:
 def _cuts_rows(converter: Any) -> bool:
     """Whether the tensor holds several weights of the same size, one over the other."""
     cut, *rest = converter.operations
-    plain = isinstance(cut, loading.Chunk) and cut.dim == 0 and cut.num_shards_attribute is None
+    plain = isinstance(cut, loading.Chunk) and cut.dim == 0 and getattr(cut, "num_shards_attribute", None) is None
     return plain and not rest and "\\" not in converter.target_patterns[0]
 
 
