@@ -221,9 +221,21 @@ ODD: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "inkling2_vision": {"text_hidden_size": 32},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "glm5_next_text": {"index_topk": 16, "qk_rope_head_dim": 0},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
+    "perception_lm": {
+        "vision_config": {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"embed_dim": 192}}
+    },
     "mimi": {"upsample_groups": 32},
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 1, 1]}},
     "mistral_large4_text": {"kv_source_layers": [0, 1, 2, 3], "indexer_types": ["full"] * LAYERS},
@@ -303,6 +315,8 @@ def families() -> list[str]:
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     )
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 

@@ -41,7 +41,7 @@ from rmcore.model.meta_model import set_padding
 from rmcore.model.objectives import Objective
 from rmcore.model.outputs import Outputs
 from rmcore.model.pruning import OUTPUT, QUERY, attention_of
-from rmcore.model.reward_model import SHARED, RewardModel
+from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from rmcore.model.router_balance import RouterBalance
 from rmcore.model.row_split import ContextGroup
 from rmcore.ops.layers import counting
@@ -50,6 +50,7 @@ RECOMPUTES = ("none", "selective", "full", "offload")  # the fastest first
 # Bytes per token, layer and unit of width in bf16: an estimate that others checked against llm.c.
 RULE_OF_THUMB = {"none": 30.0, "selective": 18.0, "full": 2.0, "offload": 2.0}
 PREFIX, TAIL = 2**17, 2**16  # tokens of the dry run's comparisons: so many that activations outweigh gradients
+ROWS = 8  # of the smaller rectangle of the dry run
 FULL = LoraConfig()  # no LoRA
 # fp32 weights that products cast to bf16 (autocast); bf16 copies of the weights (FSDP2); fp32 throughout.
 AUTOCAST, CAST, FP32 = "autocast", "cast", "fp32"
@@ -129,15 +130,58 @@ class DryRun:
         plain = self._known[key]
         return self._compiled(plain, arithmetic, recompute, cuda) if compiled and plain.counted else plain
 
+    def cell_bytes(self, arithmetic: str, recompute: str, length: int) -> TokenBytes:
+        """Activation bytes per cell of a rectangle of rows of `length` tokens: by the model's own attention, with dense
+        masks, and with the scores where it keeps them. Arguments as above.
+        """
+        return self._extrapolated(
+            recompute, arithmetic, lambda count: self._cells(count, arithmetic, recompute, length)
+        )
+
+    def _cells(self, layers: int, arithmetic: str, recompute: str, length: int) -> tuple[float, float]:
+        """(kept, working) bytes per cell of a model with so many layers."""
+        short, long = (self._live_rectangle(layers, rows, length, arithmetic, recompute) for rows in (ROWS, 2 * ROWS))
+        kept, peak = ((b - a) / (ROWS * length) for a, b in zip(short, long, strict=True))
+        return kept, max(0.0, peak - kept)
+
+    def _live_rectangle(self, layers: int, rows: int, length: int, arithmetic: str, recompute: str) -> tuple[int, int]:
+        """The same as `_live_bytes`, of a rectangle [rows, length]."""
+        hf_model = self._small_model(layers, arithmetic)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = self._fake_model(hf_model)
+            model.use(PADDED)
+            recompute_activations(model.backbone, recompute)
+            model.train()
+            ids = torch.empty(rows, length, dtype=torch.int64)
+            half = torch.autocast("cpu", torch.bfloat16) if arithmetic == AUTOCAST else nullcontext()
+            with LiveBytes(model) as live:
+                with half:
+                    found = model.backbone(input_ids=ids, attention_mask=torch.empty_like(ids), use_cache=False)
+                    cells = found.last_hidden_state.flatten(0, 1)
+                    loss = cells.index_select(0, torch.arange(len(cells))).sum()
+                del found, cells
+                kept = live.now
+                loss.backward()
+        return kept, live.peak
+
     def _count(self, arithmetic: str, recompute: str, cuda: bool, context: int) -> TokenBytes:
+        # Pruning is tried first, as a run's self-test does.
+        ways = [
+            lambda count, pruned=pruned: self._slope(count, arithmetic, recompute, pruned, cuda, context)
+            for pruned in (True, False)
+        ]
+        return self._extrapolated(recompute, arithmetic, *ways)
+
+    def _extrapolated(self, recompute: str, arithmetic: str, *ways: Callable[[int], tuple[float, float]]) -> TokenBytes:
+        """The bytes of all layers, by the first way that counts those of two and of three; else the rule of thumb.
+
+        All bytes are linear in the tokens, and those that are kept are linear in the layers as well. A constant part
+        (bf16 copies of weights) cancels in the difference of two lengths.
+        """
         layers, half = self.sizes.layers, 4.0 if arithmetic == FP32 else 2.0
-        # All bytes are linear in the tokens, and those that are kept are linear in the layers as well. A constant part
-        # (bf16 copies of weights) cancels in the difference of two lengths. Pruning is tried first, as a run's
-        # self-test does.
-        for pruned in (True, False):
+        for way in ways:
             try:
-                how = arithmetic, recompute, pruned, cuda, context
-                two, three = (self._slope(count, *how) for count in (2, 3))
+                two, three = (way(count) for count in (2, 3))
                 break
             except Exception:  # a model that fails on fake tensors must not stop `rmcore plan` or a run
                 continue
@@ -212,26 +256,12 @@ class DryRun:
         self, layers: int, comparisons: int, arithmetic: str, pruned: bool, cuda: bool, context: int
     ) -> Iterator[tuple[RewardModel, Callable[[], Tensor]]]:
         """A copy of the model with so many layers, and what returns its loss. Within, all tensors are fake."""
-        small = copy.deepcopy(self.hf_config)
-        text = small.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-        hf_model = self._meta_model(small, torch.bfloat16 if arithmetic == CAST else torch.float32)
-        lora = self._lora if find_spec("peft") is not None else FULL
-        if lora.rank is not None:
-            add_lora(text_model(hf_model), lora, seed=0)
+        hf_model = self._small_model(layers, arithmetic)
         shapes = _batch(comparisons, cuda and arithmetic != FP32, context)
         # Made before the fake tensors, with which the rule of the routers could not be found.
         balance = RouterBalance(text_model(hf_model)) if self._objective.router_aux else None
         with FakeTensorMode(allow_non_fake_inputs=True):
-            _to_fake(hf_model)
-            turn_dropout_off(hf_model)
-            if lora.base != "fp32":  # what the graph keeps is the same for every format that is restored at each use
-                store_base(text_model(hf_model), lora.model_copy(update={"base": "bf16"}))
-            score = cast(nn.Linear, hf_model.score)
-            outputs = Outputs.stored(hf_model.config)
-            model = RewardModel(text_model(hf_model), score, pad_token_id=0, outputs=outputs)
+            model = self._fake_model(hf_model)
             model.context = _Alone(None, 0, context) if context > 1 else None
             if balance:
                 model.add_balance(self._objective, balance)
@@ -245,6 +275,32 @@ class DryRun:
                     return model(batch).loss_sum
 
             yield model, forward
+
+    def _small_model(self, layers: int, arithmetic: str) -> PreTrainedModel:
+        """The model on meta with so many layers, and LoRA's adapters."""
+        small = copy.deepcopy(self.hf_config)
+        text = small.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        hf_model = self._meta_model(small, torch.bfloat16 if arithmetic == CAST else torch.float32)
+        if self._adapters.rank is not None:
+            add_lora(text_model(hf_model), self._adapters, seed=0)
+        return hf_model
+
+    @property
+    def _adapters(self) -> LoraConfig:
+        return self._lora if find_spec("peft") is not None else FULL
+
+    def _fake_model(self, hf_model: PreTrainedModel) -> RewardModel:
+        """The reward model on fake tensors, within their mode."""
+        _to_fake(hf_model)
+        turn_dropout_off(hf_model)
+        lora = self._adapters
+        if lora.base != "fp32":  # what the graph keeps is the same for every format that is restored at each use
+            store_base(text_model(hf_model), lora.model_copy(update={"base": "bf16"}))
+        score, outputs = cast(nn.Linear, hf_model.score), Outputs.stored(hf_model.config)
+        return RewardModel(text_model(hf_model), score, pad_token_id=0, outputs=outputs)
 
     def _meta_model(self, hf_config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The sequence classifier on the meta device: shapes without memory."""

@@ -24,12 +24,16 @@ all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp1
   reduce-scatter; or this buffer and gloo's copy. The gathered layers and the casts are gone.
 - activations: tokens * (kept + working), counted by a dry run. There are no logits. Of a row that N ranks compute
   together (`parallel.context`), each has 1/N of the tokens; the dry run is that of one of the ranks.
+- paths that do not pack: the cells of the rectangle in place of the tokens; a cell's bytes, with dense masks and kept
+  scores, are counted at the length of the longest row. Per token there are as many cells as the longest row is longer
+  than the mean one: so it is in the micro batch that holds it.
 The larger of the two counts: its parts are those that are there at that moment.
 README.md has this as a table, and compares it with measurements.
 """
 
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
@@ -51,6 +55,20 @@ class Budget:
 
     tokens: int
     recompute: str
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """The rows of the paths that do not pack: each has up to `length` cells, of which there are `cells` per token."""
+
+    length: int
+    cells: float
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, *, padded: bool = True) -> "Rectangle":
+        """Of rows of these lengths, in tokens. Padded, those of the micro batch with the longest row are as long."""
+        longest = int(lengths.max())
+        return cls(longest, longest / float(lengths.mean()) if padded else 1.0)
 
 
 def trained_sizes(config: Config, model: DryRun) -> Sizes:
@@ -175,18 +193,20 @@ def choose_budget(
     device: torch.device,
     ranks: int,
     step_tokens: float | None = None,
+    rectangle: Rectangle | None = None,
 ) -> Budget:
     """The token budget and the recompute of the config; where these are `auto`, the ones that suit the device's memory.
 
     longest: tokens of the longest comparison. The budget is at least that, because a comparison is never cut.
     ranks: that share one state.
     step_tokens: mean tokens of a rank in a step; None: more than a micro batch holds.
+    rectangle: what the path computes, if it does not pack.
     """
     if device.type == "cpu":
         return cpu_budget(config, longest)
     device_memory = torch.cuda.get_device_properties(device).total_memory
     model = dry_run_of(config, hf_config)
-    return gpu_budget(config, model, longest, device_memory, ranks, step_tokens)
+    return gpu_budget(config, model, longest, device_memory, ranks, step_tokens, rectangle)
 
 
 def dry_run_of(config: Config, hf_config: PretrainedConfig) -> DryRun:
@@ -203,7 +223,13 @@ def cpu_budget(config: Config, longest: int) -> Budget:
 
 
 def gpu_budget(
-    config: Config, model: DryRun, longest: int, device_memory: float, ranks: int, step_tokens: float | None = None
+    config: Config,
+    model: DryRun,
+    longest: int,
+    device_memory: float,
+    ranks: int,
+    step_tokens: float | None = None,
+    rectangle: Rectangle | None = None,
 ) -> Budget:
     """`choose_budget` for a GPU with `device_memory` bytes.
 
@@ -213,16 +239,23 @@ def gpu_budget(
     recompute, context = config.parallel.recompute, config.parallel.context
     wanted = max(longest, configured or context * ENOUGH_TOKENS)
     sizes, fits = trained_sizes(config, model), dict[str, int]()
-    choice = [
-        name for name in RECOMPUTES if name != "offload" or not config.parallel.compile
-    ]  # they exclude each other
+    # Compiled layers cannot offload.
+    choice = [name for name in RECOMPUTES if not (name == "offload" and config.parallel.compile)]
     for name in choice if recompute == "auto" else (recompute,):
-        per_token = token_bytes(config, model, name)
+        per_token = _bytes_of_token(config, model, name, rectangle)
         fits[name] = largest_budget(config, sizes, per_token, device_memory, ranks, step_tokens)
         if fits[name] >= wanted:
             break
     best = max(fits, key=lambda name: (min(fits[name], wanted), fits[name]))
     return Budget(configured or max(longest, min(fits[best], context * MOST_TOKENS)), best)
+
+
+def _bytes_of_token(config: Config, model: DryRun, recompute: str, rectangle: Rectangle | None) -> TokenBytes:
+    """Activation bytes per token of a packed row, or per token of a rectangle with its padding and its masks."""
+    if rectangle is None:
+        return token_bytes(config, model, recompute)
+    cell = model.cell_bytes(arithmetic_of(config), recompute, rectangle.length)
+    return replace(cell, kept=cell.kept * rectangle.cells, working=cell.working * rectangle.cells)
 
 
 def largest_budget(

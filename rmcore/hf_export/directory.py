@@ -44,7 +44,7 @@ from rmcore.hf_export.parity import (
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
 from rmcore.host.model_directory import LORA_BASE
-from rmcore.model.classifier import architecture, brings_code, is_custom_code, text_prefix
+from rmcore.model.classifier import architecture, brings_code, code_of_decoder, is_custom_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.language_head import name_in_files
@@ -374,6 +374,8 @@ def _write_adapter(
 
 def _write_texts(package: Package, directory: Path) -> None:
     """The tokenizer, the model card and the configuration; after config.json is there."""
+    for file in code_of_decoder(package.model_class):
+        shutil.copy(file, directory)
     exported = exported_tokenizer(package.tokenizer, package.template)
     exported.save_pretrained(directory)
     path = directory / "tokenizer_config.json"

@@ -208,6 +208,7 @@ def _random(config: ModelConfig, hf_config: PretrainedConfig, seed: int) -> PreT
             blank = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
             model.load_state_dict(blank, strict=False, assign=True)
             source.fill({name: (0, weight) for name, weight in blank.items()})
+            model.tie_weights()
             return model
     except NoDrawingRule:
         pass

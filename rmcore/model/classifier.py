@@ -11,24 +11,34 @@ another head, which it would draw at random); rmcore can. The name is for progra
 """
 
 import inspect
+import sys
 from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto import modeling_auto as auto
 
 from rmcore.config import UserError
 
-# Mappings of the classes that compute the next token: of plain decoders, then of those with towers.
+# Mappings of the classes that compute the next token: of those that hear, of plain decoders, of those with any towers.
 _DECODERS = (
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
@@ -36,6 +46,8 @@ _DECODERS = (
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 # Where the class in config.json of the family's checkpoints is spelled in another way than the class of transformers.
 _NAMES_IN_CHECKPOINTS = {"Phimoe": "PhiMoE"}
+# Keys of auto_map in config.json, where code comes with a model.
+_CLASSIFIER, _CAUSAL = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 _ONLY_DECODERS = "rmcore trains causal decoders (Llama, Qwen, Gemma and the like)"
 
 
@@ -44,13 +56,17 @@ class MadeClassifier:
     contract of a sequence classifier, as far as rmcore and its export check use it.
 
     The base model has the attribute's name that the family's checkpoints use. Only its text model runs.
+    `from_decoder`: transformers has no such base model, and the class is the decoder's without its head.
     """
 
     base_model_prefix: str
+    from_decoder: bool
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        setattr(self, self.base_model_prefix, AutoModel.from_config(config))
+        if not self.from_decoder:
+            setattr(self, self.base_model_prefix, AutoModel.from_config(config))
+        _take_heads_out(cast(PreTrainedModel, self))
         self.score = nn.Linear(state_width(config), cast(int, config.num_labels), bias=False)
         self.post_init()  # type: ignore[attr-defined]
 
@@ -83,19 +99,24 @@ def state_width(hf_config: PretrainedConfig) -> int:
 
 
 def classifier_class(hf_config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that holds the decoder of `hf_config` and a score head.
+    """The class that holds the decoder of `hf_config` and a score head. Of trusted code it is made of its decoder.
 
     Raises UserError in one sentence for what is not a decoder: its reward could not be read at the last token.
     """
     kind = type(hf_config)
-    if getattr(hf_config, "is_encoder_decoder", False) or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
-        raise UserError(f"{kind.model_type} has an encoder, which reads a text in both directions; {_ONLY_DECODERS}")
     try:
-        vocabulary = getattr(hf_config.get_text_config(), "vocab_size", None)
+        text = hf_config.get_text_config()
     except ValueError:  # the config has several texts
-        vocabulary = None
-    if vocabulary is None:
+        text = None
+    encodes = any(getattr(config, "is_encoder_decoder", False) for config in (hf_config, text))
+    if encodes or kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(f"{kind.model_type} has an encoder, which reads a text in both directions; {_ONLY_DECODERS}")
+    if getattr(text, "vocab_size", None) is None:
         raise UserError(f"{kind.model_type} does not have one vocabulary that it reads; {_ONLY_DECODERS}")
+    decoder = (getattr(hf_config, "auto_map", None) or {}).get(_CAUSAL)
+    if decoder is not None and _is_code(kind):  # which is trusted, or the config would have another class
+        found: Any = get_class_from_dynamic_module(decoder, hf_config._name_or_path)
+        return _made(cast(Hashable, kind), found, None)
     return _class_of(cast(Hashable, kind))
 
 
@@ -108,7 +129,7 @@ def architecture(hf_config: PretrainedConfig, model_class: type[PreTrainedModel]
     """
     if is_custom_code(model_class) or not issubclass(model_class.config_class or PretrainedConfig, type(hf_config)):
         return model_class.__name__
-    stem = _stem(decoder_class(type(hf_config)))
+    stem = _stem(decoder_class(type(hf_config)), type(hf_config))
     return f"{_NAMES_IN_CHECKPOINTS.get(stem, stem)}ForSequenceClassification"
 
 
@@ -118,6 +139,15 @@ def is_custom_code(model_class: type[PreTrainedModel]) -> bool:
     Newer versions of transformers have a method of this name; 5.3 does not.
     """
     return model_class.is_remote_code() or not model_class.__module__.startswith("transformers.")
+
+
+def code_of_decoder(model_class: type[PreTrainedModel]) -> list[str]:
+    """The files of the decoder's code, if the class was made of a decoder that came with a model."""
+    decoder = getattr(model_class, "decoder", None)
+    if decoder is None or not is_custom_code(decoder):
+        return []
+    file = str(sys.modules[decoder.__module__].__file__)
+    return [file, *get_relative_import_files(file)]
 
 
 def is_made(model_class: type[PreTrainedModel]) -> bool:
@@ -131,6 +161,12 @@ def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
     Of a decoder with towers it is the class that holds all of them. Raises UserError if there is none.
     """
     found = [getattr(auto, mapping)[kind] for mapping in _DECODERS if kind in getattr(auto, mapping, ())]
+    if not found and _is_code(kind):
+        native = f": set model.trust_remote_code=false, because transformers has {kind.model_type} itself"
+        raise UserError(
+            f"the code that comes with the model has no decoder: auto_map of its config.json has no {_CLASSIFIER} or "
+            f"{_CAUSAL}{native * (kind.model_type in CONFIG_MAPPING)}"
+        )
     if not found:
         raise UserError(f"transformers has no decoder for the model type {kind.model_type}; {_ONLY_DECODERS}")
     return _one(found[-1])
@@ -139,41 +175,96 @@ def decoder_class(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
 @cache
 def _class_of(kind: Any) -> type[PreTrainedModel]:
     decoder = decoder_class(kind)
-    if kind not in auto.MODEL_MAPPING:
+    base = _one(auto.MODEL_MAPPING[kind]) if kind in auto.MODEL_MAPPING else None
+    # Gemma 4's assistants read the states of another model next to the text, and ShieldGemma 2 classifies images.
+    helps = [*getattr(kind, "sub_configs", ())] == ["text_config"]
+    if base is None and (helps or kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING):
         raise UserError(f"transformers has no decoder for the model type {kind.model_type}; {_ONLY_DECODERS}")
     if kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         known = _one(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
         if _has_score(known):
             return known
+    made: Any = _made  # mypy takes a class for a value that cannot be hashed
+    return cast(type[PreTrainedModel], made(kind, decoder, base))
+
+
+@cache
+def _made(kind: Any, decoder: Any, base: Any) -> type[PreTrainedModel]:
     family: Any = next(
         c for c in decoder.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel
     )
-    attributes = {
+    from_decoder = base is None or not _same_text_model(decoder, base)
+    attributes: dict[str, Any] = {
         "__doc__": f"{decoder.__name__} with a score head in place of its language-model head.",
         # Transformers then treats the class as its own: it renames and fuses weights, and exports no code with it.
         "__module__": decoder.__module__,
         "config_class": kind,
-        "base_model_prefix": family.base_model_prefix or "model",
-        "_keys_to_ignore_on_load_unexpected": _ignored(decoder) + _ignored(_one(auto.MODEL_MAPPING[kind])),
+        "decoder": decoder,
+        "from_decoder": from_decoder,
+        "_keys_to_ignore_on_load_unexpected": _ignored(decoder) + _ignored(base),
     }
-    name = f"{_stem(decoder)}ForSequenceClassification"
+    if from_decoder:
+        attributes["can_generate"] = classmethod(lambda _: False)
+    else:
+        attributes["base_model_prefix"] = family.base_model_prefix or "model"
+    name = f"{_stem(decoder, kind)}ForSequenceClassification"
     # transformers knows some renamings by the name of the class with the language-model head.
     if (renamings := get_checkpoint_conversion_mapping(decoder.__name__)) is not None:
         register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
-    return cast(type[PreTrainedModel], type(name, (MadeClassifier, family), attributes))
+    return cast(type[PreTrainedModel], type(name, (MadeClassifier, decoder if from_decoder else family), attributes))
 
 
-def _ignored(known: type[PreTrainedModel]) -> list[str]:
+def _same_text_model(decoder: type[PreTrainedModel], base: type[PreTrainedModel]) -> bool:
+    """Whether the base model holds the text model as the decoder does. InstructBLIP's base model holds it without the
+    head's class around it, so that no weight of it has the name that checkpoints use.
+    """
+    return "AutoModelForCausalLM" not in _names(decoder) or "AutoModelForCausalLM" in _names(base)
+
+
+def _names(known: type[PreTrainedModel]) -> tuple[str, ...]:
+    """The names that the constructor of a class uses."""
+    return inspect.unwrap(known.__init__).__code__.co_names
+
+
+def _take_heads_out(model: PreTrainedModel) -> None:
+    """Remove the language-model head wherever it is in a decoder, and what ties its weight to the embedding.
+
+    BLT's patcher is a model of its own within, whose head it needs.
+    """
+    for part, head in [(part, part.get_output_embeddings()) for part in _holders(model)]:
+        if head is not None:
+            for holder in [*part.modules()]:
+                for name in [name for name, child in holder.named_children() if child is head]:
+                    setattr(holder, name, None)
+            part._tied_weights_keys = None  # type: ignore[assignment]
+            part.all_tied_weights_keys = {}
+
+
+def _holders(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models in a model that hold its token embedding, from the outermost to the innermost."""
+    embedding = model.get_input_embeddings()
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
+
+
+def _ignored(known: type[PreTrainedModel] | None) -> list[str]:
     """Patterns of the weights that transformers ignores in checkpoints of a class."""
     return list(getattr(known, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
+def _is_code(kind: type[PretrainedConfig]) -> bool:
+    """Whether a config's class came with a model, and is not known to transformers."""
+    return not kind.__module__.startswith("transformers.") and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def _has_score(known: type[PreTrainedModel]) -> bool:
     """Whether a class of transformers has a `score`, as most decoders have. CTRL and XLNet have other heads."""
-    return "score" in inspect.unwrap(known.__init__).__code__.co_names
+    return "score" in _names(known)
 
 
-def _stem(decoder: type[PreTrainedModel]) -> str:
+def _stem(decoder: type[PreTrainedModel], kind: type[PretrainedConfig]) -> str:
+    """What the names of a family's classes begin with; that of its config, where it has the class of another family."""
+    if not issubclass(kind, decoder.config_class or PretrainedConfig):
+        return kind.__name__.removesuffix("Config")
     return next((decoder.__name__.removesuffix(s) for s in _SUFFIXES if decoder.__name__.endswith(s)), decoder.__name__)
 
 
@@ -199,21 +290,21 @@ def new_classifier(
 
 
 def brings_code(hf_config: PretrainedConfig, *, trust_remote_code: bool) -> bool:
-    """Whether the model's classes are code of its repository that may run; rmcore then assumes nothing about them."""
-    return trust_remote_code and bool(getattr(hf_config, "auto_map", None))
+    """Whether the model's class is code of its repository that may run; rmcore then assumes nothing about it."""
+    return trust_remote_code and _CLASSIFIER in (getattr(hf_config, "auto_map", None) or {})
 
 
 def text_model(hf_model: PreTrainedModel) -> PreTrainedModel:
     """The part of a classifier that reads text, up to its final hidden states: its base model in most cases.
 
-    Of a model with towers it is the innermost model that holds the token embedding.
+    Of a model with towers, and of a class that is made from the decoder's, it is the innermost model that holds the
+    token embedding.
     """
-    base = cast(PreTrainedModel, hf_model.base_model)
-    if base.config.get_text_config() is base.config:
+    from_decoder = getattr(hf_model, "from_decoder", False)
+    base = hf_model if from_decoder else cast(PreTrainedModel, hf_model.base_model)
+    if not from_decoder and base.config.get_text_config() is base.config:
         return base
-    embedding = base.get_input_embeddings()
-    holders = [m for m in base.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.modules())]
-    without_head = [m for m in holders if m.get_output_embeddings() is None]
+    without_head = [m for m in _holders(base) if m.get_output_embeddings() is None]
     return (without_head or [base])[-1]
 
 

@@ -6,7 +6,8 @@ Example: Qwen3-MoE's checkpoints hold `mlp.experts.7.gate_proj.weight` [I, D] an
 model holds `mlp.experts.gate_up_proj` [experts, 2 I, D]: row 7 is the first over the second.
 
 The names are transformers' own (transformers.conversion_mapping). Experts can be read one by one if they are merged
-along the first dimension and their parts joined along the next one. Anything else needs the whole model.
+along the first dimension and their parts joined along the next one, or if each is transposed; weights that are joined
+in the checkpoint, if they are so along the first dimension. Anything else needs the whole model.
 """
 
 import re
@@ -21,15 +22,21 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 
 class CannotConvert(Exception):
-    """A weight is made in another way than by merging experts; the message says which one."""
+    """A weight is made in another way than by merging experts or cutting rows; the message says which one."""
 
 
 class Target(NamedTuple):
-    """Where a stored tensor goes: the model's weight; for one expert's, the expert and the part of its row."""
+    """Where a stored tensor goes: the model's weight; for one expert's, the expert and the part of its row.
+
+    `cut`: the weight is piece i of the tensor, of n equal pieces one over the other. `turned`: the dimensions to swap,
+    unless the tensor has the weight's shape as it is.
+    """
 
     name: str
     expert: int | None = None
     part: int = 0
+    cut: tuple[int, int] = (0, 1)
+    turned: tuple[int, int] | None = None
 
 
 class Conversion:
@@ -41,23 +48,43 @@ class Conversion:
         self._renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
         self._expected, self._prefix = model.state_dict(), model.base_model_prefix
 
-    def target(self, key: str) -> Target:
-        """The place of the stored tensor `key`; its own name where transformers does not know it."""
+    def targets(self, key: str) -> list[Target]:
+        """The places of the stored tensor `key`; its own name where transformers does not know it."""
         name, pattern = self._renamed(key, self._renamings, self._converters)
         if name not in self._expected and key in self._expected:
-            return Target(key)
+            return [Target(key)]
         if pattern is None or name not in self._expected:
-            return Target(name)
+            return [Target(name)]
         converter = next(c for c in self._converters if pattern in c.source_patterns)
+        if _cuts_rows(converter):
+            first, *_ = cuts = converter.target_patterns
+            return [Target(name.replace(first, cut, 1), cut=(i, len(cuts))) for i, cut in enumerate(cuts)]
+        if (turned := _turns_experts(converter)) is not None:
+            return [Target(name, turned=turned)]
         if not _merges_experts(converter):
             raise CannotConvert(f"transformers makes {name} of several weights while loading")
         expert = re.search(pattern.replace("*", r"(\d+)"), key)
         if expert is None:
             raise CannotConvert(f"{key} does not say of which expert it is")
-        return Target(name, int(expert[1]), list(converter.source_patterns).index(pattern))
+        return [Target(name, int(expert[1]), list(converter.source_patterns).index(pattern))]
 
     def _renamed(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         return loading.rename_source_key(key, renamings, converters, self._prefix, self._expected)
+
+
+def _cuts_rows(converter: Any) -> bool:
+    """Whether the tensor holds several weights of the same size, one over the other."""
+    cut, *rest = converter.operations
+    plain = isinstance(cut, loading.Chunk) and cut.dim == 0 and getattr(cut, "num_shards_attribute", None) is None
+    return plain and not rest and "\\" not in converter.target_patterns[0]
+
+
+def _turns_experts(converter: Any) -> tuple[int, int] | None:
+    """The dimensions that are swapped in each expert's matrix, of fused experts."""
+    turn, *rest = converter.operations
+    if rest or not isinstance(turn, loading.Transpose) or not turn.check_dims or 0 in (turn.dim0, turn.dim1):
+        return None
+    return turn.dim0, turn.dim1
 
 
 def _merges_experts(converter: Any) -> bool:

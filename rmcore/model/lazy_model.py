@@ -60,8 +60,11 @@ class LazyModel:
         return backbone.train_text_only(model)
 
     def towers(self) -> dict[str, Tensor]:
-        """The weights that take no part in a reward, read whole in fp32; by their names in transformers."""
-        weights = {name: torch.empty(tensor.shape) for name, tensor in towers(self.build()).items()}
+        """The weights that take no part in a reward, read whole in fp32, and counts; by their names in transformers."""
+        weights = {
+            name: torch.empty(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in towers(self.build()).items()
+        }
         self.fill({name: (0, weight) for name, weight in weights.items()})
         return weights
 
@@ -117,8 +120,6 @@ def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_toke
         raise UserError(backbone.unreadable(config, error)) from None
     if len(dict(model.named_parameters(remove_duplicate=False))) > len(dict(model.named_parameters())):
         raise NeedsWholeModel("some of its weights are shared")
-    if any(not buffer.ndim for buffer in stored_buffers(model).values()):
-        raise NeedsWholeModel("some of its stored buffers are scalars")
     backbone.check_score(config, model)
     embedding = _embedding_of(model)
     source: StoredWeights | RandomWeights
@@ -127,7 +128,23 @@ def open_lazy_model(config: ModelConfig, *, seed: int, vocabulary: int, pad_toke
         source = backbone.random_weights(config, hf_config, seed)
     else:
         source, note = _stored_weights(config, model, embedding)
-    return LazyModel(hf_config, source, seed, embedding, vocabulary, pad_token_id, config.head == "fresh", note)
+    lazy = LazyModel(hf_config, source, seed, embedding, vocabulary, pad_token_id, config.head == "fresh", note)
+    if vocabulary > source.shape(embedding)[0]:
+        _check_growth(model, lazy)
+    return lazy
+
+
+def _check_growth(model: PreTrainedModel, lazy: LazyModel) -> None:
+    """Raises NeedsWholeModel where more grows with the vocabulary than one embedding, or by a rule of its own."""
+    try:
+        model._init_weights(nn.Embedding(1, 1))
+    except AttributeError:  # xLSTM's rule draws an embedding by its place in the text model
+        raise NeedsWholeModel("the new rows of its embedding cannot be drawn alone") from None
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
+    after = {name: parameter.shape for name, parameter in lazy.build().named_parameters()}
+    grown = [name for name, shape in after.items() if shape != before[name] and name != lazy.embedding]
+    if grown:  # Gemma 3n and 4 have an embedding for the layers, too
+        raise NeedsWholeModel(f"{grown[0]} grows with the vocabulary")
 
 
 def open_exported(directory: Path) -> LazyModel:

@@ -8,14 +8,14 @@ Example: a 7B Mistral takes a second and some kilobytes.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rmcore.config import UserError
-from rmcore.model.classifier import decoder_class, new_classifier
+from rmcore.model.classifier import decoder_class, new_classifier, text_model
 
 OLD_GPT_NEOX_HEAD = "embed_out.weight"  # the language-model head in GPT-NeoX checkpoints; transformers: lm_head
 
@@ -32,7 +32,7 @@ def parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # else a shared weight would become two
             parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
@@ -47,7 +47,8 @@ def other_heads(model: PreTrainedModel) -> set[str]:
     """Names of the weights that a causal language model of this architecture has in addition to the classifier's."""
     with parameters_on_meta():
         try:
-            causal = decoder_class(type(model.config))._from_config(copy.deepcopy(model.config))
+            made_of = getattr(type(model), "decoder", None)
+            causal = (made_of or decoder_class(type(model.config)))._from_config(copy.deepcopy(model.config))
         except (UserError, ValueError, KeyError, AttributeError):
             return set()
     return (set(causal.state_dict()) - set(model.state_dict())) | {OLD_GPT_NEOX_HEAD}
@@ -60,7 +61,13 @@ def grow(model: PreTrainedModel, vocabulary: int, pad_token_id: int) -> None:
     """
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     if vocabulary > embedding.weight.shape[0]:
-        model.resize_token_embeddings(vocabulary, pad_to_multiple_of=8, mean_resizing=False)
+        how: dict[str, Any] = {"pad_to_multiple_of": 8, "mean_resizing": False}
+        generator = torch.random.get_rng_state()
+        try:
+            model.resize_token_embeddings(vocabulary, **how)
+        except AttributeError:  # the rules of Gemma 4 and xLSTM know the text model alone
+            torch.random.set_rng_state(generator)
+            text_model(model).resize_token_embeddings(vocabulary, **how)
         embedding = cast(nn.Embedding, model.get_input_embeddings())
         for part in model.modules():  # BLT's encoder has a config of its own, which transformers leaves as it is
             if isinstance(part, PreTrainedModel) and any(child is embedding for child in part.children()):

@@ -41,7 +41,7 @@ class RandomWeights:
                 for name, whole in self._draw(model, prefix, unit):
                     if name in wanted:
                         first, rows = wanted[name]
-                        rows.copy_(whole[first : first + rows.shape[0]])
+                        rows.copy_(whole[first : first + rows.shape[0]] if rows.ndim else whole)
         finally:
             torch.random.set_rng_state(generator)
 

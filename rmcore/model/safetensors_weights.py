@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ from transformers.utils import cached_file
 
 from rmcore.config import UserError
 from rmcore.host.model_directory import indexed_files
-from rmcore.model.conversion import Conversion
+from rmcore.model.conversion import CannotConvert, Conversion
 from rmcore.model.found_weights import HEAD_FILES, SCORE, check_found
 
 WantedRows = Mapping[str, tuple[int, Tensor]]  # name -> (first row, the rows to fill, on any device)
@@ -29,11 +30,16 @@ COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a checkpoint: its file, its name in the file, its shape."""
+    """Rows of one tensor of a checkpoint: its file, its name in the file, their shape, and where they begin.
+
+    `turned`: the dimensions that the file has the other way round; `shape` is the one after the swap.
+    """
 
     path: Path
     key: str
     shape: tuple[int, ...]
+    begin: int = 0
+    turned: tuple[int, int] | None = None
 
 
 class StoredExperts(NamedTuple):
@@ -48,7 +54,7 @@ class StoredExperts(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Rows of a stored tensor, from `first` on, that go into `rows`."""
+    """Rows of a stored tensor, from `first` on, that go into `rows`; a number without rows goes there whole."""
 
     source: StoredTensor
     first: int
@@ -75,7 +81,12 @@ class StoredWeights:
             try:
                 with safe_open(path, framework="pt") as file:
                     for source, first, rows in copies:
-                        rows.copy_(file.get_slice(source.key)[first : first + rows.shape[0]])
+                        if rows.ndim:
+                            begin = source.begin + first
+                            stored = file.get_slice(source.key)[begin : begin + rows.shape[0]]
+                            rows.copy_(stored.transpose(*source.turned) if source.turned else stored)
+                        else:
+                            rows.copy_(file.get_tensor(source.key))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -91,6 +102,10 @@ def _copies(entry: StoredTensor | StoredExperts, first: int, rows: Tensor) -> It
         for part in parts:
             yield Copy(part, 0, row[begin : begin + part.shape[0]])
             begin += part.shape[0]
+
+
+def _turned(shape: tuple[int, ...], dimensions: tuple[int, int] | None) -> tuple[int, ...]:
+    return shape if dimensions is None else tuple(torch.empty(shape, device="meta").transpose(*dimensions).shape)
 
 
 def weight_files(name: str, revision: str | None) -> list[Path] | None:
@@ -139,7 +154,9 @@ def open_weights(
         OSError, SafetensorError: a file is not a safetensors file.
     """
     replaced = {SCORE} if head == "fresh" else set()
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    numbers = {name for name, tensor in state.items() if not tensor.is_floating_point()}  # of integers
     found: dict[str, StoredTensor | StoredExperts] = {}
     experts: dict[str, dict[int, dict[int, StoredTensor]]] = {}  # weight -> expert -> part
     conversion = Conversion(model)
@@ -149,20 +166,23 @@ def open_weights(
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 stored = file.get_slice(key)
-                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                name, expert, part = conversion.target(key)
-                if name not in expected and name not in heads:
-                    unexpected += [] if ignored.search(key) else [key]
-                    continue
-                if expert is not None:
-                    experts.setdefault(name, {}).setdefault(expert, {})[part] = StoredTensor(path, key, shape)
-                    wrong += [] if dtype in FLOATS else [f"{key} in {dtype}"]
-                    continue
-                found[name] = StoredTensor(path, key, shape)
-                if name in expected and name not in replaced:
-                    wanted = expected[name]
-                    wrong += [] if shape == wanted else [f"{name} {list(shape)} (expected {list(wanted)})"]
-                    wrong += [] if dtype in FLOATS else [f"{name} in {dtype}"]
+                whole, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                for name, expert, part, (piece, pieces), turned in conversion.targets(key):
+                    turned = None if whole == expected.get(name) else turned
+                    shape = _turned(whole, turned) if pieces == 1 else (whole[0] // pieces, *whole[1:])
+                    tensor = StoredTensor(path, key, shape, piece * shape[0] if pieces > 1 else 0, turned)
+                    if name not in expected and name not in heads:
+                        unexpected += [] if ignored.search(key) else [key]
+                        continue
+                    if expert is not None:
+                        experts.setdefault(name, {}).setdefault(expert, {})[part] = tensor
+                        wrong += [] if dtype in FLOATS else [f"{key} in {dtype}"]
+                        continue
+                    found[name] = tensor
+                    if name in expected and name not in replaced:
+                        wanted = expected[name]
+                        wrong += [] if shape == wanted else [f"{name} {list(shape)} (expected {list(wanted)})"]
+                        wrong += [] if dtype in FLOATS or name in numbers else [f"{name} in {dtype}"]
     for name, by_expert in experts.items():
         fused = StoredExperts(
             tuple(tuple(tensor for _, tensor in sorted(parts.items())) for _, parts in sorted(by_expert.items()))
@@ -175,10 +195,14 @@ def open_weights(
         alike = [found[name] for name in heads if name in found and found[name].shape == expected[embedding]]
         if len(alike) == 1:
             found[embedding] = alike[0]
+    missing = expected.keys() - found.keys() - replaced
+    drawn = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["$^"]))
+    for name in sorted(filter(drawn.search, missing)):
+        raise CannotConvert(f"transformers itself makes {name}, which the checkpoint does not hold")
     note = check_found(
         type(model).__name__,
         head,
-        missing=expected.keys() - found.keys() - replaced,
+        missing=missing,
         unexpected=unexpected,
         wrong=wrong,
         head_files=others,

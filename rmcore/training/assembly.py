@@ -24,7 +24,7 @@ from rmcore.cost.data_size import measured_size
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import flops_of_pair
 from rmcore.cost.machines import device_peak_flops
-from rmcore.cost.memory import Budget, choose_budget
+from rmcore.cost.memory import Budget, Rectangle, choose_budget
 from rmcore.data.batches.counting import sizes_of
 from rmcore.data.batches.step_plan import Plan
 from rmcore.data.inspection.first_example import show_first_example
@@ -38,7 +38,7 @@ from rmcore.model.compiled import speed_up
 from rmcore.model.fp8 import check_fp8, use_fp8
 from rmcore.model.long_rope import check_split
 from rmcore.model.lora import count_weights
-from rmcore.model.reward_model import SHARED, RewardModel
+from rmcore.model.reward_model import ALONE, PADDED, SHARED, RewardModel
 from rmcore.model.selftest import choose_path, skips_weights, trial_comparisons
 from rmcore.ops.blockwise import check_bitsandbytes
 from rmcore.parallel.context import context_group, with_context
@@ -84,7 +84,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
 
     # All ranks train by one plan.
     tokens_N = computed_tokens(data.train, share)
-    budget = agree(world, _own_budget(config, loaded.hf_config, data, tokens_N, share, world))
+    budget = agree(world, _own_budget(config, loaded.hf_config, data, tokens_N, loaded.tested, world))
     check_same_plan(world, plan_facts(config, data, budget, path))
     plan_of = partial(Plan.of, config, data.train, tokens_N, token_budget=budget.tokens, world_size=world.groups)
     plan = first_error(world, "planning", plan_of)
@@ -176,17 +176,27 @@ def _data(config: Config, start: Start) -> tuple[PreTrainedTokenizerFast, Prepar
 
 
 def _own_budget(
-    config: Config, hf_config: PretrainedConfig, data: PreparedData, tokens_N: np.ndarray, share: bool, world: World
+    config: Config,
+    hf_config: PretrainedConfig,
+    data: PreparedData,
+    tokens_N: np.ndarray,
+    model: RewardModel,
+    world: World,
 ) -> Budget:
     """The token budget and the recompute that suit this rank's memory.
 
     After a run that ended out of memory, batch.shrink limits the budget to 3/4 of the tokens that did not fit.
     """
-    longest = max(int(tokens.max()) for tokens in (tokens_N, *(computed_tokens(e, share) for e in data.evals.values())))
+    evals = (computed_tokens(e, model.path == SHARED) for e in data.evals.values())
+    longest = max(int(tokens.max()) for tokens in (tokens_N, *evals))
     units = sizes_of(config, data.train)
     tokens_of_step = float(tokens_N.sum()) / max(1, int(units.sum())) * config.batch.pairs / world.size
     ranks = world.local_size if config.parallel.traits.by_host else world.size  # that share one state
-    own = choose_budget(config, hf_config, longest, world.device, ranks, tokens_of_step)
+    rectangle = None
+    if model.masked or model.path in (PADDED, ALONE):
+        rows = tokens_N if model.masked else data.train.text_length_A
+        rectangle = Rectangle.of(rows, padded=model.path != ALONE)
+    own = choose_budget(config, hf_config, longest, world.device, ranks, tokens_of_step, rectangle)
     path = Path(config.run.dir) / OUT_OF_MEMORY_FILE
     if not config.batch.shrink or not path.exists():
         return own

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
+    BloomConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    OpenAIGPTConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
 )
@@ -15,18 +18,23 @@ from transformers import (
 from rmcore.config.lora import LoraConfig
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, DryRun, LiveBytes, TokenBytes
-from rmcore.cost.memory import Memory, arithmetic_of, cpu_budget, gpu_budget, memory_of_step
+from rmcore.cost.memory import Memory, Rectangle, arithmetic_of, cpu_budget, gpu_budget, memory_of_step
 from rmcore.data.batches.batch import build_batch
 from rmcore.data.tokens.comparisons import TokenizedComparison
-from rmcore.model.backbone import recompute_activations
+from rmcore.model.backbone import recompute_activations, turn_dropout_off
+from rmcore.model.classifier import new_classifier
 from rmcore.model.lora import add_lora, store_base
 from rmcore.model.objectives import Objective
-from rmcore.model.reward_model import SHARED, RewardModel
+from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from rmcore.parallel.adamw import AdamW
 
 SHAPES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
 NEOX = GPTNeoXConfig(**SHAPES, intermediate_size=768, num_labels=1, pad_token_id=1)
 LLAMA = LlamaConfig(**SHAPES, num_key_value_heads=2, intermediate_size=512, num_labels=1, pad_token_id=1)
+
+
+BLOOM = BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=2, num_labels=1, pad_token_id=1)
+GPT1 = OpenAIGPTConfig(vocab_size=512, n_positions=800, n_embd=64, n_layer=3, n_head=2, num_labels=1, pad_token_id=1)
 
 
 class Rows:
@@ -56,10 +64,11 @@ def live_bytes(config: PretrainedConfig, arithmetic: str, recompute: str, compar
     return live_bytes_of(model, comparisons, half=arithmetic == AUTOCAST)
 
 
-def live_bytes_of(model: RewardModel, comparisons: int, *, half: bool) -> tuple[int, int]:
-    """The same, of a model."""
-    model.use(SHARED, pruned=True)
-    batch = build_batch(Rows(), range(comparisons))
+def live_bytes_of(model: RewardModel, comparisons: int, *, half: bool, **way: Any) -> tuple[int, int]:
+    """The same, of a model; `way`: arguments of `RewardModel.use`."""
+    way = way or {"path": SHARED, "pruned": True}
+    model.use(**way)
+    batch = build_batch(Rows(), range(comparisons), share=way["path"] == SHARED)
     with LiveBytes(model) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(batch).loss_sum
@@ -93,6 +102,37 @@ def test_a_dry_run_counts_what_a_real_run_keeps(config: PretrainedConfig, arithm
     kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
     assert predicted.kept == pytest.approx(kept, rel=0.04)
     assert predicted.total == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "arithmetic", "way", "lengths"),
+    [
+        (BLOOM, FP32, {"path": SHARED, "masked": True}, [800]),
+        (BLOOM, AUTOCAST, {"path": PADDED}, [680, 600]),
+        pytest.param(GPT1, FP32, {"path": PADDED}, [680, 600], marks=pytest.mark.slow),
+    ],
+    ids=["masked", "padded", "openai-gpt"],
+)
+def test_the_budget_counts_the_rectangle_of_a_path_that_does_not_pack(
+    config: PretrainedConfig, arithmetic: str, way: dict[str, Any], lengths: list[int]
+) -> None:
+    """Scores and masks too, which grow with the square of a row's length: about half of the bytes of such rows."""
+    rectangle = Rectangle.of(np.array(lengths))
+    predicted = DryRun(config).cell_bytes(arithmetic, "none", rectangle.length)
+    hf_model = new_classifier(config)
+    turn_dropout_off(hf_model)
+    model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1)
+    short, long = (live_bytes_of(model, n, half=arithmetic == AUTOCAST, **way) for n in (2, 4))
+    tokens = 2 * sum(lengths)
+    kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
+    assert predicted.kept * rectangle.cells == pytest.approx(kept, rel=0.04)
+    assert predicted.total * rectangle.cells == pytest.approx(peak, rel=0.1)
+    quarter = DryRun(config).cell_bytes(arithmetic, "none", rectangle.length // 4)
+    assert predicted.kept > 1.4 * quarter.kept
+    if arithmetic == FP32:  # a micro batch of the chosen budget fits the device, and uses most of it
+        settings = config_of(precision="fp32", recompute="none")
+        chosen = gpu_budget(settings, DryRun(config), 800, 0.2e9, 1, rectangle=rectangle).tokens
+        assert 0.6 * 0.2e9 < chosen * peak < 0.85 * 0.2e9
 
 
 def test_repeated_key_heads_of_a_context_group_are_counted() -> None:

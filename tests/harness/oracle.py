@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rmcore.data.tokens.comparisons import TokenizedComparison
 from rmcore.model.backbone import turn_dropout_off
+from rmcore.model.classifier import text_model
 from rmcore.model.reward_model import RewardModel
 
 PAD = 1
@@ -114,7 +115,8 @@ class Scored(torch.nn.Module):
 
 
 def reward_model(model: PreTrainedModel | Scored, path: str) -> RewardModel:
-    return RewardModel(model.base_model, model.score, pad_token_id=PAD, path=path)
+    backbone = text_model(model) if isinstance(model, PreTrainedModel) else model.base_model
+    return RewardModel(backbone, model.score, pad_token_id=PAD, path=path)
 
 
 class Item(TokenizedComparison):

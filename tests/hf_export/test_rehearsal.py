@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import rmcore.hf_export.rehearsal as rehearsal
 from rmcore.config import Config, UserError, load_config
+from rmcore.config.schema import ModelConfig
 from rmcore.cost.dry_run import DryRun
 from rmcore.data.prepare import prepare_data
 from rmcore.data.synthetic import byte_tokenizer
@@ -27,6 +29,7 @@ from rmcore.evaluation.trained import evaluation_config
 from rmcore.hf_export.directory import Package, exported_tokenizer, write_model
 from rmcore.hf_export.parity import ExportError, check_tokenizer, depth
 from rmcore.model.backbone import load_model, load_model_config, position_limit
+from rmcore.model.lazy_model import open_lazy_model
 from rmcore.parallel.world import running_world
 from rmcore.scoring.scorer import Scorer
 from rmcore.training import publish
@@ -233,6 +236,7 @@ def test_an_auto_map_without_its_code_is_dropped(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(place, trust_remote_code=True)
 
 
+LOADING: dict[str, Any] = {"seed": 0, "vocabulary": 264, "pad_token_id": 0}
 CODE = {
     "configuration_toy.py": "from transformers import LlamaConfig\n\n\nclass ToyConfig(LlamaConfig):\n"
     "    model_type = 'toy'\n",
@@ -279,6 +283,60 @@ def test_code_that_comes_with_the_model_is_copied(tmp_path: Path, monkeypatch: p
     assert set(CODE) <= {path.name for path in place.iterdir()}
     kept = json.loads((place / "config.json").read_text())["auto_map"]
     assert set(kept) == {"AutoConfig", "AutoModelForSequenceClassification"}
+
+
+DECODER = """
+from transformers import LlamaForCausalLM
+
+from .configuration_toy import ToyConfig
+from .part_toy import double
+
+
+class ToyForCausalLM(LlamaForCausalLM):
+    config_class = ToyConfig
+"""
+
+
+def model_of_code(directory: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, **more: str) -> Path:
+    """A model with code of its own, with `more` in auto_map."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(directory / "modules"))
+    monkeypatch.syspath_prepend(str(directory / "modules"))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:  # of another test
+        monkeypatch.delitem(sys.modules, name)
+    folder = model_directory(directory / "model", llama())
+    for name, code in {**CODE, "modeling_toy.py": DECODER}.items():
+        (folder / name).write_text(code.replace("'toy'", repr(model_type)))
+    values = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+    values["auto_map"] = {"AutoConfig": "configuration_toy.ToyConfig", **more}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_code_of_a_decoder_without_a_classifier_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most code on the hub has a class for the next token only: the classifier is made of it, and exported with it."""
+    folder = model_of_code(tmp_path, monkeypatch, "toy", AutoModelForCausalLM="modeling_toy.ToyForCausalLM")
+    words = command(tmp_path, folder, "model.trust_remote_code=true")
+    assert "rewards reloaded by transformers" in rehearsed(words)[1]
+    config = load_config(None, words)
+    model = load_model(config.model, seed=0, vocabulary=264, pad_token_id=0)
+    assert type(model).__name__ == "ToyForSequenceClassification" and "lm_head.weight" not in model.state_dict()
+    place = written(model, tmp_path / "out", config)
+    assert set(CODE) <= {path.name for path in place.iterdir()}
+    again = load_model(ModelConfig(name=str(place), head="stored", trust_remote_code=True), **LOADING)
+    lazy = open_lazy_model(ModelConfig(name=str(place), head="stored", trust_remote_code=True), **LOADING)
+    assert type(lazy.build()) is type(again)
+    assert all(torch.equal(t.bfloat16().float(), again.state_dict()[name]) for name, t in model.state_dict().items())
+    with pytest.raises(UserError, match="contains custom code"):
+        load_model(ModelConfig(name=str(place), head="stored"), **LOADING)
+
+
+@pytest.mark.parametrize("model_type, more", [("toy", "$"), ("olmo", ": set model.trust_remote_code=false")])
+def test_code_without_a_decoder_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, more: str
+) -> None:
+    folder = model_of_code(tmp_path, monkeypatch, model_type)
+    with pytest.raises(UserError, match=f"has no AutoModelForSequenceClassification or AutoModelForCausalLM{more}"):
+        rehearsed(command(tmp_path, folder, "model.trust_remote_code=true"))
 
 
 def written(model: Any, place: Path, config: Config, tokenizer: Any = None, template: Any = None) -> Path:
