@@ -51,7 +51,7 @@ KINDS = {
     "collectives": ("gloo", "nccl", "c10d", "all_reduce", "reduce_scatter", "all_gather"),
     "elementwise": ("aten::",),
 }
-WARM = 4  # steps before the profile
+WARM = 40  # steps before: in bf16 oneDNN compiles products for each number of rows, until it has met nearly all of them
 SIDE = 1536  # of the square matrices of the product that a step is compared with
 
 
@@ -78,8 +78,9 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     settings = {"model": options.model, "data": options.data, "precision": options.precision, "batch": options.batch}
+    settings |= {"epochs": 1000, "max_steps": WARM + 2 * options.steps}
     with tempfile.TemporaryDirectory(prefix="rmcore-bench-") as directory, running_world(600.0, 42) as world:
-        config = config_of({**settings, "max_steps": WARM + 2 * options.steps}, directory)
+        config = config_of(settings, directory)
         run = assemble(config, world, choose_start(config, world))
         timed = range(WARM, (WARM + run.plan.steps) // 2)
         seen = profiler(activities=activities)

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -134,9 +134,8 @@ class DryRun:
         """Activation bytes per cell of a rectangle of rows of `length` tokens: by the model's own attention, with dense
         masks, and with the scores where it keeps them. Arguments as above.
         """
-        return self._extrapolated(
-            recompute, arithmetic, lambda count: self._cells(count, arithmetic, recompute, length)
-        )
+        by_cells = partial(self._cells, arithmetic=arithmetic, recompute=recompute, length=length)
+        return self._extrapolated(arithmetic, recompute, by_cells)[0]
 
     def _cells(self, layers: int, arithmetic: str, recompute: str, length: int) -> tuple[float, float]:
         """(kept, working) bytes per cell of a model with so many layers."""
@@ -165,21 +164,25 @@ class DryRun:
         return kept, live.peak
 
     def _count(self, arithmetic: str, recompute: str, cuda: bool, context: int) -> TokenBytes:
+        slope = partial(self._slope, arithmetic=arithmetic, recompute=recompute, cuda=cuda, context=context)
         # Pruning is tried first, as a run's self-test does.
-        ways = [
-            lambda count, pruned=pruned: self._slope(count, arithmetic, recompute, pruned, cuda, context)
-            for pruned in (True, False)
-        ]
-        return self._extrapolated(recompute, arithmetic, *ways)
+        ways = [partial(slope, pruned=pruned) for pruned in (True, False)]
+        found, way, of_one = self._extrapolated(arithmetic, recompute, *ways)
+        if found.counted:
+            self._layers[arithmetic, recompute, cuda, context] = way == 0, of_one
+        return found
 
-    def _extrapolated(self, recompute: str, arithmetic: str, *ways: Callable[[int], tuple[float, float]]) -> TokenBytes:
-        """The bytes of all layers, by the first way that counts those of two and of three; else the rule of thumb.
+    def _extrapolated(
+        self, arithmetic: str, recompute: str, *ways: Callable[[int], tuple[float, float]]
+    ) -> tuple[TokenBytes, int, float]:
+        """The bytes of all layers, by the first way that counts those of two and of three, or else by the rule of
+        thumb; the number of this way; what one layer keeps.
 
         All bytes are linear in the tokens, and those that are kept are linear in the layers as well. A constant part
         (bf16 copies of weights) cancels in the difference of two lengths.
         """
         layers, half = self.sizes.layers, 4.0 if arithmetic == FP32 else 2.0
-        for way in ways:
+        for number, way in enumerate(ways):  # noqa: B007 (used below)
             try:
                 two, three = (way(count) for count in (2, 3))
                 break
@@ -189,13 +192,12 @@ class DryRun:
             width = half / 2.0 * state_width(self.hf_config)
             live = 0.0 if recompute == "none" else RULE_OF_THUMB["none"]
             kept_layers = 2 if recompute == "offload" else layers
-            return TokenBytes(kept_layers * width * RULE_OF_THUMB[recompute], width * live, counted=False)
+            return TokenBytes(kept_layers * width * RULE_OF_THUMB[recompute], width * live, counted=False), 0, 0.0
 
         # Of the inputs that `offload` moves away, at most two are on the device at any moment.
         kept_layers = min(layers, 3) if recompute == "offload" else layers
-        self._layers[arithmetic, recompute, cuda, context] = pruned, three[0] - two[0]
-        kept = two[0] + (kept_layers - 2) * (three[0] - two[0])
-        return TokenBytes(kept, max(two[1], three[1]), counted=True)
+        of_one = three[0] - two[0]
+        return TokenBytes(two[0] + (kept_layers - 2) * of_one, max(two[1], three[1]), counted=True), number, of_one
 
     def _compiled(self, plain: TokenBytes, arithmetic: str, recompute: str, cuda: bool) -> TokenBytes:
         """`plain` with all layers compiled but the last."""

@@ -69,7 +69,7 @@ def _forward(module: nn.Module) -> Callable[..., Tensor] | None:
     exact_gelu = kind is nn.GELU and module.approximate == "none"
     if exact_gelu or (kind is GELUActivation and module.act is F.gelu):
         return _gelu
-    if kind is nn.LayerNorm and module.bias is not None and len(module.normalized_shape) == 1:
+    if kind is nn.LayerNorm and isinstance(module.bias, Tensor) and module.bias.dim() == 1:
         return _layer_norm
     if _same(kind.forward, llama.LlamaRMSNorm.forward):
         return _rms_norm
