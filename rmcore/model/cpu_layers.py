@@ -83,20 +83,23 @@ def _norms_before_products(layer: nn.Module) -> tuple[nn.Module, ...]:
 
     Such a norm rounds its result itself, so that nothing writes and reads it in fp32 in between.
     """
-    kind = type(layer)
-    if _same(kind.forward, llama.LlamaDecoderLayer.forward):
-        parts: Any = layer
-        known = (parts.self_attn, llama.LlamaAttention), (parts.mlp, llama.LlamaMLP)
-        if not all(_same(type(part).forward, original.forward) for part, original in known):
+    parts: Any = layer
+    if _computes_as(layer, llama.LlamaDecoderLayer):
+        if not (_computes_as(parts.self_attn, llama.LlamaAttention) and _computes_as(parts.mlp, llama.LlamaMLP)):
             return ()
-    elif kind is not neox.GPTNeoXLayer:
+    elif type(layer) is not neox.GPTNeoXLayer:
         return ()
     return cast(nn.Module, layer.input_layernorm), cast(nn.Module, layer.post_attention_layernorm)
 
 
+def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether the forward of a module is that of a class, within the decorators that transformers puts around both."""
+    return _same(inspect.unwrap(type(module).forward), inspect.unwrap(known.forward))
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Whether two functions have the same code, apart from decorators, docstrings and the names of local variables."""
-    a, b = (getattr(inspect.unwrap(x) if callable(x) else x, "__code__", None) for x in (one, other))
+    """Whether two functions have the same code, apart from their docstrings and the names of local variables."""
+    a, b = (getattr(x, "__code__", None) for x in (one, other))
     if not (isinstance(a, CodeType) and isinstance(b, CodeType)):
         return False
     return (a.co_code, a.co_names, a.co_consts[1:]) == (b.co_code, b.co_names, b.co_consts[1:])

@@ -220,6 +220,15 @@ def test_what_computes_something_else_keeps_its_code():
     assert not any("forward" in vars(module) for module in model[:-1]) and replaced.forward is torch.relu
 
 
+@pytest.mark.parametrize("namespace, family", [(neox, "gpt_neox"), (llama, "llama")])
+def test_a_second_model_leaves_the_rotation_as_the_first_made_it(namespace, family):
+    use_cpu_ops(tiny_model(family))
+    rotation = namespace.apply_rotary_pos_emb
+    assert hasattr(rotation, "__wrapped__") and not hasattr(rotation.__wrapped__, "__wrapped__")
+    use_cpu_ops(tiny_model(family))
+    assert namespace.apply_rotary_pos_emb is rotation
+
+
 def test_a_model_with_the_ops_can_be_copied_and_pickled():
     x, norm = given(1, 70, 16), prepared(llama.LlamaRMSNorm(16))
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
