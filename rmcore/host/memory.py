@@ -14,12 +14,6 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 
 DEFAULT_MMAP_MAX = 65536
 
-NEVER = -1  # no free memory at the end of the heap is too much
-
-RESERVED = 2**32  # bytes of the heap that get huge pages
-HUGE = 2**21  # bytes of a huge page
-MADV_HUGEPAGE = 14  # from Linux' mman.h
-
 LARGE = 2**20  # bytes that are worth a call that trims
 MAPPED = 2**17  # bytes; a larger tensor gets a mapping of its own. glibc's first threshold, before it adapts it
 
@@ -38,26 +32,8 @@ def keep_freed_memory() -> bool:
     By default glibc creates a new mapping for each large tensor and removes it with the tensor, so every step pays a
     page fault for each 4 KB of its activations and gradients: 110,000 in 4 steps of a 70m model. Keeping the memory
     saves 4 to 9 % of the time of a bf16 step (medians of alternating runs), at the same peak memory.
-
-    The kept memory has huge pages where the system offers them: a step of small tensors touches tens of thousands of
-    small pages, more than a core can remember the addresses of.
     """
-    accepted = _set_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, 2**26))
-    if accepted:
-        _use_huge_pages()
-    return accepted
-
-
-def _use_huge_pages() -> None:
-    """Let the next RESERVED bytes of the C library's heap have huge pages. They take memory only as they are used."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        library = ctypes.CDLL(None)
-        library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-        library.free.argtypes = [ctypes.c_void_p]
-        library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        if place := library.malloc(RESERVED):  # none: a limit on the address space
-            library.madvise(-(-place // HUGE) * HUGE, RESERVED - HUGE, MADV_HUGEPAGE)
-            library.free(place)
+    return _set_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
 
 
 def return_freed_memory() -> bool:

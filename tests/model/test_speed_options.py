@@ -3,7 +3,6 @@
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -206,25 +205,6 @@ def test_freed_memory_is_kept():
         torch.ones(32 << 20, dtype=torch.uint8)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < 20 * (32 << 20) // 4096 // 4  # with a new mapping each time it would be all of them
-
-
-HUGE_PAGES = """
-import torch
-from rmcore.host.memory import keep_freed_memory
-
-assert keep_freed_memory()
-blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(64)]
-print(sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line.startswith("AnonHugePages")))
-"""
-
-
-def test_kept_memory_has_huge_pages():
-    """64 tensors of 1 MiB, none of which is as large as a huge page."""
-    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not offered.exists() or "[never]" in offered.read_text() or not keep_freed_memory():
-        pytest.skip("the system or the C library has no huge pages")
-    command = [sys.executable, "-c", HUGE_PAGES]
-    assert int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout) >= 48 << 10
 
 
 # Prints the bytes of blocks of two sizes; what is left of them once the large ones are freed; and after the policy.
