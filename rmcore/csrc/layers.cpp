@@ -112,7 +112,7 @@ void gelu_backward(const Tensor& x, const Tensor& grad, const Tensor& out, const
   const int64_t size = x.size(-1), rows = x.numel() / size;
   const T *from = x.const_data_ptr<T>(), *up = grad.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, chunks_of(rows), 1, [&](int64_t begin, int64_t end) {
     alignas(64) float space[3][kBlock];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* total = sums.defined() ? sums.mutable_data_ptr<float>() + chunk * size : nullptr;

@@ -105,26 +105,26 @@ def _same(one: Any, other: Any) -> bool:
     return (a.co_code, a.co_names, a.co_consts[1:]) == (b.co_code, b.co_names, b.co_consts[1:])
 
 
-def _takes(x: Tensor, *dtypes: torch.dtype) -> bool:
+def op_takes(x: Tensor, *dtypes: torch.dtype) -> bool:
     """Whether the ops take a tensor here: outside compiled code, with compiled kernels in use."""
     return layers.takes(x, *dtypes) and not torch.compiler.is_compiling() and ops.fused()
 
 
 def _gelu(module: nn.Module, input: Tensor) -> Tensor:
-    if _takes(input, torch.float32, torch.bfloat16):
+    if op_takes(input, torch.float32, torch.bfloat16):
         return layers.gelu(input)
     return type(module).forward(module, input)
 
 
 def _layer_norm(module: Any, input: Tensor, before_products: bool) -> Tensor:
-    if all(_takes(x, torch.float32) for x in (input, module.weight, module.bias)):
+    if all(op_takes(x, torch.float32) for x in (input, module.weight, module.bias)):
         half = before_products and _rounds_products()
         return layers.layer_norm(input, module.weight, module.bias, module.eps, half)
     return type(module).forward(module, input)
 
 
 def _rms_norm(module: Any, hidden_states: Tensor, before_products: bool) -> Tensor:
-    if _takes(module.weight, torch.float32) and _takes(hidden_states, torch.float32):
+    if op_takes(module.weight, torch.float32) and op_takes(hidden_states, torch.float32):
         half = before_products and _rounds_products()
         return layers.rms_norm(hidden_states, module.weight, module.variance_epsilon, half)
     return type(module).forward(module, hidden_states)
@@ -136,10 +136,10 @@ def _rounds_products() -> bool:
 
 def _swiglu(module: Any, x: Tensor) -> Tensor:
     """Llama's MLP with its activation and product in one pass."""
-    if not _takes(x, torch.float32, torch.bfloat16):
+    if not op_takes(x, torch.float32, torch.bfloat16):
         return type(module).forward(module, x)
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if _takes(gate, torch.float32, torch.bfloat16) and gate.dtype == up.dtype:
+    if op_takes(gate, torch.float32, torch.bfloat16) and gate.dtype == up.dtype:
         return module.down_proj(layers.swiglu(gate, up))
     return module.down_proj(F.silu(gate) * up)
 
@@ -149,9 +149,9 @@ def _rotation(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
-        plain = not (rest or named) and _takes(cos, torch.float32) and _takes(sin, torch.float32)
+        plain = not (rest or named) and op_takes(cos, torch.float32) and op_takes(sin, torch.float32)
         kinds = torch.float32, torch.bfloat16
-        if plain and current_layout() is not None and _takes(q, *kinds) and _takes(k, *kinds) and q.shape[0] == 1:
+        if plain and current_layout() is not None and op_takes(q, *kinds) and op_takes(k, *kinds) and q.shape[0] == 1:
             return layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         return original(q, k, cos, sin, *rest, **named)
 

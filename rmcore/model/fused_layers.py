@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXMLP
 
-from rmcore import ops
 from rmcore.data.batches.batch import AttentionLayout
 from rmcore.model.attention_terms import Terms
 from rmcore.model.backbone import decoder_layers
+from rmcore.model.cpu_layers import op_takes
 from rmcore.model.layout_context import current_layout, current_part
 from rmcore.model.varlen import HALF, attend_gathered
 from rmcore.ops import layers
@@ -113,5 +113,4 @@ def _layout(hidden_1TD: Tensor) -> AttentionLayout | None:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_1TD.dtype
     if layout.gather is not None:
         return layout if dtype in HALF else None
-    plain = layers.takes(hidden_1TD, *CPU_DTYPES) and dtype in CPU_DTYPES and not torch.compiler.is_compiling()
-    return layout if plain and ops.fused() and layers.available() else None
+    return layout if op_takes(hidden_1TD, *CPU_DTYPES) and dtype in CPU_DTYPES and layers.available() else None

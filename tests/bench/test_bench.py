@@ -14,7 +14,7 @@ import pytest
 from rmcore.bench import scaling
 from rmcore.bench.__main__ import COMMANDS, main
 from rmcore.bench.measure import RESULTS, add_up, undisturbed
-from rmcore.bench.profile import kind_of
+from rmcore.bench.profile import kind_of, medians
 from rmcore.bench.train import ratios
 from tests.harness.paths import ROOT, SHARED, needs_shared
 
@@ -187,6 +187,13 @@ def test_the_readme_has_every_command_and_only_results_that_exist():
     assert [command for command in COMMANDS if f"| `{command}` |" not in readme] == []
     names = set(re.findall(r"`([\w*-]+\.(?:json|png))`", readme)) - {"lengths.json"}
     assert len(names) > 10 and [name for name in sorted(names) if not [*RESULTS.glob(name)]] == []
+
+
+def test_a_profile_compares_each_step_with_the_products_around_it():
+    """Not the medians of both with each other: a machine that halves its speed halves both."""
+    found = medians([(30e9, 100e9), (50e9, 100e9), (20e9, 50e9), (10e9, 50e9)])  # 0.3, 0.5, 0.4, 0.2
+    assert found["ratio"] == pytest.approx(0.35) and (found["useful_gflops"], found["matrix_gflops"]) == (25.0, 75.0)
+    assert found["ratio_q1"] < 0.3 and found["ratio_q3"] > 0.4 and medians([]) == {}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
