@@ -62,6 +62,14 @@ def attention_forward(
     terms = Terms(scale, sliding_window or 0, softcap or 0.0, s_aux)
     if chunk := _chunk(module):
         layout = chunked(layout, chunk)
+    return attend(query, key, value, layout, terms), None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, terms: Terms) -> Tensor:
+    """The output [1, T, H, V] of a layer's attention, from query [1, H, T, K], key [1, G, T, K], value [1, G, T, V].
+
+    In the last layer, rows that are not scored are zeros. Where the row is split, T are the rows of this rank.
+    """
     # squeeze, not [0]: the backward of an index fills a tensor with zeros and copies the gradient into it.
     query_THK, key_TGK, value_TGV = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     split = None
@@ -70,9 +78,9 @@ def attention_forward(
         if value.is_cuda and terms.plain:  # rotary embeddings make fp32 of half precision, and the kernels undo it
             query_THK, key_TGK = query_THK.to(value.dtype), key_TGK.to(value.dtype)
         key_TGK, value_TGV = split.keys(key_TGK), split.keys(value_TGV)
-        terms = terms._replace(sinks_H=split.per_head(s_aux))
+        terms = terms._replace(sinks_H=split.per_head(terms.sinks_H), slopes_H=split.per_head(terms.slopes_H))
     if scored := current_scored_rows():
-        return scored.attend(query_THK, key_TGK, value_TGV, layout, terms, split).unsqueeze(0), None
+        return scored.attend(query_THK, key_TGK, value_TGV, layout, terms, split).unsqueeze(0)
     if split:
         query_THK = split.queries(query_THK)
     if (plan := layout.gather) is not None and takes_varlen(key_TGK, value_TGV, terms):
@@ -81,7 +89,7 @@ def attention_forward(
         out_THV = tiled_attention(query_THK, key_TGK, value_TGV, layout.tiles, *terms)
     else:
         out_THV = ragged_attention(query_THK, key_TGK, value_TGV, layout.segments_S4, *terms)
-    return (split.back(out_THV) if split else out_THV).unsqueeze(0), None
+    return (split.back(out_THV) if split else out_THV).unsqueeze(0)
 
 
 def _chunk(module: nn.Module) -> int | None:

@@ -32,6 +32,7 @@ from rmcore.model.long_rope import LongRope, long_texts
 from rmcore.model.masks import prepare
 from rmcore.model.objectives import Joint, Objective
 from rmcore.model.outputs import Outputs, head_outputs
+from rmcore.model.own_attention import pack_own_attention
 from rmcore.model.pruning import Pruning, ScoredRows, only_rows
 from rmcore.model.recurrent.substitute import substitute_scans
 from rmcore.model.router_balance import Routed, RouterBalance, balance_A
@@ -115,6 +116,8 @@ class RewardModel(nn.Module):
         self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
         fuse_layers(backbone)
+        if pack_own_attention(backbone):
+            prepare(backbone)
         use_cpu_ops(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     BloomConfig,
+    FalconConfig,
     GPTNeoXConfig,
     LlamaConfig,
     OpenAIGPTConfig,
@@ -33,6 +34,9 @@ NEOX = GPTNeoXConfig(**SHAPES, intermediate_size=768, num_labels=1, pad_token_id
 LLAMA = LlamaConfig(**SHAPES, num_key_value_heads=2, intermediate_size=512, num_labels=1, pad_token_id=1)
 
 
+FALCON = FalconConfig(
+    **SHAPES, new_decoder_architecture=True, num_kv_heads=2, attention_dropout=0, num_labels=1, pad_token_id=1
+)
 BLOOM = BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=2, num_labels=1, pad_token_id=1)
 GPT1 = OpenAIGPTConfig(vocab_size=512, n_positions=800, n_embd=64, n_layer=3, n_head=2, num_labels=1, pad_token_id=1)
 
@@ -86,6 +90,7 @@ def live_bytes_of(model: RewardModel, comparisons: int, *, half: bool, **way: An
         (LLAMA, CAST, "none"),
         (LLAMA, FP32, "selective"),
         (LLAMA, AUTOCAST, "full"),
+        (FALCON, AUTOCAST, "selective"),
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )

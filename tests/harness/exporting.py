@@ -19,7 +19,7 @@ from rmcore.hf_export.parity import Probe
 from rmcore.model.backbone import turn_dropout_off
 from rmcore.model.classifier import text_model
 from rmcore.model.outputs import Outputs
-from rmcore.model.reward_model import PADDED, SHARED, RewardModel
+from rmcore.model.reward_model import SHARED, RewardModel
 from tests.harness.oracle import FAMILIES
 
 
@@ -70,7 +70,7 @@ def export(
     """Export `model` or a tiny one of the family; `changes` replace arguments of `export_model`. Returns the probe."""
     tokenizer = tokenizer or byte_tokenizer()
     model = changes.pop("model", None) or classifier(family, tokenizer)
-    state, probe = engine(model, texts(tokenizer), PADDED if family == "bloom" else SHARED)
+    state, probe = engine(model, texts(tokenizer), SHARED)
     state, probe = changes.pop("state", state), changes.pop("probe", probe)
     arguments: dict[str, Any] = {
         "model_class": type(model),

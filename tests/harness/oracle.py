@@ -46,6 +46,11 @@ FAMILIES = {
     "gpt2": ("GPT2Config", {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96}),
     "bloom": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}),
 }
+# MPT, whose code needs a mask: it shares prompts by masks, and the other fast paths raise.
+MASKED = (
+    "MptConfig",
+    {"d_model": 32, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2, "max_seq_len": 96, "vocab_size": 61},
+)
 # The families that share a prompt by the attention function, and whose code computes in fp64 what it gets in fp64.
 EXACT_SHARED = ["gpt_neox", "llama", "mistral", "mistral_window", "qwen2", "qwen3", "gpt2"]
 # fp64: 3 layers of sums of about 100 terms, each rounded at 1.1e-16, through gradients of order 10. fp32: at 6e-8.

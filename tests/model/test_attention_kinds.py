@@ -17,6 +17,7 @@ from rmcore.model.attention import Terms, chunked, composed_attention
 from rmcore.model.backbone import decoder_layers, recompute_activations, turn_dropout_off
 from rmcore.model.grid import Grid
 from rmcore.model.layout_context import current_layout, packed_layout
+from rmcore.model.own_attention import PACKED
 from rmcore.model.pruning import ScoredRows
 from rmcore.model.reward_model import PADDED, SHARED
 from rmcore.model.selftest import choose_path
@@ -25,6 +26,7 @@ from rmcore.ops.tiled_attention import tiled_attention
 from tests.harness.oracle import (
     BOUND,
     GROUPED,
+    MASKED,
     SMALL,
     Items,
     Scored,
@@ -107,22 +109,28 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "CTRL": ("CTRLConfig", {**GPT, "dff": 48}, FAST),
     "one key head": ("GPTBigCodeConfig", GPT, FAST),
     "gated attention": ("AfmoeConfig", {**GROUPED, **EXPERTS, "head_dim": 8, "sliding_window": 7}, FAST),
-    "ALiBi": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}, MASKS),
+    "ALiBi": ("BloomConfig", {**SMALL, "n_layer": 3, "n_head": 4}, FAST),
     "ALiBi of Falcon": ("FalconConfig", {**SMALL, "alibi": True, "multi_query": False}, MASKS),
-    "ALiBi of MPT": (
-        "MptConfig",
-        {"d_model": 32, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2, "max_seq_len": 96, "vocab_size": 61},
-        MASKS,
+    "ALiBi of MPT": (*MASKED, MASKS),
+    "rotation of Falcon": ("FalconConfig", {**SMALL, "alibi": False}, FAST),
+    "rotation of Falcon, a key head for two query heads": (
+        "FalconConfig",
+        {**SMALL, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+        FAST,
     ),
-    "rotation of Falcon": ("FalconConfig", {**SMALL, "alibi": False}, MASKS),
+    "rotation of Falcon, a key head for each query head": (
+        "FalconConfig",
+        {**SMALL, "alibi": False, "multi_query": False, "parallel_attn": False},
+        FAST,
+    ),
     "local layers of GPT-Neo": (
         "GPTNeoConfig",
-        {**SMALL, "num_layers": 3, "num_heads": 4, "window_size": 64, "attention_types": [[["global", "local"], 1]]}
+        {**SMALL, "num_layers": 3, "num_heads": 4, "window_size": 7, "attention_types": [[["global", "local"], 1]]}
         | {"num_layers": 2, "num_hidden_layers": 2},
-        MASKS,
+        FAST,
     ),
-    "rotation of GPT-J": ("GPTJConfig", GPT, MASKS),
-    "rotation of CodeGen": ("CodeGenConfig", GPT, MASKS),
+    "rotation of GPT-J": ("GPTJConfig", GPT, FAST),
+    "rotation of CodeGen": ("CodeGenConfig", GPT, FAST),
     "sinusoids": (
         "XGLMConfig",
         {**SMALL, "d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4},
@@ -191,7 +199,7 @@ def test_rewards_and_gradients_equal_the_padded_oracle(kind, dtype, pruned):
             assert_close(parameter.grad, expected[name], BOUND[dtype], name)
 
 
-@pytest.mark.parametrize("kind", ["soft cap and windows", "sinks and windows", "smaller values and sinks"])
+@pytest.mark.parametrize("kind", ["soft cap and windows", "sinks and windows", "smaller values and sinks", "ALiBi"])
 def test_a_batch_for_cuda_takes_the_tiles(kind, monkeypatch):
     """In each layer, the pruned last one included: rewards and gradients are those of a batch for CPUs."""
     batch, results, calls = build_batch(odd_items(), range(8)), [], []
@@ -209,6 +217,20 @@ def test_a_batch_for_cuda_takes_the_tiles(kind, monkeypatch):
     assert [len(query) for query in calls] == [batch.computed_tokens] * (layers - 1) + [len(batch.last_rows_A)]
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs, 1e-11, "tiles")
+
+
+@pytest.mark.parametrize("kind", ["ALiBi", "rotation of Falcon", "local layers of GPT-Neo", "rotation of CodeGen"])
+def test_no_mask_is_made_for_attention_that_reads_none(kind):
+    """It would be as large as the square of the packed row."""
+    model = reward_model(tiny(kind), SHARED)
+    masks: list[torch.Tensor | None] = []
+    for module in model.backbone.modules():
+        if type(module) in PACKED.values():
+            module.register_forward_pre_hook(
+                lambda _, a, named: masks.append(named["attention_mask"]), with_kwargs=True
+            )
+    model(build_batch(odd_items(), range(8)))
+    assert masks == [None] * len(decoder_layers(model.backbone))
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])

@@ -25,6 +25,7 @@ from tests.harness.oracle import (
     BOUND,
     EXACT_SHARED,
     GROUPED,
+    MASKED,
     SMALL,
     Items,
     item,
@@ -323,7 +324,7 @@ def test_the_padded_path_is_refused() -> None:
 
 
 def test_attention_that_cannot_be_replaced_is_refused() -> None:
-    model = random_model("BloomConfig", {**SMALL, "n_layer": 2, "n_head": 4})
+    model = random_model(*MASKED)
     with pytest.raises(UserError, match=r"no path is exact with model.attention=auto and parallel.context=2: shared"):
         choose_path(model, odd_items(), [0, 1], CPU)
 

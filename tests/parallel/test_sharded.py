@@ -11,7 +11,7 @@ from rmcore.config import UserError, load_config
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.model.backbone import decoder_layers
 from rmcore.model.meta_model import model_on_meta
-from tests.harness.oracle import FAMILIES, GROUPED, SMALL
+from tests.harness.oracle import FAMILIES, GROUPED, MASKED, SMALL
 from tests.harness.ranks import run_ranks
 from tests.harness.walks import STEPS_OF_SEVEN, assert_close, walk
 
@@ -135,16 +135,16 @@ def chosen_path(rendezvous: str, overrides: list[str]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_self_test_leaves_the_fast_path_on_shards_too(tmp_path: Path) -> None:
-    """Bloom's ALiBi cannot share: the fast paths raise in the middle of a sharded forward, so padded is used."""
-    class_name, arguments = FAMILIES["bloom"]
+    """The fast path raises in the middle of a sharded forward, so prompts are shared by masks."""
+    class_name, arguments = MASKED
     tokenizer = byte_tokenizer()
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    getattr(transformers, class_name)(**{**arguments, **ids}).save_pretrained(tmp_path / "bloom")
-    tokenizer.save_pretrained(tmp_path / "bloom")
-    given = [f"model.name={tmp_path / 'bloom'}", "parallel.strategy=zero3", "data.max_tokens=96"]
+    getattr(transformers, class_name)(**{**arguments, **ids}).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = [f"model.name={tmp_path / 'model'}", "parallel.strategy=zero3", "data.max_tokens=96"]
     for result in run_ranks(chosen_path, 2, tmp_path / "ranks", given):
         path, *lines = result.value
-        assert path == "padded" and any("not shared" in line for line in lines), lines
+        assert path == "shared" and any("by masks" in line and "not shared" in line for line in lines), lines
 
 
 MORE_FAMILIES = {
