@@ -110,7 +110,7 @@ def help_text(config: type[BaseModel], prog: str, about: str) -> str:
         "examples:",
         f"  {prog} configs/quickstart.yaml",
         f"  {prog} configs/hh.yaml optim.lr=1e-5 data.limit=100",
-        f"  {prog} model.name=EleutherAI/pythia-14m data.train.path=pairs.jsonl data.eval_fraction=0.1",
+        f"  {prog} model.name=Qwen/Qwen3-0.6B data.train.path=pairs.jsonl data.eval_fraction=0.1",
         "  torchrun --nproc_per_node 8 -m rmcore.train configs/hh.yaml optim.betas=[0.9,0.95]",
         "",
         "options: --help, --version; `python -m rmcore.config --schema` prints the JSON schema for editors",
