@@ -117,12 +117,12 @@ def within_twice(errors: dict[str, dict[str, float]]) -> bool:
 
 
 @contextmanager
-def waits_forbidden(device: torch.device) -> Iterator[None]:
-    """Within, PyTorch raises if the host waits for a GPU in a step that neither logs, saves nor evaluates."""
-    if device.type != "cuda":
-        yield
-        return
-    seen = {"boundary": 0}
+def waits_forbidden(start: int) -> Iterator[None]:
+    """Within, PyTorch raises if the host waits for the GPU in a step that neither logs, saves nor evaluates.
+
+    start: the steps that are done.
+    """
+    seen = {"boundary": start}
 
     def hook(phase: str) -> None:
         seen["boundary"] += phase == "boundary"
@@ -156,7 +156,8 @@ def whole_run(world: World, *overrides: str) -> dict[str, Any]:
     def trained(folder: Path) -> tuple[int, dict[str, Tensor]]:
         config = load_config(None, [*base, f"run.dir={folder}"])
         run = assemble(config, world, choose_start(config, world))
-        with waits_forbidden(world.device):
+        waits = world.device.type == "cpu" or config.parallel.offload  # offloaded gradients are waited for
+        with nullcontext() if waits else waits_forbidden(run.start.step):
             train(run, Tracker(), Heartbeat(world))
         return run.start.step, {
             name: local(p.detach()).double().cpu() for name, p in run.strategy.named_parameters().items()

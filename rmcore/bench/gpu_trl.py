@@ -57,8 +57,9 @@ def trl_run(
     pairs: int,
     threads: int,
     cudnn: bool = True,
+    limit_s: float | None = None,
 ) -> dict[str, Any]:
-    """`arm` as in train_trl.py; `cudnn`: PyTorch may choose cuDNN's attention.
+    """`arm` as in train_trl.py; `cudnn`: PyTorch may choose cuDNN's attention; `limit_s`: seconds for each process.
 
     Micro batches are halved until they fit. Raises RuntimeError like `run_child`.
     """
@@ -80,7 +81,7 @@ def trl_run(
         accumulate = 1
         while accumulate <= pairs:
             try:
-                record = run_child([python, script], threads, settings | {"accumulate": accumulate})
+                record = run_child([python, script], threads, settings | {"accumulate": accumulate}, limit_s)
                 return record | {"pairs_at_once": pairs // accumulate}
             except RuntimeError as error:
                 if not any(word in str(error) for word in MEMORY_WORDS):

@@ -73,10 +73,12 @@ def report(record: dict[str, Any]) -> None:
     print(MARK + json.dumps(record), flush=True)
 
 
-def run_child(command: Sequence[str], threads: int, settings: dict[str, Any]) -> dict[str, Any]:
+def run_child(
+    command: Sequence[str], threads: int, settings: dict[str, Any], limit_s: float | None = None
+) -> dict[str, Any]:
     """Called by the parent: runs `command` with `settings` as its last argument, and returns the child's record.
 
-    Raises RuntimeError, with the child's output, if the child fails.
+    Raises RuntimeError, with the child's output, if the child fails, or if it takes more than `limit_s` seconds.
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -86,7 +88,11 @@ def run_child(command: Sequence[str], threads: int, settings: dict[str, Any]) ->
         "TRANSFORMERS_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
     }
-    done = subprocess.run([*command, json.dumps(settings)], env=environment, capture_output=True, text=True)
+    whole = [*command, json.dumps(settings)]
+    try:
+        done = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(command)} was stopped after {limit_s:.0f} seconds") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         raise RuntimeError(

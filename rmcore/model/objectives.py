@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rmcore.config import Config
 from rmcore.config.loss import TRAITS, LossConfig
-from rmcore.data.batches.batch import Judged, RaggedBatch
+from rmcore.data.batches.batch import Judged, RaggedBatch, sent
 from rmcore.host.imports import imported
 from rmcore.model.outputs import Outputs, pick
 from rmcore.ops.contract import add_at
@@ -125,7 +125,7 @@ class Objective(NamedTuple):
         counts = TRAITS[self.name].counts
         if counts == "lists":
             shares = np.repeat(1.0 / data.answers_C, data.answers_C).astype(np.float32)
-            return torch.from_numpy(shares).to(data.score_A.device)
+            return sent(torch.from_numpy(shares), data.score_A.device)
         if counts == "answers":
             return torch.isfinite(data.score_A).float()
         counted = torch.zeros_like(data.score_A)

@@ -116,6 +116,7 @@ class RewardModel(nn.Module):
         self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
         fuse_layers(backbone)
+        backbone.warn_if_padding_and_no_attention_mask = _no_warning  # GPT-2's reads tokens on the host, which waits
         if pack_own_attention(backbone):
             prepare(backbone)
         use_cpu_ops(backbone)
@@ -350,6 +351,10 @@ class RewardModel(nn.Module):
         """Final hidden states [tokens, D] of one text."""
         mask = torch.ones_like(text_T)[None]
         return self.backbone(input_ids=text_T[None], attention_mask=mask, use_cache=False).last_hidden_state[0]
+
+
+def _no_warning(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """In place of transformers' warning of padded rows without a mask: rmcore's rows without one have no padding."""
 
 
 def computes_alone(model: nn.Module) -> bool:

@@ -35,6 +35,8 @@ def takes_varlen(key: Tensor, value: Tensor, terms: Terms) -> bool:
     """Whether a kernel has this precision and these terms. Only batches for CUDA bring the plan that it needs."""
     if value.dtype in HALF:
         return terms.plain
+    if torch.compiler.is_compiling():  # torch (2.11 to 2.13) cannot trace the backward of the fp32 kernel
+        return False
     aligned = key.shape[-1] % 4 == value.shape[-1] % 4 == 0  # 16 bytes
     return value.dtype == key.dtype == torch.float32 and terms.plain and not terms.window and aligned
 

@@ -127,7 +127,7 @@ def _in_bf16(weights: Weights) -> Weights:
 
 
 def _keep_in_fp32(parameter: Tensor) -> None:
-    """Make the reduced gradient fp32 as soon as FSDP2 stores it, so that those of later micro batches are added so."""
+    """Make the reduced gradient fp32, so that those of later micro batches are added so."""
     if parameter.grad is not None and parameter.grad.dtype != torch.float32:
         parameter.grad = parameter.grad.float()
 
@@ -180,10 +180,13 @@ class FullySharded:
         model.most = most
         self.model = model
         self._parameters = list(self.model.parameters())
+        # torch before 2.13 calls hooks while the gradient is still being copied to host memory.
+        self._after_backward = config.model.trains_bf16 and self._offload
         if config.model.trains_bf16:
             for parameter in self._parameters:
                 parameter.grad_dtype = None
-                parameter.register_post_accumulate_grad_hook(_keep_in_fp32)
+                if not self._offload:
+                    parameter.register_post_accumulate_grad_hook(_keep_in_fp32)
         named = dict(self.model.named_parameters())
         adamw = adamw_class(config, named, LocalAdamW)
         groups = parameter_groups(named, config.optim)
@@ -198,6 +201,9 @@ class FullySharded:
             # The weights do not change between the micro batches of a step, so the gathered copies may stay.
             self._sharded.set_reshard_after_backward(enabled)
         yield
+        if self._after_backward:
+            for parameter in self._parameters:
+                _keep_in_fp32(parameter)
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()  # the MixedPrecisionPolicy casts

@@ -163,6 +163,10 @@ def test_fp32_goes_through_the_memory_efficient_kernel(monkeypatch, groups, size
     ]
     assert varlen.takes_varlen(inputs[1], inputs[2], attention.Terms(0.3))
     assert not varlen.takes_varlen(inputs[1], inputs[2], attention.Terms(0.3, window=5))
+    with monkeypatch.context() as compiling:  # its backward cannot be traced
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not varlen.takes_varlen(inputs[1], inputs[2], attention.Terms(0.3))
+        assert varlen.takes_varlen(inputs[1].bfloat16(), inputs[2].bfloat16(), attention.Terms(0.3))
     results = []
     for out in (
         varlen.varlen_attention(*inputs, batch.layout.gather, attention.Terms(0.3)),

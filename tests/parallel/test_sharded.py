@@ -100,6 +100,44 @@ def test_gradients_are_reduced_in_fp32_and_weights_gathered_in_bf16(tmp_path: Pa
     assert sent.get("reduce", []) == (["float32"] * 3 if strategy == "hsdp" else [])
 
 
+def gradients_of_bf16_weights(rendezvous: str, variants: list[list[str]]) -> list[dict[str, Any]]:
+    """Of each variant this rank's gradients after a step of several micro batches, and whether hooks changed them."""
+    from rmcore.data.batches.batch import build_batch
+    from rmcore.parallel.strategy import local
+    from rmcore.parallel.world import running_world
+    from rmcore.training.assembly import assemble
+
+    found = []
+    with running_world(60.0, 1, init_method=rendezvous) as world:
+        for overrides in variants:
+            config = load_config(None, [*BASE, "model.weights=bf16", "parallel.precision=bf16", *overrides])
+            run = assemble(config, world)
+            micro_batches = run.plan.step(0).ranks[world.rank]
+            assert len(micro_batches) > 1
+            for number, micro_batch in enumerate(micro_batches, 1):
+                with run.strategy.gradient_sync(number == len(micro_batches)), run.strategy.autocast():
+                    run.strategy.model(build_batch(run.data.train, micro_batch)).loss_sum.backward()
+            parameters = run.strategy.named_parameters().values()
+            hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+            grads = [local(p.grad) for p in parameters if p.grad is not None]
+            kinds = {str(grad.dtype) for grad in grads}
+            found.append(
+                {"hooked": hooked, "kinds": sorted(kinds), "numbers": [grad.flatten().tolist() for grad in grads]}
+            )
+    return found
+
+
+@pytest.mark.distributed
+def test_offloaded_gradients_of_bf16_weights_become_fp32_after_the_backward(tmp_path: Path) -> None:
+    """Not in a hook, which may run while a gradient is still being copied to the host. The sums are the same."""
+    whole = ["parallel.strategy=zero3", "batch.pairs=28", "batch.tokens=300"]
+    for result in run_ranks(gradients_of_bf16_weights, 2, tmp_path, [whole, [*whole, "parallel.offload=true"]]):
+        kept, offloaded = result.value
+        assert kept["hooked"] and not offloaded["hooked"]
+        assert kept["kinds"] == offloaded["kinds"] == ["torch.float32"]
+        assert kept["numbers"] == offloaded["numbers"]
+
+
 def unequal_hosts(rendezvous: str) -> str:
     """Two ranks on one host, one on another."""
     import os
