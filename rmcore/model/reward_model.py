@@ -116,7 +116,8 @@ class RewardModel(nn.Module):
         self.sft, self.lm_head = sft, lm_head
         substitute_scans(backbone)
         fuse_layers(backbone)
-        backbone.warn_if_padding_and_no_attention_mask = _no_warning  # GPT-2's reads tokens on the host, which waits
+        # GPT-2 calls it in each forward, and it reads tokens on the host, which waits for the GPU.
+        backbone.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
         if pack_own_attention(backbone):
             prepare(backbone)
         use_cpu_ops(backbone)
