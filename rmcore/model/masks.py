@@ -21,14 +21,11 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from rmcore.model.layout_context import current_grid, current_layout
+from rmcore.model.layout_context import current_grid
 
 
 def prepare(backbone: Any) -> None:
-    """Let the masks and ALiBi biases that the architecture makes follow the grid. They stay as they are without one.
-
-    For a packed row no mask is made: what computes it (rmcore.model.own_attention) reads none.
-    """
+    """Let the masks and ALiBi biases that the architecture makes follow the grid. They stay as they are without one."""
     for name in ("sdpa", "eager"):
         original = ALL_MASK_ATTENTION_FUNCTIONS[name]
         if not hasattr(original, "rmcore"):
@@ -46,8 +43,6 @@ def prepare(backbone: Any) -> None:
 def _masks_by_position(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def mask(*arguments: Any, **keywords: Any) -> Any:
-        if current_layout() is not None:
-            return None
         if grid := current_grid():
             changed = {"mask_function": grid.by_position(keywords["mask_function"]), "allow_is_causal_skip": False}
             return original(*arguments, **{**keywords, **changed})

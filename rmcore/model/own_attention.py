@@ -10,6 +10,9 @@ Others of this kind share prompts by masks (rmcore.model.masks): Falcon with ALi
 bf16, which slopes cannot repeat; MPT, whose code needs a mask; XGLM.
 """
 
+import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -109,9 +112,22 @@ PACKED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def pack_own_attention(backbone: PreTrainedModel) -> bool:
-    """Give the attention of all layers the classes of this file. Returns whether it has one for them."""
-    found = [module for module in backbone.modules() if type(module) in PACKED]
-    for module in found:
-        module.__class__ = PACKED[type(module)]
-    return bool(found)
+def pack_own_attention(backbone: PreTrainedModel) -> None:
+    """Give the attention of all layers the classes of this file, where it has one for it."""
+    for module in backbone.modules():
+        if type(module) in PACKED:
+            namespace: Any = sys.modules[type(module).__module__]
+            module.__class__ = PACKED[type(module)]
+            if not hasattr(namespace.create_causal_mask, "rmcore"):
+                namespace.create_causal_mask = _unless_packed(namespace.create_causal_mask)
+
+
+def _unless_packed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask has the square of the row's length, and where it looks for packed texts the host waits for a GPU."""
+
+    @wraps(original)
+    def mask(*arguments: Any, **keywords: Any) -> Any:
+        return original(*arguments, **keywords) if current_layout() is None else None
+
+    mask.rmcore = True  # type: ignore[attr-defined]
+    return mask

@@ -118,8 +118,7 @@ class RewardModel(nn.Module):
         fuse_layers(backbone)
         # GPT-2 calls it in each forward, and it reads tokens on the host, which waits for the GPU.
         backbone.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
-        if pack_own_attention(backbone):
-            prepare(backbone)
+        pack_own_attention(backbone)
         use_cpu_ops(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
