@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from rmcore.checkpoint.resume import Start
 from rmcore.config import UserError
 from rmcore.config.schema import Config
+from rmcore.cost.formats import AVERAGES, EMA, WEIGHT
 from rmcore.host.memory import available_memory, return_freed_memory
 from rmcore.model.adapter import StoredAdapter, check_adapter
 from rmcore.model.backbone import check_finite, load_model
@@ -123,11 +124,12 @@ def _opened(config: Config, tokenizer: PreTrainedTokenizerFast) -> LazyModel | s
 def check_host_memory(config: Config, model: nn.Module, world: World) -> None:
     """Raises UserError unless the weights, gradients and averages that parallel.offload keeps fit into this host.
 
-    Of a GPU's rank, weights and gradients are pinned, for which PyTorch rounds each tensor up to a power of two.
+    The average of the weights (optim.ema) is kept with the weights. Of a GPU's rank, weights and gradients are pinned,
+    for which PyTorch rounds each tensor up to a power of two.
     """
     ranks = world.local_size if config.parallel.traits.by_host else world.size
-    weight = 2 if config.model.trains_bf16 else 4
-    average = {"fp32": 8.0, "bf16": 4.0, "int8": 2.04}[config.optim.states]
+    weight = int(WEIGHT[config.model.weights])
+    average = AVERAGES[config.optim.states] + EMA * (config.optim.ema is not None)
     need = 0.0
     for parameter in model.parameters():
         elements = -(-parameter.shape[0] // ranks) * parameter[:1].numel()
@@ -139,8 +141,8 @@ def check_host_memory(config: Config, model: nn.Module, world: World) -> None:
     need, free = need * world.local_size, available_memory()
     if need > free:
         raise UserError(
-            f"parallel.offload=true keeps {need / 1e9:.0f} GB of weights, gradients and AdamW's averages in the memory "
-            f"of this host, of which {free / 1e9:.0f} GB are free: use more hosts, optim.states=bf16, or no offload"
+            f"parallel.offload=true keeps {need / 1e9:.0f} GB of weights, gradients and averages in the memory of this "
+            f"host, of which {free / 1e9:.0f} GB are free: use more hosts, optim.states=bf16, or no offload"
         )
 
 

@@ -11,18 +11,21 @@ from tests.harness.walks import STEPS_OF_SEVEN
 
 
 @pytest.mark.parametrize(
-    ("strategy", "device", "states", "size", "need"),
+    ("strategy", "device", "keys", "size", "need"),
     [
-        ("zero3", "cpu", "fp32", 1, 16 * 48_000),
-        ("zero3", "cuda", "fp32", 1, (8 + 4 + 4) * 48_000 + 2 * (2**18 - 4 * 48_000)),  # pinned: 192,000 -> 262,144
-        ("zero2", "cpu", "bf16", 4, 2 * 12 * 12_000),  # two of the four ranks are on this host
-        ("hsdp", "cpu", "fp32", 4, 2 * 16 * 24_000),
+        ("zero3", "cpu", "", 1, 16 * 48_000),
+        ("zero3", "cuda", "", 1, (8 + 4 + 4) * 48_000 + 2 * (2**18 - 4 * 48_000)),  # pinned: 192,000 -> 262,144
+        ("zero2", "cpu", "optim.states=bf16", 4, 2 * 12 * 12_000),  # two of the four ranks are on this host
+        ("hsdp", "cpu", "", 4, 2 * 16 * 24_000),
+        ("zero2", "cpu", "optim.ema=0.9", 1, (16 + 4) * 48_000),
+        ("zero2", "cpu", "optim.states=int8", 1, 10 * 48_000 + 2 * 4 * 48_000 // 256),  # a scale for 256 elements
+        ("zero2", "cpu", "model.weights=bf16 parallel.precision=bf16", 1, 14 * 48_000),
     ],
 )
 def test_offload_needs_the_memory_of_the_host(
-    monkeypatch: pytest.MonkeyPatch, strategy: str, device: str, states: str, size: int, need: int
+    monkeypatch: pytest.MonkeyPatch, strategy: str, device: str, keys: str, size: int, need: int
 ) -> None:
-    overrides = [f"parallel.strategy={strategy}", "parallel.offload=true", f"optim.states={states}"]
+    overrides = [f"parallel.strategy={strategy}", "parallel.offload=true", *keys.split()]
     config = load_config(None, [*STEPS_OF_SEVEN, "model.name=synthetic", *overrides])
     world = World(0, size, 0, min(size, 2), torch.device(device))
     model = nn.Linear(480, 100, bias=False)
