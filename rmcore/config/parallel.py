@@ -23,8 +23,8 @@ class StrategyTraits(NamedTuple):
     Args:
         implementation: module and class, as `module:Class`; see `rmcore.parallel.strategy.Strategy`.
         shards_optimizer: each rank keeps a part of AdamW's averages.
-        shards_gradients: each rank keeps a part of the reduced gradients.
-        shards_weights: each rank keeps a part of every weight, and the model can be built without a whole copy.
+        shards_weights: each rank keeps a part of every weight and gradient, and the model can be built without a whole
+            copy.
         by_host: the parts lie on the ranks of one host, and every host holds all of them.
         gathers_each_micro_batch: weights are gathered and gradients reduced in every micro batch, so that neither is
             whole on a rank between layers. Otherwise once per step.
@@ -32,7 +32,6 @@ class StrategyTraits(NamedTuple):
 
     implementation: str
     shards_optimizer: bool = False
-    shards_gradients: bool = False
     shards_weights: bool = False
     by_host: bool = False
     gathers_each_micro_batch: bool = False
@@ -42,9 +41,9 @@ DDP, FSDP = "rmcore.parallel.ddp:DataParallel", "rmcore.parallel.fsdp:FullyShard
 TRAITS: dict[str, StrategyTraits] = {  # the simplest first: `rmcore plan` prefers it among equally fast ones
     "ddp": StrategyTraits(DDP),
     "zero1": StrategyTraits(DDP, True),
-    "zero2": StrategyTraits(FSDP, True, True, True),
-    "hsdp": StrategyTraits(FSDP, True, True, True, by_host=True, gathers_each_micro_batch=True),
-    "zero3": StrategyTraits(FSDP, True, True, True, gathers_each_micro_batch=True),
+    "zero2": StrategyTraits(FSDP, True, True),
+    "hsdp": StrategyTraits(FSDP, True, True, by_host=True, gathers_each_micro_batch=True),
+    "zero3": StrategyTraits(FSDP, True, True, gathers_each_micro_batch=True),
 }
 
 

@@ -159,18 +159,17 @@ class Metrics:
         finally:
             self._paused_seconds += time.perf_counter() - paused
 
-    def reduce(self, world: World | None = None) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """The metrics since the last call, over all ranks; then all sums start from zero. A collective.
 
         A metric whose count is 0 is left out.
         """
-        world = world or self._world
-        waited = time.perf_counter()
-        total = self._total(world, waited)
-        metrics = _metrics(total, world.size)
+        waited, ranks = time.perf_counter(), self._world.size
+        total = self._total(waited)
+        metrics = _metrics(total, ranks)
         metrics |= joint_loss({name: (total[f"loss {name}"], total[f"counted {name}"]) for name in self._losses})
         if self._flops_per_token and self._peak and "tokens_per_second" in metrics:
-            metrics["mfu"] = metrics["tokens_per_second"] * self._flops_per_token / (self._peak * world.size)
+            metrics["mfu"] = metrics["tokens_per_second"] * self._flops_per_token / (self._peak * ranks)
         self._sums.zero_()
         self._language.zero_()
         self._pairs = self._computed_tokens = self._logical_tokens = self._steps = 0
@@ -181,17 +180,17 @@ class Metrics:
 
     def interval(self) -> list[float]:
         """The sums of the interval so far, over all ranks; a checkpoint keeps them for any world size. A collective."""
-        total = self._total(self._world, time.perf_counter())
+        total = self._total(time.perf_counter())
         return [value / self._world.size if name in EVERY_RANK_THE_SAME else value for name, value in total.items()]
 
-    def _total(self, world: World, now: float) -> dict[str, float]:
+    def _total(self, now: float) -> dict[str, float]:
         seconds = now - self._started - self._paused_seconds
         host = [self._pairs, self._computed_tokens, self._logical_tokens, self._steps, seconds]
         host_sums = torch.tensor(host, dtype=torch.float64).to(self._sums.device)
-        values = all_reduce_sum(world, torch.cat([self._sums, host_sums, self._language])).tolist()
+        values = all_reduce_sum(self._world, torch.cat([self._sums, host_sums, self._language])).tolist()
         total = dict(zip(self._every, values, strict=True))
         for name, value in zip(total, self._earlier, strict=False):
-            total[name] += value * world.size if name in EVERY_RANK_THE_SAME else value
+            total[name] += value * self._world.size if name in EVERY_RANK_THE_SAME else value
         return total
 
 

@@ -25,7 +25,7 @@ from rmcore.tracking.status import record_status
 from rmcore.training.heartbeat import Heartbeat
 from rmcore.training.signals import Signals, Stopped
 
-DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 3  # exit codes
+FAILED, REFUSED, STOPPED = 1, 2, 3  # exit codes; 0: done
 OUT_OF_MEMORY_FILE = "out_of_memory.json"  # in the run directory: tokens of the micro batch that did not fit
 
 

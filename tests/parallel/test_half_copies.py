@@ -118,3 +118,21 @@ def reduced(rendezvous: str) -> list[float]:
 def test_ranks_reduce_the_fp32_sums(tmp_path: Path) -> None:
     for result in run_ranks(reduced, 2, tmp_path):
         assert result.value == [1.0 + 0.5 * (2.0**-10 + 2.0**-11)] * 4
+
+
+def without_an_expert(rendezvous: str) -> list[list[float]]:
+    """The reduced gradients of three weights, of which the second has none on rank 1."""
+    world = start_world(20.0, init_method=rendezvous)
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    reduction = GradientReduction(weights, weights, world.size)
+    with reduction.around(last=True):
+        used = weights if world.rank == 0 else [weights[0], weights[2]]
+        torch.stack([place * weight for place, weight in enumerate(used, 1)]).sum().backward()
+    return [weight.grad.tolist() for weight in weights]  # type: ignore[union-attr]
+
+
+@pytest.mark.distributed
+def test_a_rank_without_a_token_for_an_expert_adds_zero(tmp_path: Path) -> None:
+    """Gradients of 1, 2 and 3 on rank 0; of 1, none and 2 on rank 1."""
+    for result in run_ranks(without_an_expert, 2, tmp_path):
+        assert result.value == [[1.0] * 2, [1.0] * 2, [2.5] * 2]

