@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,12 @@ from rmcore.config import UserError, load_config
 from rmcore.data.batches.batch import build_batch
 from rmcore.model.objectives import Joint, Objective, objective_of
 from rmcore.model.reward_model import PACKED, PADDED, SHARED, RewardModel
-from rmcore.parallel.world import World
+from rmcore.parallel.world import World, all_reduce_sum, running_world
 from rmcore.training.regularisers import Regularisers
 from tests.harness.configs import NEEDED
 from tests.harness.oracle import BOUND, PAD, Item, Items, Scored, Wide, assert_close, odd_items
 from tests.harness.oracle import padded as padded_loss
+from tests.harness.ranks import run_ranks
 from tests.model.test_router_balance import balances, scored
 
 ROUTER, SFT, DECORRELATION = 0.7, 0.3, 0.9
@@ -56,10 +58,11 @@ def language(model: Scored, head: nn.Linear, rows: Items) -> tuple[Tensor, int]:
     return total, count
 
 
-@pytest.mark.parametrize("path", [SHARED, pytest.param(PACKED, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cut", [[list(range(8))], [[3, 0], [], [7, 6, 5, 4, 2], [1]]], ids=["whole", "cut"])
-def test_the_whole_step_equals_the_formula(path: str, cut: list[list[int]]) -> None:
-    """One mean each: over the tokens of all chosen answers, over all texts, over all answers' rewards."""
+def check_step(path: str, cut: list[list[int]], world: World) -> None:
+    """Fails unless the mean over the ranks of the gradients of a step is the derivative of the formula.
+
+    cut: the comparisons of each micro batch of this rank.
+    """
     rows, model = items(), scored("softmax")
     torch.manual_seed(1)
     head = nn.Linear(32, 61, bias=False).double()
@@ -82,11 +85,10 @@ def test_the_whole_step_equals_the_formula(path: str, cut: list[list[int]]) -> N
         expected.backward()
         gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
         ours.zero_grad(set_to_none=True)
-
         ours.use(path)
         run: Any = SimpleNamespace(
             strategy=SimpleNamespace(model=ours, autocast=nullcontext),
-            world=WORLD,
+            world=world,
             config=load_config(None, ["model.name=m", *SOURCES, *KEYS]),
         )
         regularisers = Regularisers(run)
@@ -94,11 +96,34 @@ def test_the_whole_step_equals_the_formula(path: str, cut: list[list[int]]) -> N
         batches = [build_batch(rows, numbers, share=path == SHARED, language=True) for numbers in cut]
         for batch, _ in regularisers.begin(step, iter([(batch, True) for batch in batches])):
             out = ours(batch)
-            (out.share(1, (pair_weight, float(scores))) + regularisers.loss(out, batch)).backward()
+            (out.share(world.size, (pair_weight, float(scores))) + regularisers.loss(out, batch)).backward()
     assert len(gradients) == len(list(ours.parameters()))
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
-        assert_close(parameter.grad, gradients[name], 20 * BOUND[torch.float64], name)
+        mean = all_reduce_sum(world, parameter.grad) / world.size
+        assert_close(mean, gradients[name], 20 * BOUND[torch.float64], name)
+
+
+CUT = [[3, 0], [], [7, 6, 5, 4, 2], [1]]
+
+
+@pytest.mark.parametrize("path", [SHARED, pytest.param(PACKED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cut", [[list(range(8))], CUT], ids=["whole", "cut"])
+def test_the_whole_step_equals_the_formula(path: str, cut: list[list[int]]) -> None:
+    """One mean each: over the tokens of all chosen answers, over all texts, over all answers' rewards."""
+    check_step(path, cut, WORLD)
+
+
+def half_a_step(rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    with running_world(60, init_method=rendezvous) as world:
+        check_step(SHARED, CUT[2 * world.rank :][:2], world)
+
+
+@pytest.mark.distributed
+def test_two_ranks_take_the_step_of_the_formula(tmp_path: Path) -> None:
+    """Rank 0 has two comparisons of eight, and an empty micro batch."""
+    run_ranks(half_a_step, 2, tmp_path)
 
 
 def test_they_are_those_of_the_section_loss() -> None:
