@@ -127,8 +127,9 @@ TRAINING = (
     Metric("step_seconds", "Mean time of a step in seconds.", prefix=""),
     Metric(
         "mfu",
-        "Model FLOP/s utilisation: 6 FLOP per parameter and computed token, plus causal attention, "
-        "divided by the dense bf16 peak of the GPUs. Only on GPUs whose peak is known.",
+        "Model FLOP/s utilisation: 6 FLOP per computed token and matrix element (of the last layer only those of keys "
+        "and values), plus causal attention, divided by the dense bf16 peak of the GPUs. Only on GPUs whose peak is "
+        "known, and not with LoRA, `loss.sft` or `loss.router_aux`.",
         prefix="",
         sometimes=True,
     ),

@@ -152,9 +152,12 @@ def flops_per_token(
 ) -> float | None:
     """Training FLOPs per computed token, for the model FLOPs utilisation (`mfu`), or None where it is not logged.
 
-    It is logged on devices whose peak is known, and not with LoRA, which computes no gradients of frozen weights.
+    It is logged on devices whose peak is known. It is not logged with LoRA, which computes no gradients of frozen
+    weights; nor with loss.sft and loss.router_aux, which run the last layer, and sft a large head, on all tokens.
     """
     if device_peak_flops(device) is None or config.model.lora.rank is not None:
+        return None
+    if config.loss.sft or config.loss.router_aux:
         return None
     size = measured_size(data.train, data.evals.values(), share=share, config=config)
     return flops_of_pair(DryRun(hf_config, trust_remote_code=config.model.trust_remote_code), size) / size.tokens

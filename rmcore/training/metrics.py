@@ -74,7 +74,7 @@ class Metrics:
 
     Args:
         world: this process.
-        flops_per_token: training FLOPs of one computed token (`model_flops_per_token`), needed for `mfu`. `mfu` is
+        flops_per_token: training FLOPs of one computed token (`Run.flops_per_token`), needed for `mfu`. `mfu` is
             reported only on devices whose peak is known.
         language: also the language-modelling loss of the chosen answers.
         earlier: the sums of an incomplete log interval from a checkpoint (`interval`).

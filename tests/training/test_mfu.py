@@ -67,11 +67,14 @@ def test_the_flops_are_those_of_a_pruned_forward_and_backward(tmp_path: Path, kn
     assert run.flops_per_token < (1 - 0.5 / layers) * whole, "the whole last layer is not counted"
 
 
-def test_no_mfu_without_a_known_peak_and_with_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mfu_without_a_known_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU nothing is counted, so that the start is not slowed down."""
-    with running_world(60, 1) as world, monkeypatch.context() as patch:
-        patch.setattr(assembly, "DryRun", None)
+    monkeypatch.setattr(assembly, "DryRun", None)
+    with running_world(60, 1) as world:
         assert assemble(load_config(None, [*RUN, f"run.dir={tmp_path}"]), world).flops_per_token is None
-        patch.setattr(assembly, "device_peak_flops", lambda device: PEAK)
-        lora = load_config(None, [*RUN, "model.lora.rank=4", f"run.dir={tmp_path}"])
-        assert assembly.flops_per_token(lora, None, None, True, torch.device("cpu")) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["model.lora.rank=4", "loss.sft=0.1", "loss.router_aux=0.1"])
+def test_no_mfu_of_a_forward_or_backward_that_is_not_the_counted_one(known_peak: None, key: str) -> None:
+    config = load_config(None, [*RUN, key])
+    assert assembly.flops_per_token(config, None, None, True, torch.device("cpu")) is None  # type: ignore[arg-type]
