@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rmcore.config import UserError
 from rmcore.ops.blockwise import check_bitsandbytes
 from rmcore.parallel import adamw
-from rmcore.parallel.adamw import BLOCK, AdamW, is_quantised
+from rmcore.parallel.adamw import AVERAGES, BLOCK, AdamW, is_quantised
+from rmcore.parallel.strategy import local
+from rmcore.parallel.world import device_mesh, running_world
 from tests.harness.configs import NEEDED, mistakes
+from tests.harness.ranks import run_ranks
 
 SHAPES = {"matrix": (40, 300), "aligned": (9, 512), "vector": (70,), "narrow": (600, 20), "experts": (3, 5, 256)}
 SETTINGS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6}
@@ -155,6 +159,38 @@ def test_the_same_seed_repeats_a_walk_and_another_one_does_not() -> None:
         walk(parameters, made(parameters, "bf16", seed), 2)
         found.append(parameters["matrix"])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def differing(rendezvous: str) -> list[str]:
+    """The tensors whose rows on this rank are not those of the whole tensors, after two updates."""
+    with running_world(60, init_method=rendezvous) as world:
+        mesh = device_mesh(world)
+
+        def part(whole: Tensor) -> DTensor:
+            return distribute_tensor(whole.detach(), mesh, [Shard(0)])
+
+        whole = weights(torch.bfloat16)
+        parts = {name: nn.Parameter(part(p)) for name, p in whole.items()}
+        optimizers = made(whole, "bf16"), made(parts, "bf16")
+        for step in range(2):
+            for name, gradient in gradients(step).items():
+                parts[name].grad_dtype = torch.float32
+                whole[name].grad, parts[name].grad = gradient, part(gradient)
+            for optimizer in optimizers:
+                optimizer.step()
+        different = []
+        for name, parameter in parts.items():
+            states = optimizers[0].state[whole[name]], optimizers[1].state[parameter]
+            pairs = [(whole[name], parameter), *((states[0][key], states[1][key]) for key in AVERAGES)]
+            if not all(torch.equal(local(part(one)), local(other)) for one, other in pairs):
+                different.append(name)
+        return different
+
+
+@pytest.mark.distributed
+def test_the_rows_of_a_rank_are_rounded_as_those_of_the_whole_tensor(tmp_path: Path) -> None:
+    for result in run_ranks(differing, 2, tmp_path):
+        assert result.value == []
 
 
 @pytest.mark.parametrize(

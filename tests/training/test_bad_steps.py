@@ -1,4 +1,6 @@
-"""When the counts of non-finite steps are read: on a GPU only in steps that log, the last step among them."""
+"""When the counts of non-finite steps are read: on a GPU only in steps that log, the last step among them; and which
+losses are noted as a jump.
+"""
 
 from types import SimpleNamespace
 
@@ -62,3 +64,29 @@ def test_a_gpu_is_read_in_steps_that_log_and_in_the_last_one(monkeypatch: pytest
         with pytest.raises(RankError, match="2 steps in a row up to step 6 had NaN or Inf in the gradient"):
             bad_steps.report(6, logged=True)
     assert tracker.lines == ["warning: 2 of the steps up to 6 skipped on all ranks: NaN or Inf in the gradient of bad"]
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "noted"),
+    [
+        ([1.0, 1.1] * 4, 1.6, True),  # mean 1.05, deviation 0.053: limits of 1.371 and 1.575
+        ([1.0, 1.1] * 4, 1.5, False),  # far beyond the deviation, but not 1.5 times the mean
+        ([0.5, 1.5] * 4, 3.0, False),  # mean 1, deviation 0.53: three times the mean, but the loss is as uneven as that
+        ([1.0, 1.1] * 3 + [1.0], 9.0, False),  # after seven intervals nothing is known
+        ([1.0, 1.1] * 3 + [1.0, float("nan")], 9.0, False),  # NaN does not count as one
+        ([1.0, 1.1] * 4, float("nan"), False),
+        ([9.0, *[1.0, 1.1] * 10], 1.6, True),  # the mean is that of the last twenty
+    ],
+)
+def test_a_jump_of_the_loss_is_noted(before: list[float], loss: float, noted: bool) -> None:
+    with running_world(30) as world:
+        run = SimpleNamespace(
+            config=load_config(None, CONFIG), world=world, strategy=stub_strategy(torch.device("cpu"))
+        )
+        tracker = Lines()
+        bad_steps = BadSteps(run, tracker)  # type: ignore[arg-type]
+        for earlier in before:
+            bad_steps.note_spike({"train/rm/loss": earlier})
+        assert tracker.lines == []
+        bad_steps.note_spike({"train/rm/loss": loss})
+    assert tracker.lines == [f"note: the loss jumped to {loss:.4f} from a mean of 1.0500"] * noted

@@ -6,15 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rmcore.config import UserError, load_config
 from rmcore.data.prepare import prepare_data
 from rmcore.data.tokens.tokenizer import load_tokenizer
 from rmcore.evaluate import main
 from rmcore.hf_export.from_checkpoint import export
+from rmcore.parallel.world import running_world
+from rmcore.tracking.tracker import Tracker
+from rmcore.training.assembly import assemble
+from rmcore.training.held_out import evaluate_run
+from rmcore.training.signals import Signals
 from tests.evaluation.test_rewardbench import rows_1, rows_2, write
 from tests.harness.crash import Outcome, run
 from tests.harness.small_run import arguments, metrics
+from tests.harness.walks import STEPS_OF_SEVEN
 
 # A fixed budget: the longest texts of the sets must not change how the training is cut into micro batches.
 SHORT = ["run.max_steps=2", "run.evals=2", "batch.tokens=2000", "log.samples=2", "run.save_every=2"]
@@ -52,6 +59,18 @@ def evaluations(outcome: Outcome) -> list[dict[str, float]]:
 
 def of_set(line: dict[str, float], name: str) -> dict[str, float]:
     return {key.removeprefix(f"eval/{name}/"): line[key] for key in line if key.startswith(f"eval/{name}/")}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_held_out_pairs_are_computed_in_the_precision_of_the_run(tmp_path: Path, precision: str) -> None:
+    keys = ["model.name=synthetic", *STEPS_OF_SEVEN, f"parallel.precision={precision}", f"run.dir={tmp_path}"]
+    seen: list[bool] = []
+    with running_world(60, 1) as world:
+        assembled = assemble(load_config(None, keys), world)
+        model = assembled.strategy.model
+        model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        assert evaluate_run(assembled, Tracker(), assembled.plan.step(0), Signals())
+    assert set(seen) == {precision == "bf16"}
 
 
 @pytest.mark.distributed

@@ -63,6 +63,7 @@ def log_two_intervals(rendezvous: str) -> list[dict[str, float]]:
         for index, pairs in enumerate([[1, 2], [7, 0]][world.rank]):
             metrics.add(*micro_batch(world.rank, index, pairs))
         metrics.add_step(torch.tensor(2.0))
+        metrics.add_step(torch.tensor(torch.inf))  # skipped
         metrics.add_step(torch.tensor(4.0))
         first = metrics.reduce()
         metrics.add(*micro_batch(world.rank, 9, 1 - world.rank))
@@ -80,7 +81,7 @@ def test_unequal_ranks_give_the_metrics_of_all_pairs(tmp_path: Path) -> None:
     batches = [micro_batch(0, 0, 1), micro_batch(0, 1, 2), micro_batch(1, 0, 7), micro_batch(1, 1, 0)]
     for name, value in expected(batches).items():
         assert first[name] == pytest.approx(value, **close), name
-    assert first["grad_norm"] == 3.0
+    assert first["grad_norm"] == 3.0 and first["train/skipped_steps"] == 1.0
     assert first["pairs_per_second"] > 0 and first["step_seconds"] > 0
     assert first["tokens_per_second"] * first["sharing_ratio"] == pytest.approx(first["logical_tokens_per_second"])
     # The second interval knows nothing of the first.

@@ -4,15 +4,22 @@ The runs have eight small steps with an evaluation after each, in real processes
 """
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rmcore.checkpoint import directory
+from rmcore.checkpoint.resume import choose_start
 from rmcore.config import UserError, load_config
 from rmcore.evaluation.criterion import Criterion, Progress
 from rmcore.hf_export.from_checkpoint import find_checkpoint
+from rmcore.parallel.world import running_world
+from rmcore.tracking.tracker import Tracker
+from rmcore.train import train
+from rmcore.training.assembly import assemble
+from rmcore.training.signals import Signals, Stopped
 from tests.harness.crash import Fault, Outcome, copy_of, run
 from tests.harness.small_run import arguments, metrics, reference, same, stored_weights
 
@@ -100,6 +107,31 @@ def test_a_resumed_run_decides_the_same(folder: Path, action: str) -> None:
         assert resumed.status[key] == whole.status[key]
     roots = [outcome.directory / "checkpoints" for outcome in (resumed, whole)]
     assert directory.steps(roots[0]) == directory.steps(roots[1])
+
+
+def test_a_repeated_evaluation_counts_for_the_checkpoint_that_the_run_continues_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by a signal before the first evaluation; the resumed run repeats it, and fails before it saves again."""
+    config = load_config(None, [*arguments(tmp_path, *steered(tmp_path, *PATIENT)), f"run.dir={tmp_path / 'run'}"])
+    signals = Signals()
+    signals.received = signal.SIGTERM
+
+    def fails(*_: object) -> dict[str, float]:
+        raise ArithmeticError
+
+    with running_world(60, 1) as world:
+        with pytest.raises(Stopped):
+            train(assemble(config, world), Tracker(), None, signals)
+        stopped = choose_start(config, world)
+        assert stopped.step == 1 and stopped.manifest and stopped.manifest.figures is None
+        with monkeypatch.context() as patch, pytest.raises(ArithmeticError):
+            patch.setattr("rmcore.train.set_learning_rates", fails)
+            train(assemble(config, world, stopped), Tracker())
+        manifest = choose_start(config, world).manifest
+    assert manifest and manifest.figures and manifest.progress
+    assert manifest.progress["step"] == 1, "the evaluation counts"
+    assert -manifest.progress["best"][0] == manifest.figures["eval/rm/loss"]
 
 
 @pytest.mark.distributed
