@@ -321,13 +321,14 @@ def _sizes(hf_config: PretrainedConfig, model: PreTrainedModel, lora: LoraConfig
     # Towers are not trained and stay in host memory.
     total = _count(text_model(model)) + _count(cast(nn.Module, model.score))
     counts = [_count(layer) for layer in layers]
-    matrices = [_matrices(layer) for layer in layers]
+    used = _used_experts(hf_config)
+    matrices = [_matrices(layer, used) for layer in layers]
     return Sizes(
         total=total,
         layer=max(counts),
         root=total - sum(counts),
         embedding=_count(model.get_input_embeddings()),
-        products=sum(matrices[:-1]),
+        products=round(sum(matrices[:-1])),
         last=_keys_and_values(layers[-1], matrices[-1]),
         layers=len(layers),
         width=_attention_width(hf_config),
@@ -359,18 +360,35 @@ def _attention_width(hf_config: PretrainedConfig) -> int:
     return round(sum(widths) / len(widths))
 
 
-def _keys_and_values(layer: nn.Module, whole: int) -> int:
+# The names that configs give to the number of experts, and to those that a token is sent to.
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+
+
+def _used_experts(hf_config: PretrainedConfig) -> float:
+    """The share of its experts that a layer uses for a token; 1 if the config has no such numbers."""
+    text: Any = hf_config.get_text_config()
+    experts, used = (next((n for n in (getattr(text, x, None) for x in names) if n), 1) for names in (EXPERTS, USED))
+    return used / experts if isinstance(used, int) and isinstance(experts, int) and used < experts else 1.0
+
+
+def _keys_and_values(layer: nn.Module, whole: float) -> int:
     """Elements of the matrices that all tokens need in the last layer: attention's, without output and query."""
     try:
         attention = attention_of(layer)
     except ValueError:  # the layer cannot be pruned
-        return whole
+        return round(whole)
     others = [module for name, module in attention.named_children() if name in (*OUTPUT, *QUERY)]
-    return _matrices(attention) - sum(map(_matrices, others))
+    return round(_matrices(attention) - sum(map(_matrices, others)))
 
 
-def _matrices(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+def _matrices(module: nn.Module, used: float = 1.0) -> float:
+    """Elements of the matrices that a token is multiplied with, on average; `used`: the share of the experts."""
+    return sum(
+        p.numel() * (used if "experts" in name.split(".") else 1.0)
+        for name, p in module.named_parameters()
+        if p.ndim > 1
+    )
 
 
 def _count(module: nn.Module) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, GPTNeoXConfig
+from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, MixtralConfig, PretrainedConfig
 
 from rmcore.bench.models import families, tiny_config
 from rmcore.config import UserError
@@ -58,20 +58,25 @@ def test_a_plan_knows_the_sizes_of_every_family(family: str) -> None:
         return
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+SHAPES = {"vocab_size": 64, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_labels": 1}
+MIXTURE = {**SHAPES, "intermediate_size": 192, "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        GPTNeoXConfig(**SHAPES, intermediate_size=384, pad_token_id=1),
+        MixtralConfig(**MIXTURE, num_key_value_heads=4, pad_token_id=1),
+    ],
+    ids=lambda shape: shape.model_type,
+)
+def test_flops_are_those_that_torch_counts(shape: PretrainedConfig) -> None:
     """Torch does not count the attention op, so none is visible here. The scored rows of the last layer (one in 400)
     are not in the prediction.
     """
-    shape = GPTNeoXConfig(
-        vocab_size=64,
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=384,
-        num_labels=1,
-        pad_token_id=1,
+    hf_model = AutoModelForSequenceClassification.from_config(
+        shape, dtype=torch.float32, experts_implementation="eager"
     )
-    hf_model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32)
     model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1)
     model.use(SHARED, pruned=True)
     counter = FlopCounterMode(display=False)
