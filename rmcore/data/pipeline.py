@@ -39,6 +39,8 @@ from rmcore.data.tokens.limits import LengthLimits
 from rmcore.data.tokens.templates import Template
 from rmcore.data.tokens.workers import Encoders, Job
 
+MARGINS = 2  # raised when margins are read otherwise, so that an older cache of rows with margins is not used
+
 Progress = Callable[[int, int, str], None]  # (rows done, rows in all, what)
 
 
@@ -95,6 +97,8 @@ class Part:
             decides["losses"] = [[loss.margin, *reads_of(loss)] for loss in losses]
             decides["attributes"] = self.config.attributes
             decides["objectives"] = [self.config.loss_number(source.loss) for source in self.sources]
+        if any(loss.reads_margins for loss in losses):
+            decides["margins"] = MARGINS
         return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 
     def build(self, writer: CacheWriter) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rmcore.config import UserError, load_config
+from rmcore.data import pipeline
 from rmcore.data.formats.comparison import comparison_from_row, detect_format
 from rmcore.data.formats.selection import held_out
 from rmcore.data.prepare import describe, prepare_data
@@ -177,6 +178,51 @@ def test_margins_come_from_the_data_a_number_or_not_at_all(tmp_path):
     for margin, values in wanted.items():
         config = make_config(tmp_path / "cache", f"data.train.path={file}", f"loss.margin={margin}")
         assert prepare(config).train.margin.tolist() == values
+
+
+def judged_rows(count, margin=2):
+    """Rows with two answers, of which now the first and now the second wins."""
+    return [
+        {"prompt": f"p{i}", "answer_a": "yes", "answer_b": "no", "winner": "ab"[i % 2], "margin": margin}
+        for i in range(count)
+    ]
+
+
+def test_a_cache_of_margins_that_were_read_otherwise_is_not_used(tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "rows.jsonl", judged_rows(4))
+    overrides = [f"data.train.path={file}", "loss.margin=data"]
+    calls = []
+
+    def prepared(*more):
+        calls.clear()
+        return prepare(make_config(tmp_path / "cache", *overrides, *more), progress=lambda *call: calls.append(call))
+
+    with monkeypatch.context() as older:
+        older.setattr(pipeline, "MARGINS", 1)
+        assert prepared() and prepared("loss.margin=none") and calls
+    assert prepared().train.margin.tolist() == [2.0] * 4 and calls
+    assert prepared("loss.margin=none").train.margin.tolist() == [0.0] * 4 and not calls, "no margin, no change"
+
+
+def test_winners_that_are_to_trail_are_counted(tmp_path):
+    rows = [*judged_rows(3, margin=-2), *judged_rows(4)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    told = [
+        line
+        for margin in ("data", "none", "1.5")
+        for line in prepare(
+            make_config(tmp_path / "cache", f"data.train.path={file}", f"loss.margin={margin}")
+        ).warnings
+        if "margin" in line
+    ]
+    assert told == [
+        "data.train: 3 pairs have a negative margin: a margin is by how much the winner leads, and these winners are "
+        "to trail"
+    ]
+    soft = [{**row, "winner": None, "probability": 0.3 + i / 10} for i, row in enumerate(rows)]
+    file = write_rows(tmp_path / "soft.jsonl", soft)
+    warnings = prepare(make_config(tmp_path / "cache", f"data.train.path={file}", "loss.margin=data")).warnings
+    assert [line[:30] for line in warnings if "margin" in line] == ["data.train: 2 pairs have a neg"], "0.5 is even"
 
 
 def test_sources_are_concatenated_and_a_rows_own_source_wins(tmp_path):

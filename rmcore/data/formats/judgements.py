@@ -9,6 +9,9 @@ cross entropy with a soft label. The votes [1, 1, 2] are the probability 2/3.
 Each pair of K answers has the weight 1 / C(K, 2), so that a comparison counts once, however many answers it has
 (InstructGPT, arXiv 2203.02155, section 3.5).
 
+A `margin` column holds by how much the winner leads, whatever decides who wins: {"winner": "b", "margin": 2} gives the
+pair (1, 0) of margin 2. For a soft label it is the lead of the likelier answer; the other direction has it negated.
+
 Pairs that tie are dropped unless the objective reads them (RowFormat.ties); then they form a list of their own. With
 ties, the scores 5, 3, 3 also give the tie (1, 2) of weight 1/3, and the votes [1, 1, tie] give (0, 1) of weight 2/3 and
 a tie of weight 1/3.
@@ -52,6 +55,8 @@ def all_pairs(values: Sequence[float], *, margins: bool, ties: bool = False) -> 
 
 def soft(first: float, second: float, margin: float) -> Judgement:
     """Both directions of a pair, weighted by the probabilities that the first or the second answer is better.
+
+    `margin`: by how much the first leads.
 
     A direction of weight 0 is left out. If the two add up to less than 1, the rest is the weight of a tie.
     """
@@ -117,29 +122,31 @@ def judge_two(row: Mapping[str, Any], format: RowFormat, where: str) -> Judgemen
     """The judgement of a row with two answers, without their scores."""
     names, by = format.names, format.judged_by
     pair = format.layout == "pair"
-    if by == "score_a":
-        values = [fields.number(row, names[name], where) for name in ("score_a", "score_b")]
+    if by in ("score_a", "preference"):
+        if by == "score_a":
+            values = [fields.number(row, names[name], where) for name in ("score_a", "score_b")]
+        else:  # negative: the first answer is better, positive: the second
+            values = [-fields.number(row, names[by], where), 0.0]
         judgement = all_pairs(values, margins=format.margin == "scores", ties=format.ties)
         if format.margin != "margin" or not judgement.pairs:
             return judgement
         return replace(judgement, margin=(fields.number(row, names["margin"], where),))
-    if by == "preference":  # negative: the first answer is better, positive: the second; its size is the margin
-        strength = fields.number(row, names[by], where)
-        return all_pairs((-strength, 0.0), margins=format.margin is not None, ties=format.ties)
     if pair and format.ties and format.has_scores and len(set(scores_of_two(row, format, where))) == 1:
         return TIE
-    margin = _margin(row, format, where)
-    if by == "probability":
-        probability = fields.probability(row, names[by], where)
-        return TIE if format.ties and probability == 0.5 else soft(probability, 1.0 - probability, margin)
-    if by == "votes":
-        return soft(*_shares_of_votes(row, format, where), margin)
+    if by in ("probability", "votes"):
+        first, second = _shares(row, format, where)
+        if by == "probability" and format.ties and first == second:
+            return TIE
+        leader = 0 if pair or first > second else 1 if first < second else None
+        return soft(first, second, _lead_of_first(row, format, leader, where))
+    winner = 0  # chosen
     if by == "winner":
-        winner = side(fields.value(row, names[by], where), _spellings(format), names[by], where)
-        if winner is None:
+        verdict = side(fields.value(row, names[by], where), _spellings(format), names[by], where)
+        if verdict is None:
             return TIE if format.ties else NOTHING
-        return Judgement(pairs=((winner, 1 - winner),), margin=(margin if winner == 0 else -margin,), weight=(1.0,))
-    return Judgement(pairs=((0, 1),), margin=(margin,), weight=(1.0,))
+        winner = verdict
+    lead = _lead_of_first(row, format, winner, where)
+    return Judgement(pairs=((winner, 1 - winner),), margin=(-lead if winner else lead,), weight=(1.0,))
 
 
 def scores_of_two(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
@@ -216,10 +223,13 @@ def _spellings(format: RowFormat) -> tuple[frozenset[str], frozenset[str]]:
     )
 
 
-def _shares_of_votes(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
-    """Shares of the votes for the first answer and for the second. If the objective reads no ties, a vote for neither
-    counts half for each."""
-    name = format.names["votes"]
+def _shares(row: Mapping[str, Any], format: RowFormat, where: str) -> tuple[float, float]:
+    """The probabilities of the first answer and of the second, or their shares of the votes. If the objective reads no
+    ties, a vote for neither counts half for each."""
+    name = format.names[format.judged_by]
+    if format.judged_by == "probability":
+        probability = fields.probability(row, name, where)
+        return probability, 1.0 - probability
     votes = fields.value(row, name, where)
     if not isinstance(votes, list) or not votes:
         raise UserError(f"{where}: {name} must be a list of votes, not {short(votes)}")
@@ -230,9 +240,12 @@ def _shares_of_votes(row: Mapping[str, Any], format: RowFormat, where: str) -> t
     return first, (named.count(1) + half) / len(named) if format.ties else 1.0 - first
 
 
-def _margin(row: Mapping[str, Any], format: RowFormat, where: str) -> float:
-    """By how much the first of two answers is better, 0.0 if margins are not read."""
+def _lead_of_first(row: Mapping[str, Any], format: RowFormat, winner: int | None, where: str) -> float:
+    """By how much the first of two answers leads if `winner` is better (None: neither); 0.0 if margins are not read."""
     if format.margin == "scores":
         first, second = scores_of_two(row, format, where)
         return first - second
-    return fields.number(row, format.names["margin"], where) if format.margin == "margin" else 0.0
+    if format.margin != "margin":
+        return 0.0
+    margin = fields.number(row, format.names["margin"], where)
+    return {0: margin, 1: -margin, None: 0.0}[winner]

@@ -205,6 +205,7 @@ def detect_format(
     answers = kinds[main]
     if answers is None:
         raise UserError(f"{origin}: {names[main]} is null in each of the first {len(rows)} rows")
+    judged_by = _judge(rows, names, layout, columns, origin, key)
     head = names["prompt" if kinds.get("prompt") else main]
     return RowFormat(
         names=names,
@@ -213,9 +214,9 @@ def detect_format(
         # Next to turns, `messages` is something else (ultrafeedback_binarized: the whole chosen conversation).
         messages=answers == "text" and kinds.get("messages") == "turns",
         transcript=answers == "text" and any(is_transcript(row.get(head)) for row in rows),
-        margin=_margin_kind(names, layout, origin, key, why) if need_margin else None,
+        margin=_margin_kind(names, layout, judged_by, origin, key, why) if need_margin else None,
         layout=layout,
-        judged_by=_judge(rows, names, layout, columns, origin, key),
+        judged_by=judged_by,
         json=packed,
     )
 
@@ -479,13 +480,14 @@ def _judge(
 
 
 def _margin_kind(
-    names: Mapping[str, str], layout: Layout, origin: str, key: str, why: str
+    names: Mapping[str, str], layout: Layout, judged_by: str, origin: str, key: str, why: str
 ) -> Literal["margin", "scores"]:
     scores = SCORES.get(layout, ())
-    if "margin" in names or "preference" in names or (scores and {*scores} <= names.keys()):
+    if "margin" in names or judged_by == "preference" or (scores and {*scores} <= names.keys()):
         return "margin" if "margin" in names else "scores"
     raise UserError(
         f"{origin}: {why} needs a margin column, or {' and '.join(sorted(scores))}; set {key}.columns={{margin: ...}}"
+        + (f" or {{preference: {names['preference']}}}, which then judges the rows" if "preference" in names else "")
         + (", or loss.margin=none" if why == "loss.margin=data" else "")
     )
 

@@ -63,6 +63,7 @@ class Counts:
     ties: int = 0
     scored: int = 0
     empty: int = 0
+    behind: int = 0  # pairs with a negative margin in the data
     dropped: Counter[str] = field(default_factory=Counter)
     special: Counter[str] = field(default_factory=Counter)  # TextEncoder.counts
     spelled: Counter[str] = field(default_factory=Counter)  # TextEncoder.spelled
@@ -72,7 +73,7 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Add the counts of the chunk that follows."""
-        for name in ("rows", "kept", "pairs", "ties", "scored", "empty"):
+        for name in ("rows", "kept", "pairs", "ties", "scored", "empty", "behind"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("dropped", "special", "spelled", "missing"):
             getattr(self, name).update(getattr(other, name))
@@ -173,6 +174,8 @@ class ChunkEncoder:
             margin = self._margins[comparison.objective] if comparison.objective >= 0 else "none"
             if not isinstance(margin, str):  # loss.margin is a number: the same for every pair
                 labels["margin"] = (float(margin),) * len(comparison.pairs)
+            elif margin == "data":
+                rendered.counts.behind += _behind(comparison)
             rows.append(
                 EncodedRow(
                     prompt,
@@ -236,6 +239,11 @@ class Work:
         warnings = [*oddities(counts.special, counts.spelled), *([counts.refusal] if counts.refusal else [])]
         if counts.empty:
             warnings.append(f"{counts.empty:,} rows have an empty answer")
+        if counts.behind:
+            warnings.append(
+                f"{counts.behind:,} pairs have a negative margin: a margin is by how much the winner leads, and these "
+                "winners are to trail"
+            )
         for what, rows in sorted(counts.missing.items()):
             example = counts.example[what]
             warnings.append(f"in {rows:,} rows the rendered text does not contain {what}, the first time {example}")
@@ -255,6 +263,15 @@ class Work:
             "warnings": warnings,
             "bos_added": adds_bos,
         }
+
+
+def _behind(comparison: Comparison) -> int:
+    """Pairs with a negative margin; of the two directions of a soft label, the likelier one counts."""
+    weight_of = dict(zip(comparison.pairs, comparison.weight, strict=True))
+    return sum(
+        margin < 0.0 and weight_of[pair] > weight_of.get(pair[::-1], 0.0)
+        for pair, margin in zip(comparison.pairs, comparison.margin, strict=True)
+    )
 
 
 def _contents(comparison: Comparison) -> Iterator[str]:

@@ -214,6 +214,53 @@ def test_a_margin_column_may_have_any_name_and_so_may_a_source() -> None:
     assert found.margin == (1.5,) and found.source == "math [31m"
 
 
+def labels_of(row: dict[str, Any], **options: Any) -> dict[tuple[str, str], tuple[float, float]]:
+    """(winner's text, loser's text) -> (margin, weight) of every pair of a row."""
+    found = read({"prompt": "Name a fruit.", **row}, need_margin=True, **options)
+    texts = [answer[0]["content"] for answer in found.answers]
+    labels = zip(found.pairs, found.margin, found.weight, strict=True)
+    return {(texts[winner], texts[loser]): (margin, weight) for (winner, loser), margin, weight in labels}
+
+
+@pytest.mark.parametrize("margin", [{"margin": 2.0}, {"margin": "-0.5"}, {"margin": 0}])
+@pytest.mark.parametrize(
+    ("first", "second", "probability"),  # what judges a row if its first answer wins, and if its second does
+    [
+        ({"winner": "a"}, {"winner": "b"}, 1.0),
+        ({"score_a": 3, "score_b": 1}, {"score_a": 1, "score_b": 3}, 1.0),
+        ({"winner": "a", "score_a": 3, "score_b": 1}, {"winner": "b", "score_a": 1, "score_b": 3}, 1.0),
+        ({"preference": -3}, {"preference": 3}, 1.0),
+        ({"probability": 0.75}, {"probability": 0.25}, 0.75),
+        ({"votes": ["a", "b", "a", "a"]}, {"votes": ["b", "b", "a", "b"]}, 0.75),
+    ],
+)
+def test_a_margin_is_by_how_much_the_winner_leads(
+    first: dict[str, Any], second: dict[str, Any], probability: float, margin: dict[str, Any]
+) -> None:
+    """Every form has the labels of the row with chosen and rejected, whichever of its two answers wins."""
+    wanted = labels_of({"chosen": "Apple.", "rejected": "Ox.", "probability": probability, **margin})
+    assert wanted["Apple.", "Ox."] == (float(margin["margin"]), probability)
+    assert labels_of({"answer_a": "Apple.", "answer_b": "Ox.", **first, **margin}) == wanted
+    assert labels_of({"answer_a": "Ox.", "answer_b": "Apple.", **second, **margin}) == wanted
+
+
+def test_neither_leads_where_both_are_equally_likely() -> None:
+    row = {"answer_a": "Apple.", "answer_b": "Ox.", "margin": 2}
+    for even in ({"probability": 0.5}, {"votes": ["a", "b", "tie"]}):
+        assert set(labels_of({**row, **even}).values()) == {(0.0, 0.5)}
+
+
+def test_without_a_margin_column_the_scores_or_the_preference_give_it() -> None:
+    row = {"answer_a": "Apple.", "answer_b": "Ox.", "winner": "b"}
+    assert labels_of({**row, "score_a": 1, "score_b": 3}) == {("Ox.", "Apple."): (2.0, 1.0)}
+    assert labels_of({**row, "score_a": 3, "score_b": 1}) == {("Ox.", "Apple."): (-2.0, 1.0)}, "they contradict it"
+    # A preference that does not judge the rows may be of another judge.
+    with pytest.raises(UserError, match=r"needs a margin column, .* or {preference: preference_strength}, which then"):
+        labels_of({**row, "preference_strength": -3})
+    judging = {"columns": {"preference": "preference_strength"}}
+    assert labels_of({**row, "preference_strength": -3}, **judging) == {("Apple.", "Ox."): (3.0, 1.0)}
+
+
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (NECTAR, {"answers": "x"}, r"answers must be a list of answers, as in the first rows, not 'x'"),
     (NECTAR, {"answers": ["x"]}, r"answers\[0\] must be a record, as in the first rows, not 'x'"),
