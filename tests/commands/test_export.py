@@ -1,6 +1,7 @@
 """`rmcore export`: a checkpoint of any strategy gives the directory that the end of the training wrote."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import minimize_scalar
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from rmcore.config import UserError
@@ -17,6 +19,7 @@ from rmcore.export import main
 from rmcore.hf_export.from_checkpoint import export
 from rmcore.parallel.world import running_world
 from rmcore.scoring.score import score
+from rmcore.scoring.scorer import Scored, Scorer
 from tests.harness.crash import run
 from tests.harness.small_run import arguments
 
@@ -28,6 +31,12 @@ def trained(folder: Path, size: int, *more: str) -> Path:
     outcome = run(folder / "run", arguments(folder, *HELD_OUT, *more), size, publish=True)
     assert outcome.codes == [0] * size, outcome.text
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank, which tests only read."""
+    return trained(tmp_path_factory.mktemp("plain"), 1)
 
 
 @pytest.mark.parametrize("strategy, size", [("ddp", 1), ("zero1", 2), ("zero2", 2), ("zero3", 3)])
@@ -44,22 +53,20 @@ def test_a_checkpoint_of_any_strategy_exports_what_the_run_published(tmp_path: P
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_card_has_data_metrics_command_and_config(tmp_path: Path) -> None:
-    folder = trained(tmp_path, 1)
-    export(str(folder), str(tmp_path / "out"))
+def test_the_card_has_data_metrics_command_and_config(plain: Path, tmp_path: Path) -> None:
+    export(str(plain), str(tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "rows were kept" in card and "Fingerprint of the tokenised data" in card
     assert "| all |" in card and "rmcore.train rmcore_config.yaml" in card and "template: none" in card
     assert "Limits" in card and 'LLM(model="path/to/this/directory", runner="pooling", dtype="float32")' in card
-    own = (folder / "model" / "README.md").read_text().splitlines()  # it also has a line per source
+    own = (plain / "model" / "README.md").read_text().splitlines()  # it also has a line per source
     assert [line for line in own if line in card.splitlines()] == card.splitlines()
 
 
-def test_normalisation_is_measured_stored_and_changes_no_weight(tmp_path: Path) -> None:
+def test_normalisation_is_measured_stored_and_changes_no_weight(plain: Path, tmp_path: Path) -> None:
     """Plain transformers gives raw rewards, `rmcore score --normalise` rewards of mean 0 and deviation 1."""
-    folder = trained(tmp_path, 1)
-    export(str(folder), str(tmp_path / "raw"))
-    export(str(folder), str(tmp_path / "normalised"), normalise=True, max_shard_size="1MB")
+    export(str(plain), str(tmp_path / "raw"))
+    export(str(plain), str(tmp_path / "normalised"), normalise=True, max_shard_size="1MB")
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("raw", "normalised")]
     stored = configs[1].pop("pooler_config")
     assert configs[0] == configs[1], "nothing else differs"
@@ -86,10 +93,43 @@ def test_normalisation_is_measured_stored_and_changes_no_weight(tmp_path: Path) 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "normalised")
     text = rows[0]["chosen"] + tokenizer.eos_token
     with torch.no_grad():
-        plain = model(**tokenizer(text, return_tensors="pt")).logits.item()
-    assert plain == pytest.approx(found[False][0, 0], abs=1e-5)  # fp32, two layers
+        alone = model(**tokenizer(text, return_tensors="pt")).logits.item()
+    assert alone == pytest.approx(found[False][0, 0], abs=1e-5)  # fp32, two layers
     piped = pipeline("text-classification", str(tmp_path / "normalised"), device="cpu")(text)[0]
-    assert piped["score"] == pytest.approx(plain, abs=1e-6)
+    assert piped["score"] == pytest.approx(alone, abs=1e-6)
+
+
+def test_calibrated_probabilities_belong_to_the_raw_rewards(plain: Path, tmp_path: Path) -> None:
+    """softmax(raw rewards / T), with T where SciPy finds the least log loss; normalised rewards change none of them."""
+
+    def scored(directory: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[Scorer, list[Scored]]:
+        scorer = Scorer(str(directory), device=torch.device("cpu"), **options)
+        placed = [(row, f"row {number}") for number, row in enumerate(rows)]
+        scorer.choose_path(placed)
+        return scorer, scorer.rewards(placed)
+
+    # Verdicts of the model itself, but for the closest quarter, so that some temperature is the best.
+    rows: list[dict[str, Any]] = [*synthetic_rows(24, 5, "test")]
+    rewards = np.array([one.rewards for one in scored(plain / "model", rows)[1]], dtype=np.float64)
+    gap = rewards[:, 0] - rewards[:, 1]
+    gap = np.where(np.argsort(np.argsort(np.abs(gap))) < 6, -1, 1) * np.abs(gap)
+    for row, led, agrees in zip(rows, rewards[:, 0] > rewards[:, 1], gap > 0, strict=True):
+        if led != agrees:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best = minimize_scalar(lambda log: np.logaddexp(0.0, -gap / math.exp(log)).mean(), (-7.0, 7.0), tol=1e-10)
+
+    out = tmp_path / "calibrated"
+    export(str(plain), str(out), ["data.eval_fraction=0", f"data.eval.path={held}"], normalise=True, calibrated=True)
+    temperature = json.loads((out / "config.json").read_text())["rmcore"]["temperature"]
+    assert temperature == pytest.approx(math.exp(best.x), rel=1e-3)
+    asked = [{"prompt": rows[0]["prompt"], "answers": [" Ben was.", " It is red.", " Anna has it."]}]
+    (_, [raw]), (scorer, [normalised]) = (scored(out, asked, normalise=normalise) for normalise in (False, True))
+    expected = np.exp(np.array(raw.rewards) / temperature) / np.exp(np.array(raw.rewards) / temperature).sum()
+    assert np.ptp(expected) > 0.01 and abs(scorer.normalisation.deviation - 1) > 0.1, "both numbers matter"
+    assert raw.probabilities == pytest.approx(expected.tolist(), rel=1e-9)
+    assert normalised.probabilities == pytest.approx(expected.tolist(), rel=1e-9)
 
 
 def test_the_measured_mean_and_deviation_are_those_of_all_held_out_answers(tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def test_a_preference_probability_weighs_both_directions() -> None:
     assert described(row) == "probability in probability; explicit prompt, text"
     found = read(row, need_margin=True)
     assert (found.pairs, found.margin) == (((0, 1), (1, 0)), (2.0, -2.0)) and found.weight == pytest.approx((0.7, 0.3))
+    other = read({**row, "probability": 0.3}, need_margin=True)
+    assert other.margin == (2.0, -2.0), "the margin is the lead of chosen, likelier or not"
     assert read({**row, "probability": 1}).pairs == ((0, 1),)
     assert read({**row, "probability": 0.0}).pairs == ((1, 0),)
     for wrong in (1.2, -0.1, "x", float("nan"), True):
