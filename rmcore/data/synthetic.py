@@ -11,7 +11,6 @@ single characters and bags of answer words are at chance. A prompt belongs to on
 
 import random
 import zlib
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -70,39 +69,6 @@ def synthetic_rows(rows: int, seed: int, split: str) -> list[dict[str, str]]:
         prompt, chosen, rejected = TASKS[source](rng)
         if (zlib.crc32(prompt.encode()) % TEST_SHARE == 0) == (split == "test"):
             made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source})
-    return made
-
-
-def attribute_rows(rows: int, seed: int, split: str) -> list[dict[str, Any]]:
-    """`rows` answers to the prompts of `synthetic_rows`, two for each prompt, one per row, with two attributes.
-
-    `correct` is 1 or -1, `polite` 1 or -1 (whether the answer ends with a thanks); every fourth cell is missing.
-    `score` is `correct`. Example: {"prompt": ..., "response": " Ben was. Thanks.", "score": 1.0, "correct": 1.0,
-    "polite": 1.0}.
-    """
-    rng = random.Random(f"rmcore attributes {split} {seed}")
-    made: list[dict[str, Any]] = []
-    for row in synthetic_rows((rows + 1) // 2, seed, split):
-        for answer, correct in ((row["chosen"], 1.0), (row["rejected"], -1.0)):
-            polite = rng.choice((1.0, -1.0))
-            cells = {"correct": correct, "polite": polite}
-            known = {name: None if rng.random() < 0.25 else value for name, value in cells.items()}
-            text = f"{answer} Thanks." if polite > 0 else answer
-            made.append({"prompt": row["prompt"], "response": text, "score": correct, **known})
-    return made[:rows]
-
-
-def option_rows(rows: int, seed: int, split: str) -> list[dict[str, Any]]:
-    """`rows` prompts of the sub-task colour with all eight colours as options, and the probability of each of them.
-
-    The right one has 0.65, the others 0.05: a judge who is wrong in seven of twenty cases.
-    """
-    made: list[dict[str, Any]] = []
-    for row in synthetic_rows(8 * rows, seed, split):
-        if row["source"] == "colour" and len(made) < rows:
-            answers = [f" It is {colour}." for colour in COLOURS]
-            shares = [0.65 if answer == row["chosen"] else 0.05 for answer in answers]
-            made.append({"prompt": row["prompt"], "answers": answers, "probabilities": shares})
     return made
 
 

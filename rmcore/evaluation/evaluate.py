@@ -5,8 +5,9 @@ reward of every answer in the order of the data, and the metrics computed from t
 Example: 5 micro batches on 2 ranks: rank 0 takes 0, 2, 4; rank 1 takes 1, 3 and an empty one, so that collectives
 inside the model (FSDP) stay aligned.
 
-The micro batches depend only on the data and the token budget; the ranks take them in turn. So a comparison is computed
-in the same micro batch at any world size, and its reward is the same to the last bit.
+The micro batches depend only on the data and the token budget; the ranks take them in turn. So, at one token
+budget, a comparison is computed in the same micro batch at any world size, and its reward is the same to the last bit.
+With batch.tokens=auto, the budget of a training on GPUs depends on their memory, and so on the world size.
 
 Communication: one sum of fp64 [K outputs + a count, of A answers], to which exactly one rank contributes each answer.
 """

@@ -38,11 +38,12 @@ def accuracy_interval(
     return wilson_interval(accuracy, trials)
 
 
-def wilson_interval(share: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The score interval of a share of `count` trials; the default z gives 95 %.
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
+    """The 95 % score interval of a share of `count` trials.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22, p. 209-212.
     """
+    z = 1.959963984540054  # the quantile of the normal distribution at 0.975
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     center, scale = share + z * z / (2 * count), 1 + z * z / count
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)

@@ -55,7 +55,7 @@ def accuracy_at_equal_length(
     accuracy = float((weight_P * right_P).sum() / weight_P.sum())
     clusters = int(cluster_P.max()) + 1
     if accuracy in (0.0, 1.0):  # no error, or nothing right: no difference of length changes that
-        return accuracy, *wilson_interval(accuracy, min(judgements, clusters))
+        return accuracy, *wilson_interval(accuracy, clusters)
 
     # Variance of a. The sandwich is the inverse curvature around the outer products of the clusters' gradients.
     a, b = _fit(right_P, design_P2, weight_P)

@@ -3,7 +3,7 @@
 Input: the directory or hub id of a reward model, and overrides. Output: the `Config` under which it is used, and a
 `TrainedModel`.
 Example: runs/hh/model was trained in bf16 with the template simple_chat. evaluation_config("runs/hh/model",
-"pairs.jsonl", []) keeps both, and TrainedModel.load(config, cpu, tokenizer) computes micro batches of 4,096 tokens.
+"pairs.jsonl", []) keeps both, and TrainedModel.load(config, tokenizer, cpu) computes micro batches of 4,096 tokens.
 """
 
 from __future__ import annotations

@@ -41,6 +41,13 @@ def test_weighted_comparisons_give_the_p_of_all_swaps() -> None:
     assert swap_test(gains, generator()) == pytest.approx(exact, abs=error(exact))
 
 
+@pytest.mark.parametrize(("gain", "count"), [(0.7, 6), (1 / 3, 10)])
+def test_sums_that_differ_by_rounding_are_equal(gain: float, count: int) -> None:
+    """Equal gains: two of the 2^count sums reach the observed one, which numpy adds in another order."""
+    exact = 2.0 ** (1 - count)
+    assert swap_test(np.full(count, gain), generator()) == pytest.approx(exact, abs=error(exact))
+
+
 def test_equal_models_are_called_different_as_often_as_the_level_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """500 seeded pairs of equally good models on comparisons of six pairs, all right or all wrong together."""
     monkeypatch.setattr(comparison, "SWAPS", 1000)

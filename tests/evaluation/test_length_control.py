@@ -72,6 +72,15 @@ def test_95_of_100_intervals_hold_the_truth() -> None:
     assert 270 <= inside < 300 and 270 <= twice < 300
 
 
+def test_a_soft_label_is_at_most_one_trial() -> None:
+    """The two directions of a label of 0.6 nearly cancel, so that the variance is that of more than 200 trials."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    ahead_C, longer_C = generator.normal(0.4, 1.0, 200), np.round(generator.normal(0, 60, 200))
+    right_P, longer_P = np.stack([ahead_C > 0, ahead_C < 0], 1).ravel(), np.stack([longer_C, -longer_C], 1).ravel()
+    found = accuracy_at_equal_length(right_P, longer_P, np.tile([0.6, 0.4], 200), np.repeat(np.arange(200), 2), 200)
+    assert found is not None and found[1:] == pytest.approx(wilson_interval(found[0], 200), abs=1e-12)
+
+
 def test_without_differences_it_is_the_accuracy() -> None:
     right_P = np.arange(100) < 68
     found = plain(right_P, np.zeros(100, dtype=np.int64))

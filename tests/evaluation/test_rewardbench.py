@@ -174,6 +174,7 @@ def test_the_parts_of_a_tie() -> None:
     assert ties([bad, good[1]]) == pytest.approx(0.3 + 0.2 + 0.01 * math.tanh(-1 / 1 - 1))
     assert ties([good[0]]) == pytest.approx(0.3) and ties([good[1]]) == pytest.approx(0.3)
     assert ties([good[0], ("tied:1", [3.0, 3.0], [1.0])]) == pytest.approx(1.0), "no spread, no tanh"
+    assert ties([good[0], ("tied:1", [3.0], [1.0])]) == pytest.approx(0.6), "one answer: nothing to be apart from"
 
 
 def test_shares_of_the_top() -> None:

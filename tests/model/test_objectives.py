@@ -21,7 +21,7 @@ from torch import Tensor
 from rmcore.config.loss import TRAITS, LossConfig, Name
 from rmcore.data.batches.batch import Judged, build_batch
 from rmcore.data.batches.counting import counted_N, size_N
-from rmcore.data.synthetic import attribute_rows, synthetic_rows
+from rmcore.data.synthetic import synthetic_rows
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
 from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.evaluate import main as evaluate
@@ -29,6 +29,7 @@ from rmcore.evaluation.evaluate import objective_loss
 from rmcore.hf_export.average import average
 from rmcore.model.objectives import OBJECTIVES, Objective
 from rmcore.model.reward_model import SHARED, RewardModel
+from tests.harness.attribute_rows import attribute_rows
 from tests.harness.oracle import PAD, tiny_model
 from tests.harness.ranks import run_ranks, train_rank
 

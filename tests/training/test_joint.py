@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rmcore.data.synthetic import attribute_rows, synthetic_rows
+from rmcore.data.synthetic import synthetic_rows
+from tests.harness.attribute_rows import attribute_rows
 from tests.harness.ranks import run_ranks, train_rank
 
 pytestmark = pytest.mark.distributed

@@ -113,7 +113,7 @@ def fix_padding(tokenizer: PreTrainedTokenizerFast) -> PaddingReport:
 
     The first that exists: the tokenizer's own padding token, a token with a name for padding, a reserved token, the
     unknown token if the vocabulary falls back to bytes (then no text becomes it). Otherwise `<pad>` is added, which
-    needs an embedding row: see `embedding_rows`.
+    needs an embedding row: rmcore.model.meta_model.grow adds it.
     """
     pad, eos = tokenizer.pad_token, tokenizer.eos_token
     if pad is not None and pad != eos and tokenizer.pad_token_id != tokenizer.eos_token_id:
@@ -139,11 +139,6 @@ def _choose_padding(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
     if model.get("byte_fallback") and unknown not in (None, tokenizer.eos_token, tokenizer.bos_token):
         return unknown, "unknown"
     return "<pad>", "added"
-
-
-def embedding_rows(tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
-    """Rows that the embedding needs: its `rows` if all tokens fit, else len(tokenizer) rounded up to 8."""
-    return rows if len(tokenizer) <= rows else -(-len(tokenizer) // 8) * 8
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

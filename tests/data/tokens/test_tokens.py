@@ -30,7 +30,7 @@ from rmcore.data.tokens.comparisons import ARRAYS, EncodedRow, lay_out
 from rmcore.data.tokens.encoder import TextEncoder
 from rmcore.data.tokens.limits import LengthLimits, apply_limits, in_memory
 from rmcore.data.tokens.ragged_arrays import common_prefix_lengths
-from rmcore.data.tokens.tokenizer import embedding_rows, fix_padding, load_tokenizer, tokenizer_fingerprint
+from rmcore.data.tokens.tokenizer import fix_padding, load_tokenizer, tokenizer_fingerprint
 from rmcore.evaluation.arrays import pair_arrays
 from tests.harness.paths import ROOT, SHARED, needs_shared
 
@@ -287,11 +287,6 @@ def test_padding_token_differs_from_eos(vocabulary, fallback, special, token, ac
     assert token in str(report)
     again = fix_padding(tokenizer)
     assert again.action == "kept" and again.token_id == report.token_id
-
-
-def test_the_embedding_grows_only_when_it_must_and_to_a_multiple_of_8():
-    tokenizer = byte_tokenizer()  # 259 tokens
-    assert [embedding_rows(tokenizer, rows) for rows in (50304, 264, 259, 258, 1)] == [50304, 264, 259, 264, 264]
 
 
 def config_for(name, *more):
