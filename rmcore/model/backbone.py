@@ -183,6 +183,13 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         raise UserError(unreadable(config, error)) from None
 
 
+def base_rows(config: ModelConfig) -> int:
+    """Rows of the embedding in the files of the model, or of an adapter's base model; `grow` may add to them."""
+    adapter = StoredAdapter.of(config)
+    base = config if adapter is None else adapter.base_config(config)
+    return int(load_model_config(base).get_text_config().vocab_size)
+
+
 def position_limit(hf_config: PretrainedConfig) -> int | None:
     """Most tokens that the model has positions for, where its config states them."""
     limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)

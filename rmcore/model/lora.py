@@ -201,11 +201,16 @@ def visible_changes(parameters: Callable[[], Mapping[str, Tensor]], adapted: Seq
             own[name].copy_(values)
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of the names and values of all frozen weights: a checkpoint does not hold them, the base model does."""
+def frozen_fingerprint(model: PreTrainedModel, rows: int | None = None) -> str:
+    """Hash of the names and values of all frozen weights: a checkpoint does not hold them, the base model does.
+
+    rows: the tokens of the base model's embedding; rows beyond them, which rmcore draws, are left out. None: all rows.
+    """
     digest = xxhash.xxh3_128()
+    tokens = model.get_input_embeddings().weight.shape[0]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            parameter = parameter[:rows] if parameter.shape[:1] == (tokens,) else parameter
             digest.update(f"{name} {list(parameter.shape)}".encode())
             for part in parameter.detach().cpu().contiguous().view(-1).split(CHUNK):
                 digest.update(part.view(torch.uint8).numpy().data)

@@ -126,6 +126,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
         lines=lines,
         adapted=loaded.adapted,
         base=loaded.base,
+        base_weights=loaded.base_weights,
         in_parts=isinstance(loaded, ShardedModel),
         towers=loaded.towers,
     )
