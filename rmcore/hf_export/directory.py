@@ -365,7 +365,7 @@ def _write_adapter(
 ) -> None:
     """The adapter, and the config of the whole model, with which rmcore reads the directory."""
     config = classifier_config(package.hf_config, package.tokenizer, package.normalisation, package.temperature)
-    own = {LORA_BASE: adapter.lora.base}
+    own: dict[str, Any] = {LORA_BASE: adapter.lora.base}
     own |= {BASE_WEIGHTS: adapter.base_weights._asdict()} if adapter.base_weights else {}
     setattr(config, OUTPUTS, {**(getattr(config, OUTPUTS, None) or {}), **own})
     with torch.device("meta"):
