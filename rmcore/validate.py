@@ -105,6 +105,7 @@ def _config(config: Config) -> tuple[Any, str, list[str]]:
 
     from rmcore.ops.blockwise import check_bitsandbytes
     from rmcore.parallel.precision import bf16_of, with_precision
+    from rmcore.training.assembly import untrained_outputs
 
     if config.optim.states == "int8":
         check_bitsandbytes("optim.states=int8")
@@ -112,6 +113,7 @@ def _config(config: Config) -> tuple[Any, str, list[str]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved, lines = with_precision(config, bf16_of(device))
     warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+    warnings += [line.removeprefix("warning: ") for line in untrained_outputs(config)]
     notes = [f"\non this machine {line}" for line in lines if not line.startswith("warning: ")]
     return resolved, f"{config.model.name} on {data}{''.join(notes)}", warnings
 

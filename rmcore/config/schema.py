@@ -83,6 +83,13 @@ class ModelConfig(Section):
         return self
 
     @property
+    def rewarded(self) -> tuple[str, ...]:
+        """The outputs of a fresh head that have weight in the reward."""
+        if isinstance(self.reward, dict):
+            return tuple(name for name, weight in self.reward.items() if weight)
+        return (self.reward or (self.outputs or ["reward"])[0],)
+
+    @property
     def trains_bf16(self) -> bool:
         """Whether the optimizer updates bf16 weights."""
         return self.weights == "bf16"
@@ -435,6 +442,13 @@ class Config(Section):
                 raise conflict(
                     f"{place}.output", f"has {unknown[0]}, which is not one of model.outputs: {', '.join(known)}"
                 )
+        if random := [name for name in self.untrained if name in self.model.rewarded]:
+            default = " (by default the first output)" if self.model.reward is None else ""
+            raise conflict(
+                "model.reward",
+                f"has weight on {', '.join(random)}{default}, which no loss trains: set it to outputs that loss.output "
+                "lists",
+            )
         for key in ("best_metric", "patience"):
             if getattr(self.run, key) is not None and not self.data.eval_sets:
                 raise conflict(f"run.{key}", "needs evaluation data: set data.eval.path or data.eval_fraction")
@@ -501,6 +515,14 @@ class Config(Section):
         for loss in (source.loss or self.loss for source in self.data.train):
             losses += [loss] if loss not in losses else []
         return tuple(losses)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """The outputs of a fresh head that no loss trains; a loss without `output` trains those of the reward."""
+        if self.model.head == "stored" or not self.losses:
+            return ()
+        trained = {name for loss in self.losses for name in loss.outputs or self.model.rewarded}
+        return tuple(name for name in self.model.outputs or ["reward"] if name not in trained)
 
     def loss_number(self, own: LossConfig | None) -> int:
         """The number in `losses` of the objective of a source with the key `loss`: own; of several, -1 for none."""

@@ -49,7 +49,7 @@ def evaluation_config(model: str, data: str, overrides: list[str]) -> Config:
     saved = Path(model) / "rmcore_config.yaml"
     values: dict[str, dict[str, Any]] = {"data": {"template": "tokenizer"}}
     if saved.is_file():
-        trained = load_config(str(saved), [])
+        trained = load_config(str(saved), ["model.head=stored"])  # whatever trained the head, the export holds it
         for section, keys in KEPT.items():
             values[section] = {key: getattr(getattr(trained, section), key) for key in keys}
         template = str(values["data"]["template"])

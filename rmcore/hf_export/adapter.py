@@ -23,20 +23,22 @@ from rmcore.config.lora import LoraConfig
 from rmcore.config.schema import ModelConfig
 from rmcore.hf_export.parity import ExportError
 from rmcore.host.model_directory import ADAPTER_WEIGHTS
-from rmcore.model.adapter import HEAD, StoredAdapter, stored_name
-from rmcore.model.backbone import load_model_config
+from rmcore.model.adapter import HEAD, BaseWeights, StoredAdapter, stored_name
+from rmcore.model.backbone import base_rows
 from rmcore.model.classifier import is_made, text_model, text_prefix
 from rmcore.model.lora import PREFIX, Adapted, store_base
 from rmcore.model.meta_model import set_padding
 
 
 class AdapterParts(NamedTuple):
-    """What an adapter states besides its weights: the base model as the user gave it, and how LoRA was applied."""
+    """What an adapter states besides its weights: the base model as the user gave it, with a fingerprint, and how LoRA
+    was applied."""
 
     base: str
     revision: str | None
     lora: LoraConfig
     adapted: tuple[Adapted, ...]
+    base_weights: BaseWeights | None  # where the weights are known, and not only their names
 
 
 def adapter_parts(
@@ -44,6 +46,7 @@ def adapter_parts(
     adapted: Iterable[Adapted],
     model_class: type[PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
+    base_weights: BaseWeights | None = None,
 ) -> AdapterParts:
     """Raises UserError for a model whose adapter would not give the same rewards in peft."""
     if is_made(model_class):
@@ -53,16 +56,14 @@ def adapter_parts(
         )
     stored = StoredAdapter.of(config)
     base, revision = (stored.base, stored.base_revision) if stored else (config.name, config.revision)
-    rows = (
-        load_model_config(config.model_copy(update={"name": base, "revision": revision})).get_text_config().vocab_size
-    )
+    rows = base_rows(config)
     new = [token for token, number in tokenizer.get_vocab().items() if number >= rows and token != tokenizer.pad_token]
     if new:
         raise UserError(
             f"export.adapter: the base model has no embedding for {len(new)} tokens of the tokenizer, {min(new)!r} "
             "among them, and an adapter does not hold those that were drawn: leave export.adapter out"
         )
-    return AdapterParts(base, revision, config.lora, tuple(adapted))
+    return AdapterParts(base, revision, config.lora, tuple(adapted), base_weights)
 
 
 def write_adapter(

@@ -44,6 +44,7 @@ from rmcore.hf_export.parity import (
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
 from rmcore.host.files import fsync_directory
 from rmcore.host.model_directory import LORA_BASE
+from rmcore.model.adapter import BASE_WEIGHTS
 from rmcore.model.classifier import architecture, brings_code, code_of_decoder, is_custom_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
 from rmcore.model.language_head import WEIGHT as LM_HEAD
@@ -364,7 +365,9 @@ def _write_adapter(
 ) -> None:
     """The adapter, and the config of the whole model, with which rmcore reads the directory."""
     config = classifier_config(package.hf_config, package.tokenizer, package.normalisation, package.temperature)
-    setattr(config, OUTPUTS, {**(getattr(config, OUTPUTS, None) or {}), LORA_BASE: adapter.lora.base})
+    own: dict[str, Any] = {LORA_BASE: adapter.lora.base}
+    own |= {BASE_WEIGHTS: adapter.base_weights._asdict()} if adapter.base_weights else {}
+    setattr(config, OUTPUTS, {**(getattr(config, OUTPUTS, None) or {}), **own})
     with torch.device("meta"):
         skeleton = package.model_class(config)
     write_adapter(tensors, adapter, skeleton, directory)

@@ -40,7 +40,8 @@ from rmcore.hf_export.parts import exported_parts
 from rmcore.hf_export.probe import built_in, probe_of
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size
 from rmcore.host.model_directory import ADAPTER
-from rmcore.model.backbone import load_model, load_model_config, position_limit, train_text_only
+from rmcore.model.adapter import BaseWeights
+from rmcore.model.backbone import base_rows, load_model, load_model_config, position_limit, train_text_only
 from rmcore.model.classifier import brings_code, is_made, text_model, towers
 from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.language_head import empty_head
@@ -92,7 +93,9 @@ def export(
     trained = loaded.trained
     adapter = None
     if config.export.adapter:
-        adapter = adapter_parts(config.model, loaded.adapted, type(trained.hf_model), trained.tokenizer)
+        adapter = adapter_parts(
+            config.model, loaded.adapted, type(trained.hf_model), trained.tokenizer, loaded.base_weights
+        )
     parts = exported_parts(config, type(trained.hf_model), trained.hf_model.config, towers(trained.hf_model))
     package = Package(
         model_class=parts.model_class,
@@ -224,6 +227,7 @@ class Loaded:
     no_data: str  # why `data` is None
     trial: TokenizedComparisons  # comparisons for the self-test and for the check of the export
     adapted: Sequence[Adapted]  # the layers that LoRA trained; empty without LoRA
+    base_weights: BaseWeights | None  # with export.adapter
 
 
 def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
@@ -245,15 +249,18 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     pad = int(tokenizer.pad_token_id)
     hf_model: Any = load_model(shape, seed=seed, vocabulary=len(tokenizer), pad_token_id=pad)
     adapted = add_lora(text_model(hf_model), lora, seed) if lora.rank else []
+    base_weights = None
     if adapted:
         Start(checkpoint, manifest).check_base(frozen_fingerprint(text_model(hf_model)))
+        if config.export.adapter:
+            base_weights = BaseWeights.of(text_model(hf_model), base_rows(config.model))
         store_base(text_model(hf_model), lora)
     head = empty_head(hf_model) if config.export.lm_head else None
     trained = TrainedModel(config, hf_model, tokenizer, torch.device("cpu"), head)
     read_weights(trained.model, checkpoint, manifest, config.run.weights)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)
     trained.choose_path(trial)
-    return Loaded(trained, template, data, no_data, trial, adapted)
+    return Loaded(trained, template, data, no_data, trial, adapted, base_weights)
 
 
 def holds_others(hf_config: PretrainedConfig, model: ModelConfig) -> bool:

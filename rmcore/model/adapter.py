@@ -6,7 +6,7 @@ Example: rank 16 on all linear layers of an 8b model: 168 MB, next to a base mod
 
 config.json describes the whole model, and has the key `rmcore.lora_base`: how the training stored the frozen weights of
 the adapted layers (`model.lora.base`). With an nf4 base, rewards are those of the nf4 numbers, so rmcore makes them
-again from the base model's files.
+again from the base model's files. The key `rmcore.base_weights` has a fingerprint of these files' weights.
 """
 
 import json
@@ -27,21 +27,38 @@ from rmcore.config.schema import ModelConfig
 from rmcore.host.model_directory import ADAPTER, ADAPTER_WEIGHTS, LORA_BASE, refuse_missing_directory
 from rmcore.model.classifier import text_model, text_prefix
 from rmcore.model.found_weights import listed
-from rmcore.model.lora import PREFIX, add_lora, merged, store_base
+from rmcore.model.lora import PREFIX, add_lora, frozen_fingerprint, merged, store_base
 from rmcore.model.outputs import KEY
 from rmcore.model.synthetic_model import SYNTHETIC
 
 ROOT = "base_model.model."  # in front of peft's names
+BASE_WEIGHTS = "base_weights"  # in `rmcore` of config.json
+
+
+class BaseWeights(NamedTuple):
+    """The tokens in the embedding of a base model, and a fingerprint of the weights that LoRA did not train."""
+
+    rows: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, backbone: PreTrainedModel, rows: int) -> "BaseWeights":
+        """Of a text model with LoRA whose base is not yet stored in fewer bits (`store_base`)."""
+        return cls(rows, frozen_fingerprint(backbone, rows))
 
 
 class StoredAdapter(NamedTuple):
-    """An adapter of rmcore's: where it is, its base model, and the settings `model.lora` of its training."""
+    """An adapter of rmcore's: where it is, its base model, and the settings `model.lora` of its training.
+
+    `base_weights`: None for adapters of earlier versions, whose base model is not checked.
+    """
 
     source: str
     revision: str | None
     base: str
     base_revision: str | None
     lora: LoraConfig
+    base_weights: BaseWeights | None = None
 
     @classmethod
     def of(cls, config: ModelConfig) -> "StoredAdapter | None":
@@ -69,8 +86,14 @@ class StoredAdapter(NamedTuple):
                     "rslora": stored["use_rslora"],
                 }
             )
+            known = own.get(BASE_WEIGHTS)
             return cls(
-                config.name, config.revision, str(stored["base_model_name_or_path"]), stored.get("revision"), lora
+                config.name,
+                config.revision,
+                str(stored["base_model_name_or_path"]),
+                stored.get("revision"),
+                lora,
+                None if known is None else BaseWeights(int(known["rows"]), str(known["fingerprint"])),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -107,6 +130,18 @@ class StoredAdapter(NamedTuple):
         return config.model_copy(
             update={"name": self.base, "revision": self.base_revision, "head": "fresh", "lora": LoraConfig()}
         )
+
+    def check_base(self, backbone: PreTrainedModel) -> None:
+        """Raises UserError unless the adapter was trained on these weights; see `BaseWeights.of`."""
+        if self.base_weights is None:
+            return
+        found = BaseWeights.of(backbone, self.base_weights.rows)
+        if found != self.base_weights:
+            raise UserError(
+                f"the weights of {self.base} are not those on which the adapter {self.source} was trained (fingerprint "
+                f"{self.base_weights.fingerprint[:12]} then, {found.fingerprint[:12]} now), so its rewards would be "
+                f"others: bring the old ones back (`revision` in {ADAPTER} pins a hub model)"
+            )
 
     def load_head(self, model: PreTrainedModel) -> None:
         """Give the base model the adapter's score head."""
@@ -154,6 +189,7 @@ class StoredAdapter(NamedTuple):
         backbone = text_model(model)
         plain = dict(backbone.named_modules())
         adapted = add_lora(backbone, self._lora_of(model), seed=0)
+        self.check_base(backbone)
         store_base(backbone, self.lora)
         self.load_adapters(model)
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -52,7 +52,7 @@ def load_model(
         vocabulary: len(tokenizer). If the embedding has fewer rows, it grows to this size, rounded up to a multiple
             of 8.
         pad_token_id: written to the model's config; must differ from EOS.
-        say: gets a line about a head of another trainer in the checkpoint, which is not used.
+        say: gets a line about a head in the checkpoint that is not used.
     Raises:
         UserError: files or weights are missing, a file is truncated, a weight contains NaN or Inf, or the architecture
             is another one.
@@ -111,7 +111,7 @@ def train_text_only(model: PreTrainedModel) -> PreTrainedModel:
 def reward_config(config: ModelConfig, pad_token_id: int) -> PretrainedConfig:
     """The model's own config, with a label for each output and a padding token.
 
-    Raises UserError when the config cannot be loaded, or for outputs that a stored head does not have.
+    Raises UserError when the config cannot be loaded, or for outputs that are not those of a stored head.
 
     The padding token is None while the embedding has no row for it, because transformers could not build such an
     embedding; `grow` sets it.
@@ -183,6 +183,13 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         raise UserError(unreadable(config, error)) from None
 
 
+def base_rows(config: ModelConfig) -> int:
+    """Rows of the embedding in the files of the model, or of an adapter's base model; `grow` may add to them."""
+    adapter = StoredAdapter.of(config)
+    base = config if adapter is None else adapter.base_config(config)
+    return int(load_model_config(base).get_text_config().vocab_size)
+
+
 def position_limit(hf_config: PretrainedConfig) -> int | None:
     """Most tokens that the model has positions for, where its config states them."""
     limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
@@ -245,7 +252,8 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> tuple[PreTr
     except Exception as error:  # safetensors and transformers raise many kinds for files that are not a model
         raise UserError(unreadable(config, error)) from None
     replaced = {SCORE} if config.head == "fresh" else set()
-    mismatched = {name: shapes for name, *shapes in report["mismatched_keys"] if name not in replaced}
+    reshaped = {name: shapes for name, *shapes in report["mismatched_keys"]}
+    mismatched = {name: shapes for name, shapes in reshaped.items() if name not in replaced}
     try:
         note = check_found(
             type(model).__name__,
@@ -254,6 +262,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig) -> tuple[PreTr
             unexpected=set(report["unexpected_keys"]) - other_heads(model),
             wrong=[f"{name} {list(found)} (expected {list(wanted)})" for name, (found, wanted) in mismatched.items()],
             head_files=head_files(config.name, config.revision),
+            holds_score=SCORE in reshaped or SCORE not in report["missing_keys"],
         )
     except UserError as error:
         raise UserError(f"model.name {config.name}: {error}") from None

@@ -32,21 +32,30 @@ def check_found(
     unexpected: Iterable[str],
     wrong: Iterable[str],
     head_files: Iterable[str] = (),
+    holds_score: bool = False,
 ) -> str:
     """Raises UserError unless the checkpoint holds what a model of the class `kind` needs; returns a note, or "".
 
     Args:
-        head: model.head: with `fresh`, score.weight is not needed, and the head of another trainer is only noted.
+        head: model.head: with `fresh`, score.weight is not needed, and a head in the checkpoint is only noted.
         wrong: weights of another shape or type, each as "score.weight [3, 64] (expected [1, 64])".
         head_files: files next to the model's own that hold the head of another trainer.
+        holds_score: whether the checkpoint holds score.weight, of whatever shape.
     """
     missing, wrong, unexpected = sorted(missing), sorted(wrong), sorted(unexpected)
     foreign = sorted([*(name for name in unexpected if OTHER_HEAD.match(name)), *head_files])
     unexpected = [name for name in unexpected if not OTHER_HEAD.match(name)]
     if head == "fresh" and not (missing or unexpected or wrong):
-        if not foreign:
-            return ""
-        return f"warning: {_names(foreign)}, a head of another trainer, is not used: model.head=fresh draws a new one"
+        if foreign:
+            return (
+                f"warning: {_names(foreign)}, a head of another trainer, is not used: model.head=fresh draws a new one"
+            )
+        if holds_score:
+            return (
+                f"warning: {SCORE}, a stored score head, is not used: model.head=fresh draws a new one; "
+                "model.head=stored trains it further"
+            )
+        return ""
     if foreign and head != "fresh" and SCORE not in (name.split()[0] for name in (*missing, *wrong)):
         unexpected = [*unexpected, *foreign]  # next to a head that fits
     faults = [
@@ -67,7 +76,10 @@ def check_found(
 def _hint_on_head(foreign: list[str], wrong: list[str]) -> str:
     """What a checkpoint is of which only the score head does not fit, and what to do."""
     if wrong:
-        return "it is a classifier of several labels, not a reward model; only a training can replace its head"
+        return (
+            "the stored head has another number of outputs than model.outputs lists (default: one, the reward): list a "
+            "name for each, or train a new head with model.head=fresh"
+        )
     if foreign:
         return (
             f"its head is {_names(foreign)}, of another trainer, which is not read; `rmcore convert DIR -o DIR` makes "

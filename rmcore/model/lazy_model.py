@@ -38,7 +38,7 @@ class LazyModel:
 
     `source`: where the weights come from. `embedding`: name of the embedding, which grows to `vocabulary` rows; the
     rows that the source does not have are drawn. `fresh_head`: draw the score head, whatever the source has. `note`: a
-    line about the head of another trainer in the checkpoint.
+    line about a head in the checkpoint that is not used.
     """
 
     hf_config: PretrainedConfig

@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
@@ -201,12 +201,17 @@ def visible_changes(parameters: Callable[[], Mapping[str, Tensor]], adapted: Seq
             own[name].copy_(values)
 
 
-def frozen_fingerprint(model: nn.Module) -> str:
-    """Hash of the names and values of all frozen weights: a checkpoint does not hold them, the base model does."""
+def frozen_fingerprint(model: PreTrainedModel, rows: int | None = None) -> str:
+    """Hash of the names and values of all frozen weights: a checkpoint does not hold them, the base model does.
+
+    rows: the tokens of the base model's embedding; rows beyond them, which rmcore draws, are left out. None: all rows.
+    """
     digest = xxhash.xxh3_128()
+    tokens = None if rows is None else cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            digest.update(f"{name} {list(parameter.shape)}".encode())
-            for part in parameter.detach().cpu().contiguous().view(-1).split(CHUNK):
+            values = parameter[:rows] if parameter.shape[:1] == (tokens,) else parameter
+            digest.update(f"{name} {list(values.shape)}".encode())
+            for part in values.detach().cpu().contiguous().view(-1).split(CHUNK):
                 digest.update(part.view(torch.uint8).numpy().data)
     return digest.hexdigest()

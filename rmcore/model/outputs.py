@@ -34,8 +34,17 @@ class Outputs(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig, hf_config: PretrainedConfig) -> "Outputs":
-        """The outputs that `config` asks for, or those that a stored head has. Raises UserError for unknown names."""
+        """The outputs that `config` asks for, or those that a stored head has.
+
+        Raises UserError for unknown names, and for names or an order that are not those of the stored head.
+        """
         stored = cls.stored(hf_config) if config.head == "stored" else cls()
+        if config.outputs is not None and stored != cls() and tuple(config.outputs) != stored.names:
+            raise UserError(
+                f"model.outputs=[{', '.join(config.outputs)}]: the stored head of {config.name} has "
+                f"[{', '.join(stored.names)}], in this order: leave model.outputs out, or draw a new head with "
+                "model.head=fresh"
+            )
         if config.outputs is None and config.reward is None:
             return stored
         names = stored.names if config.outputs is None else tuple(config.outputs)

@@ -206,6 +206,7 @@ def open_weights(
         unexpected=unexpected,
         wrong=wrong,
         head_files=others,
+        holds_score=SCORE in found,
     )
     return StoredWeights({name: found[name] for name in expected if name in found}), note
 

@@ -56,15 +56,15 @@ def comparison_of(
     further = {name: value for name, value in row.items() if name not in JUDGED}
     has_turns = "messages" in row and not any(name in row for name in (*MANY, *ONE, "chosen"))
     if has_turns:
-        answers: list[Any] = [row["messages"]]
+        found, answers = "messages", [row["messages"]]
         further = {name: value for name, value in further.items() if name not in PROMPT}
         single = True
     elif "chosen" in row and "rejected" in row:
         further |= {name: row[name] for name in ("chosen", "rejected")}
         return _pair(further, template, where, typed), False
     else:
-        found = next((name for name in (*MANY, *ONE) if name in row), None)
-        if found is None or not any(name in row for name in PROMPT):
+        found = next((name for name in (*MANY, *ONE) if name in row), "")
+        if not found or not any(name in row for name in PROMPT):
             raise UserError(f"{where}: a row needs {KINDS}; found {listed(list(row))}")
         single = found in ONE
         answers = [row[found]] if single else row[found]
@@ -72,14 +72,27 @@ def comparison_of(
             answers = parsed(answers, found, where)
         if not isinstance(answers, list) or not answers:
             raise UserError(f"{where}: {found} must be a list of answers, not {short(answers)}")
-    first, *others = [{**further, "chosen": answers[0], "rejected": other} for other in answers[1:] or answers]
-    pairs = [_pair(first, template, where, typed)]
+    pairs = []
+    for place, other in enumerate(answers[1:] or answers, start=1):
+        try:
+            pairs.append(_pair({**further, "chosen": answers[0], "rejected": other}, template, where, typed))
+        except UserError as error:
+            names = (found, found) if single else (f"{found}[0]", f"{found}[{place}]")
+            raise UserError(_as_given(str(error), where, *names)) from None
     first_pair = pairs[0]
     if len(answers) == 1:
         return replace(first_pair, answers=first_pair.answers[:1], pairs=(), margin=(), weight=()), single
-    pairs += [_pair(other, template, where, typed) for other in others]
     every = (first_pair.answers[0], *(pair.answers[1] for pair in pairs))
     return replace(first_pair, answers=every, pairs=(), margin=(), weight=()), single
+
+
+def _as_given(message: str, where: str, first: str, other: str) -> str:
+    """A message about a pair in the words of the row: `answers[1]` is read as `rejected`, next to `answers[0]`."""
+    for ours, theirs in (("chosen", first), ("rejected", other)):
+        if message.startswith(f"{where}: {ours}"):
+            rest = message.removeprefix(f"{where}: {ours}").replace(" in each of the first 1 rows", "")
+            return f"{where}: {theirs}{rest.replace('as in the first rows', f'as {first} is')}"
+    return message
 
 
 def _pair(row: Mapping[str, Any], template: Template, where: str, typed: bool) -> Comparison:

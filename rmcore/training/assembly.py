@@ -103,6 +103,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
         ops.describe(),
         *precision_lines,
         *_remote_code(config),
+        *untrained_outputs(config),
         f"{plan.steps} steps of {config.batch.pairs} {config.unit} on {world.size} x {world.device.type}, "
         f"{config.parallel.strategy}, {config.parallel.precision}, micro batches of at most {budget.tokens:,} tokens, "
         f"recompute {budget.recompute}"
@@ -125,6 +126,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
         lines=lines,
         adapted=loaded.adapted,
         base=loaded.base,
+        base_weights=loaded.base_weights,
         in_parts=isinstance(loaded, ShardedModel),
         towers=loaded.towers,
     )
@@ -204,6 +206,16 @@ def _own_budget(
     if not config.batch.shrink or not path.exists():
         return own
     return Budget(min(own.tokens, json.loads(path.read_text(encoding="utf-8"))["tokens"] * 3 // 4), own.recompute)
+
+
+def untrained_outputs(config: Config) -> list[str]:
+    """A warning if the head has outputs that no loss trains; the reward does not read them."""
+    if not config.untrained:
+        return []
+    return [
+        f"warning: model.outputs has {', '.join(config.untrained)}, which no loss trains: exported as drawn at random, "
+        "of use only to a later training with model.head=stored"
+    ]
 
 
 def _remote_code(config: Config) -> list[str]:

@@ -26,8 +26,8 @@ from rmcore.config import UserError
 from rmcore.config.schema import Config
 from rmcore.cost.formats import AVERAGES, EMA, WEIGHT
 from rmcore.host.memory import available_memory, return_freed_memory
-from rmcore.model.adapter import StoredAdapter, check_adapter
-from rmcore.model.backbone import check_finite, load_model
+from rmcore.model.adapter import BaseWeights, StoredAdapter, check_adapter
+from rmcore.model.backbone import base_rows, check_finite, load_model
 from rmcore.model.classifier import text_model, text_prefix, towers
 from rmcore.model.language_head import language_head
 from rmcore.model.lazy_model import LazyModel, NeedsWholeModel, open_lazy_model
@@ -45,8 +45,8 @@ from rmcore.parallel.world import World, broadcast_json, device_mesh, first_erro
 class WholeModel:
     """Every rank has all weights: the tested model is the trained one.
 
-    `adapted`, `base`, `towers`: see `rmcore.training.run.Run`. `notes`: lines for the user, such as why the model was
-    not sharded although the strategy shards.
+    `adapted`, `base`, `base_weights`, `towers`: see `rmcore.training.run.Run`. `notes`: lines for the user, such as why
+    the model was not sharded although the strategy shards.
     """
 
     tested: RewardModel
@@ -54,6 +54,7 @@ class WholeModel:
     hf_config: PretrainedConfig
     adapted: tuple[Adapted, ...]
     base: str
+    base_weights: BaseWeights | None
     notes: list[str]
     towers: Mapping[str, Tensor]
     shards: Shards | None = None
@@ -76,6 +77,7 @@ class ShardedModel:
     towers: Mapping[str, Tensor]
     adapted: tuple[Adapted, ...] = ()
     base: str = ""
+    base_weights: BaseWeights | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -178,13 +180,18 @@ def _load_whole(
         ),
     )
     adapted: list[Adapted] = []
-    base = ""
+    base, base_weights = "", None
     if config.model.lora.rank is not None:
         backbone = text_model(hf_model)
         adapted = first_error(world, "adding LoRA", lambda: add_lora(backbone, config.model.lora, seed))
         stored = StoredAdapter.of(config.model)
         base = broadcast_json(world, frozen_fingerprint(backbone) if world.is_main else "")
         start.check_base(base)
+        base_weights = first_error(
+            world,
+            "looking at the base model",
+            lambda: _base_weights(config, backbone, stored) if world.is_main else None,
+        )
         first_error(world, "storing the base", lambda: store_base(backbone, config.model.lora))
         if stored is not None:
             first_error(world, "loading the adapter", lambda: stored.load_adapters(hf_model))
@@ -198,7 +205,17 @@ def _load_whole(
         raise UserError("loss.sft and longrope exclude each other: long and short texts are packed in another way")
     model = model.to(world.device)
     untrained = towers(hf_model) if world.is_main else {}
-    return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, notes, untrained)
+    return WholeModel(model, type(hf_model), hf_model.config, tuple(adapted), base, base_weights, notes, untrained)
+
+
+def _base_weights(config: Config, backbone: PreTrainedModel, stored: StoredAdapter | None) -> BaseWeights | None:
+    """What an exported adapter will state of its base model.
+
+    Raises UserError if the adapter that the training continues was trained on another one.
+    """
+    if stored is not None:
+        stored.check_base(backbone)
+    return BaseWeights.of(backbone, base_rows(config.model)) if config.export.adapter else None
 
 
 def _reward_model(

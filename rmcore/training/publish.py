@@ -96,7 +96,7 @@ def package_of(run: Run, evaluations: Evaluations | None) -> Package:
     config = run.config
     adapter = None
     if config.export.adapter:
-        adapter = adapter_parts(config.model, run.adapted, run.model_class, run.tokenizer)
+        adapter = adapter_parts(config.model, run.adapted, run.model_class, run.tokenizer, run.base_weights)
     parts = exported_parts(config, run.model_class, run.hf_config, run.towers)
     return Package(
         model_class=parts.model_class,

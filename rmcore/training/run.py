@@ -16,6 +16,7 @@ from rmcore.checkpoint.resume import Start
 from rmcore.config.schema import Config
 from rmcore.data.batches.step_plan import Plan, Step
 from rmcore.data.prepare import PreparedData
+from rmcore.model.adapter import BaseWeights
 from rmcore.model.lora import Adapted
 from rmcore.parallel.strategy import Strategy
 from rmcore.parallel.world import World
@@ -34,6 +35,7 @@ class Run:
         lines: facts about the run, for the user.
         adapted: the layers that LoRA trains instead of their weights.
         base: with LoRA, the fingerprint of the weights that are not trained.
+        base_weights: on rank 0 with export.adapter, what the adapter states of its base model's weights.
         in_parts: whether each rank read only its rows of the weights.
         towers: on rank 0, the weights that take no part in a reward; the export writes them as they were.
     """
@@ -53,6 +55,7 @@ class Run:
     lines: tuple[str, ...]
     adapted: tuple[Adapted, ...] = ()
     base: str = ""
+    base_weights: BaseWeights | None = None
     in_parts: bool = False
     towers: Mapping[str, Tensor] = field(default_factory=dict)
 

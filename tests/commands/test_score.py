@@ -282,7 +282,7 @@ def test_normalised_rewards(tmp_path, monkeypatch):
     [
         ({"prompt": "a"}, "in.jsonl:1: a row needs prompt and answers"),
         ({"prompt": "a", "answers": []}, "in.jsonl:1: answers must be a list of answers"),
-        ({"prompt": "a", "answers": ["b", 3]}, "in.jsonl:1: rejected must be text"),
+        ({"prompt": "a", "answers": ["b", 3]}, "in.jsonl:1: answers[1] must be text, as answers[0] is, not 3"),
         ({"text": 3}, "in.jsonl:1: text must be text"),
     ],
 )

@@ -21,7 +21,7 @@ def test_sources_with_equal_settings_share_an_objective() -> None:
     assert many.losses == (LossConfig(), LossConfig(name="regression", output=["a", "b"]))
     assert [many.loss_number(source.loss) for source in many.data.train] == [0, 1, 1]
     assert many.attributes == ("a", "b") and many.unit == "pairs and scored answers"
-    alone = config(data={"train": [{"path": "y", "loss": ATTRIBUTES}], "eval": [{"path": "z"}]})
+    alone = config({"reward": "b"}, data={"train": [{"path": "y", "loss": ATTRIBUTES}], "eval": [{"path": "z"}]})
     assert alone.losses == (LossConfig(name="regression", output=["a", "b"]),) and alone.loss_number(None) == 0
     apart = config(data={"train": [{"path": "x", "loss": {"name": "hinge"}}, {"path": "y", "loss": ATTRIBUTES}]})
     assert apart.loss_number(None) == -1  # an evaluation source without a loss, where no train source has the section's
@@ -58,6 +58,47 @@ REFUSED = [
     ),
     ({"data": {"group_by_prompt": True}}, "data.group_by_prompt merges rows of pairs, from which loss.name=regression"),
 ]
+
+
+UNTRAINED = [  # keys of model, losses; outputs with weight in the reward that no loss trains
+    (
+        {},
+        [{"name": "regression", "output": ["a"]}],
+        "model.reward has weight on r (by default the first output), which no loss trains",
+    ),
+    ({"reward": "b"}, [{"output": "a"}, {"output": "r"}], "model.reward has weight on b, which no loss trains"),
+    (
+        {"reward": {"r": 0.5, "a": 0.0, "b": 1.0}},
+        [{"name": "quantile_regression", "output": ["a", "r"]}],
+        "model.reward has weight on b, which no loss trains",
+    ),
+    ({"reward": {"r": 0.5, "a": 0.0, "b": 1.0}}, [{"name": "regression", "output": ["r", "b"]}], ""),
+    ({"reward": "a"}, [{"output": "r"}, {}], ""),  # a loss without output trains the reward
+    ({"head": "stored", "reward": "b"}, [{"output": "a"}], ""),  # an earlier training trained it
+]
+
+
+@pytest.mark.parametrize("model, losses, message", UNTRAINED)
+def test_a_reward_that_no_loss_trains_is_refused(model: dict, losses: list[dict], message: str) -> None:
+    sources = [{"path": f"{number}", "loss": loss} for number, loss in enumerate(losses)]
+    values = {"model": {"name": "m", "outputs": ["r", "a", "b"], **model}, "data": {"train": sources}}
+    if not message:
+        config_from_values(values)
+        return
+    with pytest.raises(UserError) as error:
+        config_from_values(values)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("1 mistake in the configuration") and message in lines[1]
+
+
+def test_outputs_that_no_loss_trains() -> None:
+    assert config().untrained == () and config(data={"train": [{"path": "x"}]}).untrained == ("a", "b")
+    alone = {"name": "m", "outputs": ["a", "b"], "reward": "b"}
+    loss = {"name": "regression", "output": ["b"]}
+    values = {"model": alone, "data": {"train": [{"path": "x"}]}, "loss": loss}
+    assert config_from_values(values).untrained == ("a",)
+    assert config_from_values({**values, "model": {**alone, "head": "stored"}}).untrained == ()
+    assert config_from_values({"model": {"name": "m"}, "data": {"train": [{"path": "x"}]}}).untrained == ()
 
 
 @pytest.mark.parametrize("values, message", REFUSED, ids=lambda value: value[:40] if isinstance(value, str) else "")

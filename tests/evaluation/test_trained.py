@@ -1,9 +1,12 @@
 """Checks that all commands use a trained model with the same token budget, precision and path."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from rmcore.config import UserError, load_config
 from rmcore.data.tokens.comparisons import EncodedRow
 from rmcore.data.tokens.limits import LengthLimits, in_memory
 from rmcore.data.tokens.tokenizer import load_tokenizer
@@ -61,3 +64,13 @@ def test_the_path_is_chosen_and_used(model: str) -> None:
     rewards = [trained.evaluate(data, world).rewards_A for trained in (shared, padded)]
     np.testing.assert_allclose(*rewards, atol=1e-5)
     assert not shared.model.training
+
+
+def test_a_model_of_a_training_that_is_refused_now_is_still_used(tmp_path: Path) -> None:
+    """Earlier versions trained with a reward of which no loss trains a part; model.reward can choose another output."""
+    refused = "model: {name: base, outputs: [r, a]}\ndata: {train: {path: x}, template: zephyr}\nloss: {output: a}\n"
+    (tmp_path / "rmcore_config.yaml").write_text(refused)
+    with pytest.raises(UserError, match=r"model\.reward has weight on r"):
+        load_config(str(tmp_path / "rmcore_config.yaml"), [])
+    config = evaluation_config(str(tmp_path), "pairs.jsonl", ["model.reward=a"])
+    assert config.data.template == "zephyr" and config.model.reward == "a"

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, OlmoeConfig
 
 import rmcore
@@ -20,7 +20,7 @@ from rmcore.hf_export.adapter import AdapterParts, adapter_parts
 from rmcore.hf_export.from_checkpoint import export
 from rmcore.hf_export.other_trainers import convert
 from rmcore.hf_export.parity import check_export
-from rmcore.model.adapter import check_adapter
+from rmcore.model.adapter import BaseWeights, check_adapter
 from rmcore.model.backbone import load_model
 from rmcore.model.classifier import classifier_class, text_model
 from rmcore.model.lora import add_lora
@@ -123,12 +123,24 @@ def altered(trained: Any, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def without_fingerprint(adapter: Path) -> None:
+    """Make it an adapter of an earlier version."""
+    path = adapter / "config.json"
+    values = json.loads(path.read_text())
+    del values["rmcore"]["base_weights"]
+    path.write_text(json.dumps(values))
+
+
 def test_adapters_that_cannot_be_loaded(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"base model is missing: .*no such directory.*adapter_config.json"):
         rmcore.load(altered(trained, tmp_path / "moved", base_model_name_or_path=str(tmp_path / "nowhere")))
     other = save_base(tmp_path / "other", hidden_size=48)
+    wrong = altered(trained, tmp_path / "wrong", base_model_name_or_path=str(other))
+    with pytest.raises(UserError, match=r"the weights of .*other are not those on which the adapter .*wrong was"):
+        rmcore.load(wrong)
+    without_fingerprint(wrong)
     with pytest.raises(UserError, match=r"does not fit .*other.* of another shape: .*lora_A.weight \[4, 32\]"):
-        rmcore.load(altered(trained, tmp_path / "wrong", base_model_name_or_path=str(other)))
+        rmcore.load(wrong)
     with pytest.raises(UserError, match=r"is an adapter that rmcore exported: `rmcore export .* merges it"):
         convert(str(trained[1] / "model"), str(tmp_path / "out"))
     foreign = altered(trained, tmp_path / "foreign")
@@ -139,6 +151,44 @@ def test_adapters_that_cannot_be_loaded(trained: Any, tmp_path: Path) -> None:
     shutil.copy(trained[0] / "model.safetensors", whole)
     with pytest.raises(UserError, match="transformers would add the adapter"):
         rmcore.load(whole)
+
+
+def changed_base(base: Path, folder: Path) -> Path:
+    """A copy of the base model in which one number is another one."""
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] += 0.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_an_adapter_belongs_to_the_weights_of_its_base(trained: Any, tmp_path: Path) -> None:
+    own = ["model.lora.dora=true", "model.lora.rslora=true", "model.head=stored"]
+    other = str(changed_base(trained[0], tmp_path / "changed"))
+    moved = altered(trained, tmp_path / "moved", base_model_name_or_path=other)
+    of_another = r"the weights of .*changed are not those on which the adapter .*moved was trained"
+    with pytest.raises(UserError, match=of_another):
+        rmcore.load(moved)
+    with pytest.raises(UserError, match=of_another):
+        train(moved, tmp_path / "more", *own)
+    exported = export(str(trained[1]), str(tmp_path / "again"), [])
+    assert "rewards reloaded by transformers" in exported[-1]
+    mine, again = (json.loads((one / "config.json").read_text()) for one in (trained[1] / "model", tmp_path / "again"))
+    assert mine["rmcore"] == again["rmcore"] and mine["rmcore"]["base_weights"]["rows"] == 259
+
+    without_fingerprint(moved)
+    found, expected = (rmcore.load(one).score_texts(TEXTS) for one in (moved, trained[1] / "model"))
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) > 1e-3
+
+
+def test_the_base_of_an_adapter_may_need_rows_for_the_padding_token(tmp_path: Path) -> None:
+    """They are drawn under run.seed, which an evaluation does not know, and no reward depends on them."""
+    base, tokenizer = save_base(tmp_path / "base"), byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    tokenizer.save_pretrained(base)
+    model = train(base, tmp_path / "run", "run.seed=5", "run.max_steps=1", "run.save_every=null")
+    assert json.loads((model / "config.json").read_text())["vocab_size"] == 264
+    assert len(rmcore.load(model).score_texts(TEXTS)) == len(TEXTS)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("bf16", marks=pytest.mark.slow), "nf4"])
@@ -191,7 +241,8 @@ def test_families_with_other_names_and_transposed_layers(tmp_path: Path, family:
     for name, parameter in model.named_parameters():
         if ".lora_B" in name or name == "score.weight":
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    parts = AdapterParts(str(tmp_path / "base"), None, lora, tuple(adapted))
+    weights = BaseWeights.of(text_model(model), model.config.vocab_size)
+    parts = AdapterParts(str(tmp_path / "base"), None, lora, tuple(adapted), weights)
     probe = exporting.export(tmp_path / "out", family, model=model, adapter=parts)
     pad = int(tokenizer.pad_token_id)
     stored = ModelConfig(name=str(tmp_path / "out"), head="stored")

@@ -231,6 +231,7 @@ HEADS = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torc
 PRM = {"score.0.weight": torch.ones(32, 32), "score.0.bias": torch.ones(32), "score.2.weight": torch.ones(2, 32)}
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
+UNUSED = "warning: score.weight, a stored score head, is not used: model.head=fresh draws a new one; model.head=stored"
 OF_ANOTHER = "; its head is v_head.summary.bias, v_head.summary.weight, of another trainer, which is not read"
 
 
@@ -238,7 +239,8 @@ OF_ANOTHER = "; its head is v_head.summary.bias, v_head.summary.weight, of anoth
     ("head", "change", "message"),
     [
         ("fresh", lambda found: None, ""),
-        ("fresh", lambda found: found.update({"score.weight": torch.ones(3, 32)}), ""),
+        ("fresh", lambda found: found.update({"score.weight": torch.ones(1, 32)}), UNUSED),
+        ("fresh", lambda found: found.update({"score.weight": torch.ones(3, 32)}), UNUSED),
         ("fresh", lambda found: found.update(HEADS), "warning: v_head.summary.bias, v_head.summary.weight, a head of"),
         ("fresh", lambda found: found.update(PRM), "warning: score.0.bias, score.0.weight, score.2.weight, a head of"),
         ("fresh", lambda found: found.update({EMBEDDING: found[EMBEDDING][:-8].clone()}), "vocab_size in its config"),
@@ -247,7 +249,11 @@ OF_ANOTHER = "; its head is v_head.summary.bias, v_head.summary.weight, of anoth
         ("fresh", lambda found: found.update({f"{NORM}s": torch.ones(31)}), "does not have: model.norm.weights; is it"),
         ("fresh", lambda found: found.pop(NORM), "missing from the checkpoint: model.norm.weight; is it"),
         ("stored", lambda found: None, "missing from the checkpoint: score.weight; it is a model without a score head"),
-        ("stored", lambda found: found.update({"score.weight": torch.ones(3, 32)}), "a classifier of several labels"),
+        (
+            "stored",
+            lambda found: found.update({"score.weight": torch.ones(3, 32)}),
+            r"score.weight \[3, 32\] (expected \[1, 32\]); the stored head has another number of outputs than model",
+        ),
         ("stored", lambda found: found.update(HEADS), OF_ANOTHER),
         ("stored", lambda found: found.update({"score.weight": torch.ones(1, 32)}), ""),
         (

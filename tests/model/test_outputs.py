@@ -217,6 +217,24 @@ def test_an_exported_config_gives_its_outputs_back() -> None:
     assert not hasattr(again, "rmcore") and again.id2label == {0: "reward"}
 
 
+@pytest.mark.parametrize("outputs", [["b", "a"], ["a", "c"], ["a"], ["a", "b", "c"]])
+def test_a_stored_head_keeps_its_outputs(outputs: list[str]) -> None:
+    """Other names, or another order, would be labels over the rows of others."""
+    stored = LlamaConfig()
+    Outputs(("a", "b"), (0.25, -1.0)).store(stored)
+    own = ModelConfig(name="runs/m", head="stored", outputs=["a", "b"])
+    assert Outputs.of(own, stored) == Outputs(("a", "b"), (0.25, -1.0))
+    with pytest.raises(
+        UserError, match=r"^model\.outputs=\[.*\]: the stored head of runs/m has \[a, b\], .*fresh"
+    ) as error:
+        Outputs.of(own.model_copy(update={"outputs": outputs}), stored)
+    assert f"[{', '.join(outputs)}]" in str(error.value) and "\n" not in str(error.value)
+    names = ModelConfig(name="m", head="stored", outputs=outputs)
+    assert Outputs.of(names, LlamaConfig()).names == tuple(
+        outputs
+    )  # the head of another trainer has no names of its own
+
+
 def test_the_objectives_loss_of_an_evaluation_is_the_sum_of_their_means() -> None:
     data, config = mixed(), config_from_values(JOINT)
     outputs_AK = torch.randn(len(data.score), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

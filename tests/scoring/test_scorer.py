@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rmcore.config import UserError
 from rmcore.data.formats.comparison import Comparison
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.templates import load_template
@@ -63,6 +64,26 @@ def test_rows_of_turns_are_scored_with_their_tools(turns: Any) -> None:
         assert found.answers[0][-1] == {"role": "assistant", "tool_calls": [TOOL]} and not found.unread
     assert rendered({"messages": turns}).answers == ([ANSWER],)
     assert rendered({"messages": [ASK, ANSWER], "prompt": "Is it so?"}).answers == ([ANSWER],)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "a", "answer": 5}, "answer must be text or a list of chat turns, not 5"),
+        ({"prompt": "a", "response": [{"role": "user"}]}, "response[0] needs a content that is text"),
+        ({"messages": 5}, "messages must be text or a list of chat turns, not 5"),
+        ({"prompt": "a", "responses": [5, "b"]}, "responses[0] must be text or a list of chat turns, not 5"),
+        ({"prompt": "a", "answers": ["b", "c", [ANSWER]]}, "answers[2] must be text, as answers[0] is, not [{"),
+        ({"prompt": "a", "answers": [[ANSWER], "b"]}, "answers[1] must be a list of chat turns, as answers[0] is, not"),
+        ({"prompt": "a", "answers": [None, None]}, "answers[0] is null"),
+        ({"prompt": "a", "chosen": "b", "rejected": 5}, "rejected must be text"),
+        ({"prompt": 5, "answer": "b"}, "prompt must be text or a list of chat turns, not 5"),
+    ],
+)
+def test_messages_use_the_keys_of_the_row(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        rendered(row)
+    assert str(error.value).startswith(f"row 1: {message}")
 
 
 def test_other_columns_of_a_row_are_no_labels_but_content() -> None:
