@@ -19,7 +19,7 @@ from rmcore.config.schema import Config
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import model_flops_per_token
 from rmcore.cost.machines import PEAK_FLOPS
-from rmcore.cost.memory import choose_budget, memory_of_step, token_bytes
+from rmcore.cost.memory import choose_budget, keys_per_token, memory_of_step, token_bytes
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
 from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparisons
@@ -93,7 +93,8 @@ def rmcore_run(
     data, device = rows.data, world.device
     config = settings_of(pairs, "auto", compiled, strategy, fp8)
     longest = int(data.tokens_N.max())
-    chosen = choose_budget(config, model.backbone.config, longest, device, 1)
+    keys = keys_per_token(config, data.tokens_N, data.logical_tokens_N, longest)
+    chosen = choose_budget(config, model.backbone.config, longest, device, 1, keys=keys)
     budget = max(longest, min(tokens, chosen.tokens))
     speed_up(model.backbone, recompute=chosen.recompute, compiled=compiled)
     if fp8:
@@ -129,7 +130,7 @@ def rmcore_run(
     memory = memory_of_step(
         config,
         sizes.sizes,
-        token_bytes(config, sizes, chosen.recompute, cuda=device.type == "cuda"),
+        token_bytes(config, sizes, chosen.recompute, cuda=device.type == "cuda", keys=keys),
         tokens=watch.most,
         ranks=1,
         deferred=watch.batches > steps,

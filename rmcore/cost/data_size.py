@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmcore.config import Config, UserError
+from rmcore.cost.dry_run import KEYS
+from rmcore.cost.memory import keys_per_token
 from rmcore.data.batches.counting import sizes_of
 from rmcore.data.batches.step_plan import Plan
 from rmcore.data.tokens.comparisons import TokenizedComparisons, computed_tokens
@@ -47,6 +49,7 @@ class DataSize:
     longest: computed tokens of the longest comparison.
     rows: None where the means are assumed.
     notes: each assumption, and the flag that replaces it.
+    keys: that attention gathers on GPUs per token, in the micro batch with most of them.
     """
 
     pairs: int | None
@@ -56,6 +59,7 @@ class DataSize:
     longest: int
     rows: RowSizes | None
     notes: tuple[str, ...]
+    keys: float = KEYS
 
 
 def size_of_data(
@@ -112,6 +116,7 @@ def measured_size(
         longest=longest,
         rows=RowSizes(train, tokens_N),
         notes=(),
+        keys=keys_per_token(config, tokens_N, train.logical_tokens_N, longest),
     )
 
 
@@ -126,6 +131,11 @@ def _assumed(
     if sharing is None:
         sharing = HH_SHARING
         notes.append(f"assumed {sharing:g} tokens in both texts per computed token, as in hh-rlhf (--sharing)")
+    keys = max(KEYS, sharing)
+    notes.append(
+        f"assumed that GPUs gather {keys:g} keys per computed token for attention, as for pairs (--sharing); several "
+        "answers to a long prompt need more, which is counted where the data can be read"
+    )
     if tokens > longest:
         raise UserError(f"--tokens-a-pair {tokens:g} is more than two texts of data.max_tokens={longest // 2}")
     notes.append("assumed that ranks are balanced, except that a pair is never divided between ranks")
@@ -135,4 +145,4 @@ def _assumed(
     prefix = min((sharing - 1.0) * tokens, tokens)  # in both texts, but computed once
     tail = (tokens - prefix) / 2
     visible = prefix * (prefix + 1) / 2 + 2 * (tail * prefix + tail * (tail + 1) / 2)
-    return DataSize(pairs, tokens, sharing * tokens, visible, longest, None, tuple(notes))
+    return DataSize(pairs, tokens, sharing * tokens, visible, longest, None, tuple(notes), keys)

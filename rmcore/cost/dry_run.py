@@ -9,6 +9,7 @@ No weights are read and no arithmetic is done: two small copies of the model (tw
 backward on torch's fake tensors, while the bytes of live storages are counted. What runs is rmcore's own packed forward
 with the last layer pruned, so the count holds for any decoder that runs there. The fake tensors are on the CPU; a batch
 that brings the index tensors of CUDA takes the path of CUDA, variable-length attention over gathered keys and values.
+These are as many as the tokens of all texts, each with its prompt, so a dry run has as many per token as the data.
 
 For a model that does not run on fake tensors, the rule of thumb in RULE_OF_THUMB is used.
 """
@@ -49,7 +50,8 @@ from rmcore.ops.layers import counting
 RECOMPUTES = ("none", "selective", "full", "offload")  # the fastest first
 # Bytes per token, layer and unit of width in bf16: an estimate that others checked against llm.c.
 RULE_OF_THUMB = {"none": 30.0, "selective": 18.0, "full": 2.0, "offload": 2.0}
-PREFIX, TAIL = 2**17, 2**16  # tokens of the dry run's comparisons: so many that activations outweigh gradients
+TOKENS = 2**18  # of the dry run's comparisons: so many that activations outweigh gradients
+KEYS = 1.5  # gathered keys per token of a pair whose prompt is as long as both answers together
 ROWS = 8  # of the smaller rectangle of the dry run
 FULL = LoraConfig()  # no LoRA
 # fp32 weights that products cast to bf16 (autocast); bf16 copies of the weights (FSDP2); fp32 throughout.
@@ -106,29 +108,38 @@ class DryRun:
         self.hf_config, self._trust, self._lora = hf_config, trust_remote_code, lora
         self._objective = Objective(router_aux=1.0 if router_aux else 0.0)
         self.sizes = _sizes(hf_config, self._meta_model(hf_config), lora)
-        self._known: dict[tuple[str, str, bool, int], TokenBytes] = {}
-        self._layers: dict[tuple[str, str, bool, int], tuple[bool, float]] = {}  # pruned; bytes per token of a layer
-        self._saved: dict[tuple[str, str, bool], float] = {}
+        self._known: dict[tuple[str, str, bool, int, float], TokenBytes] = {}
+        self._layers: dict[tuple[str, str, bool, int, float], tuple[bool, float]] = {}  # pruned; bytes of a layer
+        self._saved: dict[tuple[str, str, bool, float], float] = {}
 
     def token_bytes(
-        self, arithmetic: str, recompute: str, *, cuda: bool = True, context: int = 1, compiled: bool = False
+        self,
+        arithmetic: str,
+        recompute: str,
+        *,
+        cuda: bool = True,
+        context: int = 1,
+        compiled: bool = False,
+        keys: float = KEYS,
     ) -> TokenBytes:
         """Activation bytes under `arithmetic` (AUTOCAST, CAST or FP32) and `recompute` (one of RECOMPUTES).
 
-        cuda: by the attention of CUDA in half precision, which gathers keys and values for each answer, without the
-            layers' ops for CPUs; and what `offload` moves to host memory is not on the device.
+        cuda: by the attention of CUDA, which gathers keys and values for each answer, without the layers' ops for CPUs;
+            and what `offload` moves to host memory is not on the device.
         context: ranks that compute each row together; the bytes are those per token of a rank's own part, with the
             buffers of the exchange, and with the keys and values that are repeated for more ranks than heads.
         compiled: all layers but the last are compiled, and keep what the compiler's cut of their graphs keeps; where
             this cannot be counted, what they keep without a compiler, which is more.
+        keys: that are gathered per token, on CUDA; fewer than KEYS count as KEYS.
         """
+        keys = max(keys, KEYS) if cuda else KEYS
         if recompute == "offload" and not cuda:
             return self.token_bytes(arithmetic, "full", cuda=False, context=context, compiled=compiled)
-        key = arithmetic, recompute, cuda, context
+        key = arithmetic, recompute, cuda, context, keys
         if key not in self._known:
             self._known[key] = self._count(*key)
         plain = self._known[key]
-        return self._compiled(plain, arithmetic, recompute, cuda) if compiled and plain.counted else plain
+        return self._compiled(plain, arithmetic, recompute, cuda, keys) if compiled and plain.counted else plain
 
     def cell_bytes(self, arithmetic: str, recompute: str, length: int) -> TokenBytes:
         """Activation bytes per cell of a rectangle of rows of `length` tokens: by the model's own attention, with dense
@@ -163,13 +174,13 @@ class DryRun:
                 loss.backward()
         return kept, live.peak
 
-    def _count(self, arithmetic: str, recompute: str, cuda: bool, context: int) -> TokenBytes:
-        slope = partial(self._slope, arithmetic=arithmetic, recompute=recompute, cuda=cuda, context=context)
+    def _count(self, arithmetic: str, recompute: str, cuda: bool, context: int, keys: float) -> TokenBytes:
+        slope = partial(self._slope, arithmetic=arithmetic, recompute=recompute, cuda=cuda, context=context, keys=keys)
         # Pruning is tried first, as a run's self-test does.
         ways = [partial(slope, pruned=pruned) for pruned in (True, False)]
         found, way, of_one = self._extrapolated(arithmetic, recompute, *ways)
         if found.counted:
-            self._layers[arithmetic, recompute, cuda, context] = way == 0, of_one
+            self._layers[arithmetic, recompute, cuda, context, keys] = way == 0, of_one
         return found
 
     def _extrapolated(
@@ -199,40 +210,48 @@ class DryRun:
         of_one = three[0] - two[0]
         return TokenBytes(two[0] + (kept_layers - 2) * of_one, max(two[1], three[1]), counted=True), number, of_one
 
-    def _compiled(self, plain: TokenBytes, arithmetic: str, recompute: str, cuda: bool) -> TokenBytes:
+    def _compiled(self, plain: TokenBytes, arithmetic: str, recompute: str, cuda: bool, keys: float) -> TokenBytes:
         """`plain` with all layers compiled but the last."""
         # A layer that is computed again in its backward keeps meanwhile what one without recompute keeps.
-        less, at_once = (self._saved_by_compiler(arithmetic, how, cuda) for how in (recompute, "none"))
+        less, at_once = (self._saved_by_compiler(arithmetic, how, cuda, keys) for how in (recompute, "none"))
         kept = plain.kept - (self.sizes.layers - 1) * less
         return TokenBytes(kept, max(0.0, plain.working - (at_once - less)), counted=True)
 
-    def _saved_by_compiler(self, arithmetic: str, recompute: str, cuda: bool) -> float:
+    def _saved_by_compiler(self, arithmetic: str, recompute: str, cuda: bool, keys: float) -> float:
         """Bytes per token that a compiled layer keeps less than a plain one; 0 where that cannot be counted."""
         if recompute == "full":
             return 0.0  # its input, either way
-        key = arithmetic, recompute, cuda
+        key = arithmetic, recompute, cuda, keys
         if key not in self._saved:
-            plain = self.token_bytes(arithmetic, recompute, cuda=cuda)
-            pruned, bytes_of_one = self._layers.get((*key, 1), (False, 0.0))
-            found = self._compiled_layer(arithmetic, recompute, pruned, cuda) if plain.counted else None
+            plain = self.token_bytes(arithmetic, recompute, cuda=cuda, keys=keys)
+            pruned, bytes_of_one = self._layers.get((arithmetic, recompute, cuda, 1, keys), (False, 0.0))
+            found = self._compiled_layer(arithmetic, recompute, pruned, cuda, keys) if plain.counted else None
             self._saved[key] = 0.0 if found is None else bytes_of_one - found
         return self._saved[key]
 
     def _slope(
-        self, layers: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool, context: int
+        self, layers: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool, context: int, keys: float
     ) -> tuple[float, float]:
         """(kept, working) bytes per token of a model with so many layers."""
-        how = arithmetic, recompute, pruned, cuda, context
+        how = arithmetic, recompute, pruned, cuda, context, keys
         short, long = (self._live_bytes(layers, count, *how) for count in (2, 4))
-        tokens = 2 * (PREFIX + 2 * TAIL) / context
+        tokens = 2 * _Comparisons(keys).tokens / context
         kept, peak = ((b - a) / tokens for a, b in zip(short, long, strict=True))
         return kept, max(0.0, peak - kept)
 
     def _live_bytes(
-        self, layers: int, comparisons: int, arithmetic: str, recompute: str, pruned: bool, cuda: bool, context: int
+        self,
+        layers: int,
+        comparisons: int,
+        arithmetic: str,
+        recompute: str,
+        pruned: bool,
+        cuda: bool,
+        context: int,
+        keys: float,
     ) -> tuple[int, int]:
         """Live bytes after the forward, and their peak until the backward ends; not parameters and gradients."""
-        with self._small(layers, comparisons, arithmetic, pruned, cuda, context) as (model, forward):
+        with self._small(layers, comparisons, arithmetic, pruned, cuda, context, keys) as (model, forward):
             recompute_activations(model.backbone, recompute)
             with LiveBytes(model) as live, nullcontext() if cuda else counting():
                 loss = forward()
@@ -240,26 +259,26 @@ class DryRun:
                 loss.backward()
         return kept, live.peak
 
-    def _compiled_layer(self, arithmetic: str, recompute: str, pruned: bool, cuda: bool) -> float | None:
+    def _compiled_layer(self, arithmetic: str, recompute: str, pruned: bool, cuda: bool, keys: float) -> float | None:
         """Bytes per token that a compiled layer keeps, the second of three; None where that cannot be counted."""
         from rmcore.cost.compiled_layers import compiled_bytes
 
         comparisons = 2
         try:
-            small = self._small(3, comparisons, arithmetic, pruned, cuda, 1)
+            small = self._small(3, comparisons, arithmetic, pruned, cuda, 1, keys)
             with small as (model, forward), nullcontext() if cuda else counting():
                 found = compiled_bytes(model.backbone, 1, recompute, forward)
         except Exception:  # as for a model that fails on fake tensors
             return None
-        return None if found is None else found / (comparisons * (PREFIX + 2 * TAIL))
+        return None if found is None else found / (comparisons * _Comparisons(keys).tokens)
 
     @contextmanager
     def _small(
-        self, layers: int, comparisons: int, arithmetic: str, pruned: bool, cuda: bool, context: int
+        self, layers: int, comparisons: int, arithmetic: str, pruned: bool, cuda: bool, context: int, keys: float
     ) -> Iterator[tuple[RewardModel, Callable[[], Tensor]]]:
         """A copy of the model with so many layers, and what returns its loss. Within, all tensors are fake."""
         hf_model = self._small_model(layers, arithmetic)
-        shapes = _batch(comparisons, cuda and arithmetic != FP32, context)
+        shapes = _batch(comparisons, cuda, context, keys)
         # Made before the fake tensors, with which the rule of the routers could not be found.
         balance = RouterBalance(text_model(hf_model)) if self._objective.router_aux else None
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -408,20 +427,29 @@ def _to_fake(model: nn.Module) -> None:
 
 
 class _Comparisons:
-    """Any number of equal comparisons of two answers."""
+    """Any number of equal comparisons: one pair, and as many more answers as give `keys` gathered keys per token."""
+
+    def __init__(self, keys: float) -> None:
+        # A answers to a prompt of p tokens have T + (A - 1) p keys in T tokens. At most half of the tokens are the
+        # prompt's. Of many keys per token fewer tokens are enough; the index tensors of the keys are made in memory.
+        # On a CPU the model would fill up a row that is not a multiple of 64, and the path of CUDA would not run.
+        self.tokens = 64 * round(TOKENS * KEYS / keys / 64)
+        self._answers = math.ceil(2 * keys - 1)
+        prefix = self.tokens * (keys - 1) / (self._answers - 1)
+        self._tail = round((self.tokens - prefix) / self._answers)
+        self._prefix = self.tokens - self._answers * self._tail
 
     def comparison(self, number: int) -> TokenizedComparison:
         one = np.ones(1, dtype=np.float32)
-        tail = np.zeros(TAIL, dtype=np.int32)
         return TokenizedComparison(
-            prefix=np.zeros(PREFIX, dtype=np.int32),
-            tails=[tail, tail],
+            prefix=np.zeros(self._prefix, dtype=np.int32),
+            tails=[np.zeros(self._tail, dtype=np.int32)] * self._answers,
             pairs=np.array([[0, 1]]),
             margin=0 * one,
             weight=one,
             ties=np.zeros((0, 2), dtype=np.int64),
             tie_weight=one[:0],
-            score=np.full(2, np.nan, dtype=np.float32),
+            score=np.full(self._answers, np.nan, dtype=np.float32),
         )
 
 
@@ -436,9 +464,9 @@ class _Alone(ContextGroup):
 
 
 @cache
-def _batch(comparisons: int, cuda: bool, context: int) -> RaggedBatch:
+def _batch(comparisons: int, cuda: bool, context: int, keys: float) -> RaggedBatch:
     """Shapes of a batch without memory."""
-    batch = build_batch(_Comparisons(), range(comparisons), multiple=context)
+    batch = build_batch(_Comparisons(keys), range(comparisons), multiple=context)
     return (batch.with_varlen() if cuda else batch).mapped(lambda t: t.to("meta"))
 
 
@@ -447,6 +475,11 @@ def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None, *_:
     if one.ndim == other.ndim == 2 and ends is not None:  # the gradient of the experts' weights
         return one.new_empty(len(ends), one.shape[0], other.shape[1])
     return one.new_empty(*one.shape[:-1], other.shape[-1])
+
+
+def _efficient_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of the memory-efficient kernel, of which torch's own shapes do not take all arguments."""
+    return *map(torch.empty_like, arguments[1:4]), None
 
 
 class LiveBytes(TorchDispatchMode):
@@ -470,6 +503,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
             out = _grouped_product(*args)
+        elif func is torch.ops.aten._efficient_attention_backward.default and isinstance(args[0], FakeTensor):
+            out = _efficient_backward(*args)
         else:
             out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

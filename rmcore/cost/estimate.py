@@ -100,8 +100,8 @@ def estimate(config: Config, model: DryRun, data: DataSize, setting: Setting, st
         per_token = token_bytes(config, model, budget.recompute, cuda=False)
         most_tokens = None
     else:
-        budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens)
-        per_token = token_bytes(config, model, budget.recompute)
+        budget = gpu_budget(config, model, data.longest, machine.memory, ranks, step_tokens, keys=data.keys)
+        per_token = token_bytes(config, model, budget.recompute, keys=data.keys)
         most_tokens = largest_budget(config, sizes, per_token, machine.memory, ranks, step_tokens)
     micro_batches, idle, largest = _balance(config, data, setting, budget.tokens)
 

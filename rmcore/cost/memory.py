@@ -24,6 +24,8 @@ all three (Rajbhandari et al., arXiv 1910.02054, p. 8, with fp32 in place of fp1
   reduce-scatter; or this buffer and gloo's copy. The gathered layers and the casts are gone.
 - activations: tokens * (kept + working), counted by a dry run. There are no logits. Of a row that N ranks compute
   together (`parallel.context`), each has 1/N of the tokens; the dry run is that of one of the ranks.
+- on GPUs attention gathers the prompt's keys and values for each answer (rmcore.model.varlen): up to 2 keys per token
+  of pairs, more of several answers to a long prompt. The dry run has as many as the micro batch with most of them.
 - paths that do not pack: the cells of the rectangle in place of the tokens; a cell's bytes, with dense masks and kept
   scores, are counted at the length of the longest row. Per token there are as many cells as the longest row is longer
   than the mean one: so it is in the micro batch that holds it.
@@ -38,7 +40,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rmcore.config.schema import Config
-from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, RECOMPUTES, DryRun, Sizes, TokenBytes
+from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, KEYS, RECOMPUTES, DryRun, Sizes, TokenBytes
 from rmcore.cost.formats import BASE, stored
 from rmcore.model.language_head import is_tied
 
@@ -46,6 +48,7 @@ CPU_TOKENS = 4096  # large enough for full-rate matrix products, small enough th
 MOST_TOKENS = 32768  # a larger micro batch is not faster
 ENOUGH_TOKENS = 8192  # below this, a larger micro batch is worth the recompute that makes room for it
 RESERVE = 0.85  # share of the GPU's memory to plan with; fragments, kernels' work space and NCCL take the rest
+NEIGHBORS = 2**20  # comparisons in which micro batches are looked for at a time, which bounds the memory for it
 UNEVEN = 1.25  # the busiest rank of a step has at most this many times the mean tokens
 
 
@@ -69,6 +72,23 @@ class Rectangle:
         """Of rows of these lengths, in tokens. Padded, those of the micro batch with the longest row are as long."""
         longest = int(lengths.max())
         return cls(longest, longest / float(lengths.mean()) if padded else 1.0)
+
+
+def keys_per_token(config: Config, computed_N: np.ndarray, texts_N: np.ndarray, longest: int) -> float:
+    """The keys that attention gathers on GPUs, per token, in the micro batch with most of them.
+
+    computed_N: the tokens of each comparison in a packed row; texts_N: in its texts, each with the prompt, which are
+    the gathered keys. longest: as for `choose_budget`. A micro batch is taken to be a comparison and those before it in
+    the data, of as many tokens as `gpu_budget` wants room for; in a larger one such a comparison counts for less.
+    Example: one comparison of 4,000 tokens with 40,000 keys among pairs with 1.5 per token, in 8,192 tokens: 5.65.
+    """
+    budget, most = _wanted(config, longest), 0.0
+    for first in range(0, len(computed_N), NEIGHBORS):
+        tokens, keys = (np.cumsum(x[first : first + NEIGHBORS], dtype=np.float64) for x in (computed_N, texts_N))
+        size = min(float(budget), tokens[-1])
+        before = np.interp(tokens - size, np.append(0.0, tokens), np.append(0.0, keys))
+        most = max(most, float((keys - before).max()) / size)
+    return most
 
 
 def trained_sizes(config: Config, model: DryRun) -> Sizes:
@@ -109,11 +129,13 @@ def arithmetic_of(config: Config, *, cuda: bool = True) -> str:
     return CAST if cast else AUTOCAST
 
 
-def token_bytes(config: Config, model: DryRun, recompute: str, *, cuda: bool = True) -> TokenBytes:
+def token_bytes(config: Config, model: DryRun, recompute: str, *, cuda: bool = True, keys: float = KEYS) -> TokenBytes:
     """Activation bytes per token as the run of `config` computes, with the recompute that was chosen for it."""
     parallel = config.parallel
     arithmetic = arithmetic_of(config, cuda=cuda)
-    return model.token_bytes(arithmetic, recompute, cuda=cuda, context=parallel.context, compiled=parallel.compile)
+    return model.token_bytes(
+        arithmetic, recompute, cuda=cuda, context=parallel.context, compiled=parallel.compile, keys=keys
+    )
 
 
 def memory_of_step(
@@ -194,6 +216,7 @@ def choose_budget(
     ranks: int,
     step_tokens: float | None = None,
     rectangle: Rectangle | None = None,
+    keys: float = KEYS,
 ) -> Budget:
     """The token budget and the recompute of the config; where these are `auto`, the ones that suit the device's memory.
 
@@ -201,12 +224,13 @@ def choose_budget(
     ranks: that share one state.
     step_tokens: mean tokens of a rank in a step; None: more than a micro batch holds.
     rectangle: what the path computes, if it does not pack.
+    keys: that attention gathers per token (`keys_per_token`), if it packs.
     """
     if device.type == "cpu":
         return cpu_budget(config, longest)
     device_memory = torch.cuda.get_device_properties(device).total_memory
     model = dry_run_of(config, hf_config)
-    return gpu_budget(config, model, longest, device_memory, ranks, step_tokens, rectangle)
+    return gpu_budget(config, model, longest, device_memory, ranks, step_tokens, rectangle, keys)
 
 
 def dry_run_of(config: Config, hf_config: PretrainedConfig) -> DryRun:
@@ -230,6 +254,7 @@ def gpu_budget(
     ranks: int,
     step_tokens: float | None = None,
     rectangle: Rectangle | None = None,
+    keys: float = KEYS,
 ) -> Budget:
     """`choose_budget` for a GPU with `device_memory` bytes.
 
@@ -237,12 +262,12 @@ def gpu_budget(
     """
     configured = None if config.batch.tokens == "auto" else config.batch.tokens
     recompute, context = config.parallel.recompute, config.parallel.context
-    wanted = max(longest, configured or context * ENOUGH_TOKENS)
+    wanted = _wanted(config, longest)
     sizes, fits = trained_sizes(config, model), dict[str, int]()
     # Compiled layers cannot offload.
     choice = [name for name in RECOMPUTES if not (name == "offload" and config.parallel.compile)]
     for name in choice if recompute == "auto" else (recompute,):
-        per_token = _bytes_of_token(config, model, name, rectangle)
+        per_token = _bytes_of_token(config, model, name, rectangle, keys)
         fits[name] = largest_budget(config, sizes, per_token, device_memory, ranks, step_tokens)
         if fits[name] >= wanted:
             break
@@ -250,10 +275,18 @@ def gpu_budget(
     return Budget(configured or max(longest, min(fits[best], context * MOST_TOKENS)), best)
 
 
-def _bytes_of_token(config: Config, model: DryRun, recompute: str, rectangle: Rectangle | None) -> TokenBytes:
+def _wanted(config: Config, longest: int) -> int:
+    """Tokens for which a GPU needs room before less recompute is chosen."""
+    configured = config.parallel.context * ENOUGH_TOKENS if config.batch.tokens == "auto" else config.batch.tokens
+    return max(longest, configured)
+
+
+def _bytes_of_token(
+    config: Config, model: DryRun, recompute: str, rectangle: Rectangle | None, keys: float
+) -> TokenBytes:
     """Activation bytes per token of a packed row, or per token of a rectangle with its padding and its masks."""
     if rectangle is None:
-        return token_bytes(config, model, recompute)
+        return token_bytes(config, model, recompute, keys=keys)
     cell = model.cell_bytes(arithmetic_of(config), recompute, rectangle.length)
     return replace(cell, kept=cell.kept * rectangle.cells, working=cell.working * rectangle.cells)
 

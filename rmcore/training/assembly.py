@@ -24,7 +24,7 @@ from rmcore.cost.data_size import measured_size
 from rmcore.cost.dry_run import DryRun
 from rmcore.cost.flops import flops_of_pair
 from rmcore.cost.machines import device_peak_flops
-from rmcore.cost.memory import Budget, Rectangle, choose_budget
+from rmcore.cost.memory import Budget, Rectangle, choose_budget, keys_per_token
 from rmcore.data.batches.counting import sizes_of
 from rmcore.data.batches.step_plan import Plan
 from rmcore.data.inspection.first_example import show_first_example
@@ -201,7 +201,8 @@ def _own_budget(
     if model.masked or model.path in (PADDED, ALONE):
         rows = tokens_N if model.masked else data.train.text_length_A
         rectangle = Rectangle.of(rows, padded=model.path != ALONE)
-    own = choose_budget(config, hf_config, longest, world.device, ranks, tokens_of_step, rectangle)
+    keys = keys_per_token(config, tokens_N, data.train.logical_tokens_N, longest)
+    own = choose_budget(config, hf_config, longest, world.device, ranks, tokens_of_step, rectangle, keys)
     path = Path(config.run.dir) / OUT_OF_MEMORY_FILE
     if not config.batch.shrink or not path.exists():
         return own

@@ -65,8 +65,8 @@ def test_a_layer_that_is_computed_again_needs_less_at_once_when_it_is_compiled(m
     less = {"none": 100.0, "selective": 30.0}
     dry = DryRun(LLAMA)
 
-    def one_layer(self: DryRun, arithmetic: str, recompute: str, pruned: bool, cuda: bool) -> float:
-        return self._layers[arithmetic, recompute, cuda, 1][1] - less[recompute]
+    def one_layer(self: DryRun, arithmetic: str, recompute: str, pruned: bool, cuda: bool, keys: float) -> float:
+        return self._layers[arithmetic, recompute, cuda, 1, keys][1] - less[recompute]
 
     monkeypatch.setattr(DryRun, "_compiled_layer", one_layer)
     for recompute, kept, working in (("none", 400, 0), ("selective", 120, 70), ("full", 0, 100)):

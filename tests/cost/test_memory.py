@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     BloomConfig,
@@ -18,16 +19,30 @@ from transformers import (
 
 from rmcore.config.lora import LoraConfig
 from rmcore.config.schema import Config
+from rmcore.cost.data_size import measured_size
 from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, DryRun, LiveBytes, TokenBytes
-from rmcore.cost.memory import Memory, Rectangle, arithmetic_of, cpu_budget, gpu_budget, memory_of_step
-from rmcore.data.batches.batch import build_batch
-from rmcore.data.tokens.comparisons import TokenizedComparison
+from rmcore.cost.estimate import Setting, estimate
+from rmcore.cost.machines import gpu
+from rmcore.cost.memory import (
+    Memory,
+    Rectangle,
+    arithmetic_of,
+    cpu_budget,
+    gpu_budget,
+    keys_per_token,
+    memory_of_step,
+)
+from rmcore.data.batches.batch import RaggedBatch, build_batch
+from rmcore.data.tokens.comparisons import EncodedRow, TokenizedComparison, TokenizedComparisons
+from rmcore.model import varlen
 from rmcore.model.backbone import recompute_activations, turn_dropout_off
 from rmcore.model.classifier import new_classifier
 from rmcore.model.lora import add_lora, store_base
 from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import PADDED, SHARED, RewardModel
+from rmcore.ops import layers
 from rmcore.parallel.adamw import AdamW
+from tests.harness.varlen import kernel_of_zeros
 
 SHAPES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
 NEOX = GPTNeoXConfig(**SHAPES, intermediate_size=768, num_labels=1, pad_token_id=1)
@@ -42,10 +57,13 @@ GPT1 = OpenAIGPTConfig(vocab_size=512, n_positions=800, n_embd=64, n_layer=3, n_
 
 
 class Rows:
-    """Comparisons of a prompt of 480 tokens and answers of 200 and 120."""
+    """Comparisons of a prompt of 480 tokens and answers of 200 and 120, or of other lengths."""
+
+    def __init__(self, *tails: int) -> None:
+        self.lengths = 480, *(tails or (200, 120))
 
     def comparison(self, number: int) -> TokenizedComparison:
-        prefix, *tails = (torch.randint(2, 500, (n,)).numpy().astype("int32") for n in (480, 200, 120))
+        prefix, *tails = (torch.randint(2, 500, (n,)).numpy().astype("int32") for n in self.lengths)
         one = torch.ones(1).numpy()
         return TokenizedComparison(
             prefix=prefix,
@@ -55,7 +73,7 @@ class Rows:
             weight=one,
             ties=torch.zeros(0, 2).long().numpy(),
             tie_weight=one[:0],
-            score=torch.zeros(2).numpy(),
+            score=torch.zeros(len(tails)).numpy(),
         )
 
 
@@ -72,7 +90,11 @@ def live_bytes_of(model: RewardModel, comparisons: int, *, half: bool, **way: An
     """The same, of a model; `way`: arguments of `RewardModel.use`."""
     way = way or {"path": SHARED, "pruned": True}
     model.use(**way)
-    batch = build_batch(Rows(), range(comparisons), share=way["path"] == SHARED)
+    return live_bytes_in(model, build_batch(Rows(), range(comparisons), share=way["path"] == SHARED), half=half)
+
+
+def live_bytes_in(model: RewardModel, batch: RaggedBatch, *, half: bool) -> tuple[int, int]:
+    """The same, of a batch."""
     with LiveBytes(model) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(batch).loss_sum
@@ -138,6 +160,82 @@ def test_the_budget_counts_the_rectangle_of_a_path_that_does_not_pack(
         settings = config_of(precision="fp32", recompute="none")
         chosen = gpu_budget(settings, DryRun(config), 800, 0.2e9, 1, rectangle=rectangle).tokens
         assert 0.6 * 0.2e9 < chosen * peak < 0.85 * 0.2e9
+
+
+@pytest.mark.parametrize(
+    ("config", "arithmetic", "recompute"),
+    [(NEOX, CAST, "none"), (LLAMA, CAST, "selective"), (NEOX, FP32, "none")],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_keys_that_gpus_gather_for_each_answer_are_counted(
+    monkeypatch: pytest.MonkeyPatch, config: PretrainedConfig, arithmetic: str, recompute: str
+) -> None:
+    """Six answers to a prompt of 480 tokens: real tensors on the path of CUDA, with stand-ins for its two kernels."""
+
+    def efficient(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+        return (kernel_of_zeros(query.squeeze(0), key.squeeze(0), value.squeeze(0)).unsqueeze(0),)
+
+    gathered = 480 * 6 + 288
+    predicted = DryRun(config).token_bytes(arithmetic, recompute, keys=gathered / 768)
+    monkeypatch.setattr(varlen, "_kernel", lambda: (kernel_of_zeros, False))
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
+    monkeypatch.setattr(layers, "takes", lambda *_: False)  # no ops for CPUs
+    rows = Rows(16, 32, 32, 48, 64, 96)  # 768 tokens: the model fills up no row of a multiple of 64
+    found = []
+    for comparisons in (2, 4):
+        dtype = torch.bfloat16 if arithmetic == CAST else torch.float32
+        hf_model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        model = RewardModel(hf_model.base_model, hf_model.score, pad_token_id=1)
+        recompute_activations(model.backbone, recompute)
+        model.use(SHARED, pruned=True)
+        batch = build_batch(rows, range(comparisons)).with_varlen()
+        assert batch.layout.gather is not None and len(batch.layout.gather.key_index) == comparisons * gathered
+        found.append(live_bytes_in(model, batch, half=False))
+    kept, peak = ((b - a) / (2 * 768) for a, b in zip(*found, strict=True))
+    assert predicted.counted
+    assert predicted.kept == pytest.approx(kept, rel=0.02) and predicted.total == pytest.approx(peak, rel=0.02)
+
+
+def encoded(answers: int, prompt: int, tail: int) -> EncodedRow:
+    """A comparison of some answers to one prompt; their first tokens differ."""
+    texts = [np.array([*[9] * prompt, *[number] * tail], dtype=np.int32) for number in range(answers)]
+    return EncodedRow(texts[0][:prompt], texts, [(0, 1)], [0.0], [1.0])
+
+
+def test_the_keys_are_those_of_the_micro_batch_with_most() -> None:
+    """50 pairs of 400 tokens with 600 keys each, and among them one prompt of 2,400 tokens with 16 answers of 100."""
+    pairs, many = [encoded(2, 200, 100)] * 25, encoded(16, 2400, 100)
+    config = config_of()
+    data = TokenizedComparisons.of([*pairs, many, *pairs])
+    found = measured_size(data, [], share=True, config=config)
+    # In 8,192 tokens: 40,000 keys of 4,000 tokens, and the pairs'.
+    assert found.keys == pytest.approx((40_000 + 4_192 * 1.5) / 8_192)
+    assert measured_size(data, [], share=False, config=config).keys == 1.0, "each text has its own prompt"
+    assert measured_size(TokenizedComparisons.of(pairs), [], share=True, config=config).keys == 1.5
+    tight = config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": 4_000})})
+    assert keys_per_token(tight, data.tokens_N, data.logical_tokens_N, 4_000) == 10.0, "alone in its micro batch"
+
+
+def test_budget_recompute_and_plan_count_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token without recompute takes 100 kB, and 20 kB for each key beyond those of pairs: 60,000 against 30,000."""
+    per_key = {"none": 20e3, "selective": 1e3, "full": 1e3, "offload": 1e3}
+
+    def of(_: DryRun, arithmetic: str, recompute: str, *, keys: float = 1.5, **__: Any) -> TokenBytes:
+        return TokenBytes(100e3 + per_key[recompute] * (keys - 1.5), 0.0, counted=True)
+
+    monkeypatch.setattr(DryRun, "token_bytes", of)
+    dry, config = DryRun(NEOX), config_of(recompute="none")
+    room = memory_of_step(config, dry.sizes, TokenBytes(0.0, 0.0, counted=True), tokens=0, ranks=1, deferred=True).state
+    memory = (room + 2e9) / 0.85  # 20,000 tokens of pairs
+    few, many = (gpu_budget(config, dry, 512, memory, 1, keys=keys).tokens for keys in (1.5, 6.5))
+    assert (few, many) == (pytest.approx(20_000, abs=2), pytest.approx(10_000, abs=2))
+    few, many = (gpu_budget(config_of(), dry, 512, memory, 1, keys=keys) for keys in (1.5, 16.5))
+    assert (few.recompute, many.recompute) == ("none", "selective")
+    # The plan of steps of one comparison: 12 answers, 800 tokens, 6,300 keys.
+    data = measured_size(TokenizedComparisons.of([encoded(12, 500, 25)] * 50), [], share=True, config=config)
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"pairs": 1})})
+    planned = estimate(config, dry, data, Setting(gpu("h100"), 1, 1, 0.4), "ddp")
+    assert planned.memory.activations == pytest.approx(800 * (100e3 + 20e3 * (6_300 / 800 - 1.5)))
 
 
 def test_repeated_key_heads_of_a_context_group_are_counted() -> None:

@@ -29,7 +29,7 @@ from rmcore.bench.measure import machine, report
 from rmcore.bench.nullgpu.roofline import Trace, modelled
 from rmcore.config.schema import Config
 from rmcore.cost.dry_run import DryRun
-from rmcore.cost.memory import choose_budget, memory_of_step, token_bytes
+from rmcore.cost.memory import choose_budget, keys_per_token, memory_of_step, token_bytes
 from rmcore.data.batches.batch import AttentionLayout, RaggedBatch
 from rmcore.data.batches.loader import Loader
 from rmcore.data.batches.step_plan import Plan, work
@@ -134,10 +134,12 @@ def run(settings: dict[str, Any], world: World) -> dict[str, Any]:
 
     # The plan of the run, as rmcore.training.assembly makes it.
     longest = int(data.tokens_N.max())
-    chosen = choose_budget(config, hf_config, longest, device, world.size, float(data.tokens_N.mean()) * pairs)
+    keys = keys_per_token(config, data.tokens_N, data.logical_tokens_N, longest)
+    of_step = float(data.tokens_N.mean()) * pairs
+    chosen = choose_budget(config, hf_config, longest, device, world.size, of_step, keys=keys)
     budget = max(longest, min(MOST_TOKENS, chosen.tokens))
     dry = DryRun(hf_config)
-    per_token = token_bytes(config, dry, chosen.recompute)
+    per_token = token_bytes(config, dry, chosen.recompute, keys=keys)
     plan = Plan(
         data.tokens_N,
         work(data.tokens_N),
