@@ -478,7 +478,7 @@ def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None, *_:
 
 
 def _efficient_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of the memory-efficient kernel, of which torch's own shapes do not take all arguments."""
+    """The shapes of what it returns; torch's own function for them takes other arguments than the kernel."""
     return *map(torch.empty_like, arguments[1:4]), None
 
 

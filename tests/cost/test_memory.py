@@ -164,7 +164,11 @@ def test_the_budget_counts_the_rectangle_of_a_path_that_does_not_pack(
 
 @pytest.mark.parametrize(
     ("config", "arithmetic", "recompute"),
-    [(NEOX, CAST, "none"), (LLAMA, CAST, "selective"), (NEOX, FP32, "none")],
+    [
+        (NEOX, CAST, "none"),
+        (NEOX, FP32, "none"),
+        pytest.param(LLAMA, CAST, "selective", marks=pytest.mark.slow, id="llama-cast-selective"),
+    ],
     ids=lambda value: getattr(value, "model_type", value),
 )
 def test_keys_that_gpus_gather_for_each_answer_are_counted(
