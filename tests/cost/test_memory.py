@@ -1,5 +1,6 @@
 """The memory model compared with the bytes that torch allocates: activations, gradients, optimizer, whole steps."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from rmcore.cost.dry_run import AUTOCAST, CAST, FP32, DryRun, LiveBytes, TokenBy
 from rmcore.cost.estimate import Setting, estimate
 from rmcore.cost.machines import gpu
 from rmcore.cost.memory import (
+    Budget,
     Memory,
     Rectangle,
     arithmetic_of,
@@ -42,6 +44,7 @@ from rmcore.model.objectives import Objective
 from rmcore.model.reward_model import PADDED, SHARED, RewardModel
 from rmcore.ops import layers
 from rmcore.parallel.adamw import AdamW
+from rmcore.training import assembly
 from tests.harness.varlen import kernel_of_zeros
 
 SHAPES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
@@ -240,6 +243,21 @@ def test_budget_recompute_and_plan_count_the_keys(monkeypatch: pytest.MonkeyPatc
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"pairs": 1})})
     planned = estimate(config, dry, data, Setting(gpu("h100"), 1, 1, 0.4), "ddp")
     assert planned.memory.activations == pytest.approx(800 * (100e3 + 20e3 * (6_300 / 800 - 1.5)))
+
+
+def test_a_run_counts_the_keys_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, given = TokenizedComparisons.of([encoded(12, 500, 25)] * 3), []
+
+    def choose(*arguments: Any) -> Budget:
+        given.append(arguments[-1])
+        return Budget(4096, "none")
+
+    monkeypatch.setattr(assembly, "choose_budget", choose)
+    prepared: Any = SimpleNamespace(train=data, evals={})
+    model: Any = SimpleNamespace(path=SHARED, masked=False)
+    world: Any = SimpleNamespace(size=1, local_size=1, device=torch.device("cpu"))
+    assembly._own_budget(config_of(), NEOX, prepared, data.tokens_N, model, world)
+    assert given == [6_300 / 800]
 
 
 def test_repeated_key_heads_of_a_context_group_are_counted() -> None:
