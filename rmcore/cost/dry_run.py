@@ -502,7 +502,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
-            out = _grouped_product(*args)
+            out: Any = _grouped_product(*args)
         elif func is torch.ops.aten._efficient_attention_backward.default and isinstance(args[0], FakeTensor):
             out = _efficient_backward(*args)
         else:
