@@ -55,6 +55,15 @@ class Start:
                 "data back, start anew with run.resume=never, or accept the change with 'run.allow_changes=[data]'"
             )
 
+    def check_steps(self, steps: int) -> None:
+        """Raises UserError if the run would have ended before the checkpoint. Its last step may be the checkpoint's."""
+        if self.step > steps:
+            raise UserError(
+                f"{self.checkpoint} was written after step {self.step}, and with these settings and data the run has "
+                f"{steps} steps: set run.epochs or run.max_steps to {self.step} steps or more, continue from an "
+                "earlier checkpoint (run.resume=PATH), or start anew with run.resume=never"
+            )
+
     def check_base(self, fingerprint: str) -> None:
         """Raises UserError if the weights that LoRA does not train are not those of the checkpoint's run."""
         if self.manifest and self.manifest.base != fingerprint:

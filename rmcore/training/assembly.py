@@ -88,6 +88,7 @@ def assemble(config: Config, world: World, start: Start | None = None) -> Run:
     check_same_plan(world, plan_facts(config, data, budget, path))
     plan_of = partial(Plan.of, config, data.train, tokens_N, token_budget=budget.tokens, world_size=world.groups)
     plan = first_error(world, "planning", plan_of)
+    start.check_steps(plan.steps)
 
     # The strategy wraps the model, and a checkpoint fills it.
     model = loaded.to_train()

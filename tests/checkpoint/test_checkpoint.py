@@ -316,6 +316,18 @@ def test_a_completed_run_says_so_and_goes_on_when_it_grew(tmp_path: Path) -> Non
     assert longer.codes == [0] and "continuing at step 8" in longer.text and longer.status["step"] == 16, longer.text
 
 
+def test_a_plan_that_ends_before_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A plan that ends at the checkpoint completes the run."""
+    given = arguments(tmp_path)
+    stopped = run(tmp_path / "run", given, 1, [Fault("compute", "term", 0, 5)])
+    assert stopped.codes == [3], stopped.text
+    refused = run(stopped.directory, [*given, "batch.pairs=24", "run.allow_changes=[batch.pairs]"], 1)
+    assert refused.codes == [2] and "Traceback" not in refused.text, refused.text
+    assert "step-5 was written after step 5, and with these settings and data the run has 2 steps" in refused.text
+    ends = run(stopped.directory, [*given, "run.max_steps=5"], 1)
+    assert ends.codes == [0] and ends.status["status"] == "completed" and ends.status["step"] == 5, ends.text
+
+
 def test_a_named_checkpoint_and_never(tmp_path: Path) -> None:
     given = arguments(tmp_path, "run.keep=9")
     whole = run(tmp_path / "run", given, 1)
