@@ -47,7 +47,7 @@ from rmcore.training.in_process import FinishedRun, config_of, in_process, raise
 from rmcore.training.metrics import Metrics
 from rmcore.training.outcome import STOPPED, Ending, leave_process, recorded
 from rmcore.training.patience import Patience
-from rmcore.training.publish import publish
+from rmcore.training.publish import publish, push_model
 from rmcore.training.regularisers import Regularisers
 from rmcore.training.rehearsal import rehearse, sizes_of
 from rmcore.training.run import Run, moment_after
@@ -158,6 +158,7 @@ def run(config: Config, world: World, heartbeat: Heartbeat, signals: Signals) ->
         evaluation=metrics,
         best=asdict(end.best) if end.best else None,
     )
+    push_model(state)
 
 
 def attempt(config: Config, world: World, signals: Signals, *, prints: bool = True) -> None:
@@ -194,7 +195,7 @@ def fit(config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str
         overrides: ["optim.lr=1e-5", ...], as on the command line.
     Raises:
         UserError: the config, the data, the model or the run directory cannot be used.
-        RunError: the run failed, with its reason.
+        RunError: the run failed, with its reason; or it is completed, and the hub did not accept its model.
         KeyboardInterrupt: after Ctrl-C, once the run has saved; the same call resumes it. A second one does not save.
     A run that is completed already is returned as it is.
     """

@@ -248,7 +248,8 @@ def first_error(world: World, what: str, action: Callable[[], T], group: dist.Pr
         group: a group of all ranks, if not the default one.
     Raises:
         UserError: the first failing rank raised UserError.
-        RankError: it raised RankError, whose message is kept; or anything else: the message has its rank and traceback.
+        RankError: it raised another ExplainedError, whose message is kept; or anything else: the message has its rank
+            and traceback.
     """
     result: list[T] = []
     failure = None
@@ -259,7 +260,7 @@ def first_error(world: World, what: str, action: Callable[[], T], group: dist.Pr
         cause = error
         failure = {
             "refused": isinstance(error, UserError),
-            "complete": isinstance(error, RankError),
+            "complete": isinstance(error, ExplainedError),
             "message": str(error),
             "traceback": traceback.format_exc(),
         }

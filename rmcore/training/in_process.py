@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from rmcore.config import Config, UserError, config_from_values, load_config
+from rmcore.hf_export.upload import PushError
 from rmcore.host.command import ExplainedError
 from rmcore.parallel.world import environment_number
 from rmcore.scoring.reward_model import RewardModel, load
@@ -30,7 +31,10 @@ from rmcore.training.signals import Stopped
 
 
 class RunError(ExplainedError):
-    """A run failed. The message holds the step, the phase and the reason, as run_status.json does."""
+    """A run failed. The message holds the step, the phase and the reason, as run_status.json does.
+
+    Or it is completed, and the hub did not accept its model; the message has the command that pushes it.
+    """
 
 
 class FinishedRun:
@@ -121,6 +125,9 @@ def raise_reason(end: Ending | Stopped, directory: str, received: int) -> NoRetu
         if received != signal.SIGINT:
             raise SystemExit(STOPPED) from None
         raise KeyboardInterrupt(f"the run in {directory} has stopped; the same call resumes it") from None
+    cause = end.__cause__
+    if isinstance(cause, PushError):
+        raise RunError(f"the run in {directory} is completed, but its model is not on the hub: {cause}") from cause
     if end.code == FAILED:
         reason = status.get("reason") if status.get("status") == "failed" else None
         raise RunError(f"the run in {directory} failed: {reason or end.__cause__}") from end.__cause__

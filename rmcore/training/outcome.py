@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch
 
 from rmcore.config import UserError
+from rmcore.hf_export.upload import PushError
 from rmcore.host.files import write_text_atomically
 from rmcore.host.terminal import print_text
 from rmcore.parallel.world import LEAVING, SAVING
@@ -50,6 +51,10 @@ def recorded(run_dir: str, heartbeat: Heartbeat, signals: Signals) -> Iterator[N
                 print_text(f"rmcore.train: {stop} at step {step}; run the same command again to resume", sys.stderr)
             record_status(run_dir, "preempted", step=step, episode=stop.episode, reason=str(stop))
         raise Ending(STOPPED) from None
+    except PushError as error:  # the run is completed, and its status stays
+        if heartbeat.is_main and heartbeat.prints:
+            print_text(f"rmcore.train: {error}", sys.stderr)
+        raise Ending(FAILED) from error
     except Exception as error:
         signals.ignore()  # torchrun sends SIGTERM to the other ranks as soon as one rank has left
         if isinstance(error, torch.OutOfMemoryError):

@@ -25,10 +25,12 @@ from rmcore.hf_export.directory import Package, check_texts, check_weights, set_
 from rmcore.hf_export.parity import ExportError, Parity, Probe, check_export
 from rmcore.hf_export.parts import exported_parts
 from rmcore.hf_export.probe import probe_of
-from rmcore.hf_export.upload import push
+from rmcore.hf_export.upload import PushError, push
+from rmcore.host.command import ExplainedError
 from rmcore.host.cores import usable_cores
 from rmcore.host.faults import fault
 from rmcore.host.memory import available_memory
+from rmcore.host.terminal import print_text
 from rmcore.model.classifier import is_made
 from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.lazy_model import open_exported
@@ -52,7 +54,7 @@ def publish(run: Run, evaluations: Evaluations | None, tracker: Tracker) -> None
 
     Raises RankError, on all ranks, if the export cannot be written or does not compute what was trained.
     """
-    config, world, directory = run.config, run.world, model_directory(run)
+    world, directory = run.world, model_directory(run)
     probe = make_probe(run)
     run.strategy.adamw.state.clear()  # the training is over, and the check may need the memory
     package = package_of(run, evaluations)
@@ -79,11 +81,25 @@ def publish(run: Run, evaluations: Evaluations | None, tracker: Tracker) -> None
         )
         for note in parity.notes:
             tracker.say(note)
-    if config.hub.push:
+
+
+def push_model(run: Run) -> None:
+    """With hub.push, upload the exported model, after everything else of the run is done; a collective.
+
+    Raises PushError, on all ranks, if the hub does not accept it.
+    """
+    world, hub = run.world, run.config.hub
+    if not hub.push:
+        return
+    waiting = second_group(PATIENCE) if world.size > 1 else None
+    try:
         first_error(
-            world, "the push to the hub", lambda: push(directory, config.hub) if world.is_main else None, waiting
+            world, "the push to the hub", lambda: push(model_directory(run), hub) if world.is_main else None, waiting
         )
-        tracker.say(f"pushed to {config.hub.repo}")
+    except ExplainedError as error:
+        raise PushError(str(error)) from error
+    if world.is_main:
+        print_text(f"pushed to {hub.repo}")
 
 
 def model_directory(run: Run) -> Path:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import rmcore.parallel.world as world_module
 from rmcore.config import UserError
+from rmcore.host.command import ExplainedError
 from rmcore.parallel.world import (
     RankError,
     World,
@@ -35,6 +36,10 @@ def _refuse(message: str) -> None:
     raise UserError(message)
 
 
+def _explain(message: str) -> None:
+    raise ExplainedError(message)
+
+
 def _raised(world: Any, action: Any) -> list[str]:
     try:
         first_error(world, "looking", action)
@@ -55,6 +60,7 @@ def use_everything(rendezvous: str) -> dict[str, Any]:
             "draws": [random.random(), float(np.random.rand()), float(torch.rand(()))],
             "fine": first_error(world, "looking", lambda: world.rank * 2),
             "one_fails": _raised(world, lambda: 1 // (world.rank - 1)),
+            "one_explains": _raised(world, lambda: _explain("no room") if world.rank == 1 else None),
             "all_refuse": _raised(world, lambda: _refuse("no such file")),
             "one_refuses": _raised(world, lambda: _refuse("bad row") if world.rank == 2 else None),
             "hosts": list(device_mesh(world).shape),
@@ -73,6 +79,7 @@ def test_the_helpers_on_three_ranks(tmp_path: Path) -> None:
         assert value["sum"] == [6.0, 60.0]
         assert value["seed"] == 7 + rank
         assert value["fine"] == rank * 2
+        assert value["one_explains"] == ["RankError", "no room"]
         assert value["hosts"] == [3]
         # The same error on every rank, with the number of the rank that failed.
         assert value["one_fails"] == values[0]["one_fails"]
