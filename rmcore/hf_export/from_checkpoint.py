@@ -7,7 +7,7 @@ Example: export("runs/hh", "hh-rm") -> ["hh-rm: step 120; rewards reloaded by tr
 
 The weights come from the checkpoint. The base model's config and tokenizer are read from the place that the run used;
 its weights are read only after LoRA. If the run's data can still be read, they give the texts of the check and the
-counts of the model card; otherwise built-in texts are used.
+counts of the model card, and their token ids must be those of the training; otherwise built-in texts are used.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rmcore.checkpoint import directory
+from rmcore.checkpoint.changes import allowed
 from rmcore.checkpoint.manifest import FILE, Manifest, check_file, read_manifest
 from rmcore.checkpoint.resume import Start
 from rmcore.checkpoint.shards import Damaged, read_slices
@@ -78,10 +79,8 @@ def export(
         return merge_adapter(run, out, overrides, max_shard_size)
     checkpoint, manifest, lines = find_checkpoint(Path(run))
     config, precision_lines = config_of(manifest, overrides)
-    lines += precision_lines
     loaded = load(config, checkpoint, manifest)
-    if loaded.data is None:
-        lines.append(f"note: checked on built-in texts: {loaded.no_data}")
+    lines += [*precision_lines, *loaded.notes]
     normalisation, calibration = None, None
     if normalise or calibrated:
         held_out, rewards_A = held_out_rewards(loaded, "--normalise" if normalise else "--calibrate")
@@ -225,13 +224,17 @@ class Loaded:
     template: Template
     data: PreparedData | None
     no_data: str  # why `data` is None
+    notes: list[str]  # about the data, for the user
     trial: TokenizedComparisons  # comparisons for the self-test and for the check of the export
     adapted: Sequence[Adapted]  # the layers that LoRA trained; empty without LoRA
     base_weights: BaseWeights | None  # with export.adapter
 
 
 def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
-    """The model of a checkpoint on the CPU. Raises UserError if the checkpoint does not fit the base model's files."""
+    """The model of a checkpoint on the CPU.
+
+    Raises UserError if the checkpoint does not fit the base model's files, or the texts have other token ids now.
+    """
     tokenizer = load_tokenizer(config)
     template = template_of(config, tokenizer)
     hf_config = load_model_config(config.model)
@@ -241,6 +244,18 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
         data = prepare_data(config, tokenizer, positions)
     except UserError as error:
         no_data = str(error)
+        notes = [
+            f"note: checked on built-in texts: {no_data}",
+            "note: without the train data, the tokenizer and the template are not compared with those of the training",
+        ]
+    else:
+        fraction = manifest.config["data"]["eval_fraction"]
+        as_trained = data
+        if config.data.eval_fraction != fraction:  # --normalise and --calibrate may hold out other rows than the run
+            changes: dict[str, Any] = {"data": config.data.model_copy(update={"eval_fraction": fraction})}
+            changes["run"] = config.run.model_copy(update={"evals": 0})
+            as_trained = prepare_data(config.model_copy(update=changes), tokenizer, positions)
+        notes = compared_with_training(config, checkpoint, manifest, as_trained)
     # Every trained weight comes from the checkpoint. The base model's files are read only if they hold others.
     lora, seed = config.model.lora, config.run.seed
     some = lora.rank is not None or holds_others(hf_config, config.model)
@@ -260,7 +275,24 @@ def load(config: Config, checkpoint: Path, manifest: Manifest) -> Loaded:
     read_weights(trained.model, checkpoint, manifest, config.run.weights)
     trial = (data.eval or data.train) if data else built_in(template, tokenizer, positions)
     trained.choose_path(trial)
-    return Loaded(trained, template, data, no_data, trial, adapted, base_weights)
+    return Loaded(trained, template, data, no_data, notes, trial, adapted, base_weights)
+
+
+def compared_with_training(config: Config, checkpoint: Path, manifest: Manifest, data: PreparedData) -> list[str]:
+    """Raises UserError if the train data have other token ids now; with run.allow_changes=[data] it is a note."""
+    now = data.train.fingerprint
+    if now == manifest.data:
+        return []
+    changed = (
+        f"the train data, the chat template or the tokenizer have changed since {checkpoint} was written (fingerprint "
+        f"{manifest.data[:12]} then, {now[:12]} now)"
+    )
+    if allowed(config, "data.train"):
+        return [f"note: {changed}"]
+    raise UserError(
+        f"{changed}, so the export may give texts other token ids than the training: bring the old ones back, or, if "
+        "only the rows have changed, accept that with 'run.allow_changes=[data]'"
+    )
 
 
 def holds_others(hf_config: PretrainedConfig, model: ModelConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,28 @@ def test_without_its_data_a_checkpoint_still_exports_with_a_note(tmp_path: Path)
     (tmp_path / "pairs.jsonl").unlink()
     lines = export(str(folder), str(tmp_path / "out"), ["data.cache=" + str(tmp_path / "nothing")])
     assert any(line.startswith("note: checked on built-in texts: ") for line in lines)
+    assert any("the tokenizer and the template are not compared" in line for line in lines)
     with pytest.raises(UserError, match="--normalise needs the run's held-out data"):
         export(str(folder), str(tmp_path / "n"), ["data.cache=" + str(tmp_path / "nothing")], normalise=True)
     assert "counts were not available" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         folder / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_template_that_has_changed_is_refused(tmp_path: Path) -> None:
+    """The weights were trained on other token ids than the export would read."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ eos_token }}")
+    folder = run(tmp_path / "run", arguments(tmp_path, *HELD_OUT, f"data.template={template}"), 1).directory
+    assert not any("note" in line for line in export(str(folder), str(tmp_path / "same")))
+    template.write_text(template.read_text().replace("<", "["))
+    words = r"template or the tokenizer have changed since .*step-3 was written \(fingerprint \w{12} then, \w{12} now"
+    with pytest.raises(UserError, match=words):
+        export(str(folder), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    lines = export(str(folder), str(tmp_path / "out"), ["run.allow_changes=[data]"])
+    assert re.search(rf"note: .*{words}", lines[0]) and "rewards reloaded by transformers differ" in lines[-1]
 
 
 def test_damaged_checkpoints_are_skipped_and_never_exported(tmp_path: Path, capsys: Any) -> None:
