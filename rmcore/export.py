@@ -1,14 +1,16 @@
 """`rmcore export RUN -o DIR` writes a Hugging Face directory from a checkpoint and checks it by reloading it.
 
-Input: a run directory (its newest intact checkpoint) or one checkpoint, of any strategy and number of ranks; or an
-adapter that rmcore exported, which is merged into its base model.
+Input: a run directory or one checkpoint, of any strategy and number of ranks; or an adapter that rmcore exported, which
+is merged into its base model. Of a run directory it is the newest intact checkpoint, or the best one of a completed run
+with run.best_metric or run.patience.
 Output: the directory that rmcore/hf_export/directory.py describes, the same as at the end of a training.
 Example: `rmcore export runs/hh/checkpoints/step-120 -o hh-120` prints "hh-120: step 120; rewards reloaded by
 transformers differ by 2.4e-07 (allowed 1.0e-05)".
 
 One process does the work; it needs memory for the weights only, not for the optimizer. The config and the tokenizer of
 the base model are read from where the run read them (override: model.name=...). Its weights are read only after LoRA.
-If the data of the run can still be read, they give the texts for the check and the counts for the model card.
+If the data of the run can still be read, they give the texts for the check and the counts for the model card, and must
+have the token ids of the training.
 `--normalise` measures mean and deviation of the rewards of all held-out answers and stores them
 (rmcore/scoring/normalisation.py), `--calibrate` the temperature with which `rmcore score` and `rmcore serve` return
 probabilities (rmcore/scoring/calibration.py).
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="run directory (its newest intact checkpoint), one checkpoint, or an exported adapter",
+        help="run directory (its newest intact checkpoint; of a completed run with run.best_metric or run.patience the "
+        "best one), one checkpoint, or an exported adapter",
     )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="directory to write")
     parser.add_argument(
