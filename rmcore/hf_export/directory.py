@@ -42,6 +42,7 @@ from rmcore.hf_export.parity import (
     reloaded,
 )
 from rmcore.hf_export.weights import SHARD_SIZE, check_shard_size, write_weights
+from rmcore.host.command import LOST_OUTPUT
 from rmcore.host.files import fsync_directory
 from rmcore.host.model_directory import LORA_BASE
 from rmcore.model.adapter import BASE_WEIGHTS
@@ -291,12 +292,20 @@ def _add_only(front: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def empty_temporary(directory: Path) -> Path:
-    """A new directory next to `directory`, to write into. Raises UserError if that holds something else."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
+    """A new directory next to `directory`, to write into.
+
+    Raises UserError if `directory` holds something else, or cannot be made (a file, a read-only disk).
+    """
     temporary = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
+            raise UserError(f"{directory} exists and is not an exported model: move it away, or export elsewhere")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        if error.errno in LOST_OUTPUT:  # a failure of the disk is not a mistake
+            raise
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}: export elsewhere") from None
     return temporary
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,12 +45,25 @@ def score(
         _report_unread([scorer.unread], world)
         return counts
     parts = Path(f"{out}.parts")
-    try:
-        first_error(world, "preparing", lambda: prepare_parts(parts, scorer, rows) if world.is_main else None)
+
+    def prepare() -> None:
+        if world.is_main:
+            with explained(out):
+                prepare_parts(parts, scorer, rows)
+
+    with explained(out):
+        first_error(world, "preparing", prepare)
         score_parts(scorer, source_file(rows, parts), parts, world)
         wait_for_all(world)
         _report_unread(all_gather_json(world, scorer.unread), world)
         return finish(parts, source_file(rows, parts), Path(out)) if world.is_main else (0, 0)
+
+
+@contextmanager
+def explained(out: str) -> Iterator[None]:
+    """Within, a file that cannot be read or written raises UserError; `out` stands for one without a name."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be read or written: {error.strerror or error}") from None
 

@@ -300,6 +300,7 @@ def test_the_command_reports_why_it_refuses(tmp_path, capsys):
         (same, str(tmp_path / "out.csv"), "writes JSON lines"),
         (same, str(tmp_path), "is a directory"),
         (str(tmp_path / "in.txt"), str(tmp_path / "out"), "rmcore score reads"),
+        (same, "/proc/self/out.jsonl", "cannot be read or written"),  # as on a read-only disk
     ):
         assert main([MODEL, rows, "-o", out, "data.template=none"]) == 2
         assert message in capsys.readouterr().err

@@ -189,6 +189,15 @@ def test_a_directory_that_is_not_a_model_is_not_touched(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="no directory in which nobody can write")
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "model", Path("/proc/self/model")):
+        with pytest.raises(UserError, match=f"{place} cannot be written: .*: export elsewhere"):
+            export(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
 def test_an_altered_tokenizer_is_noticed(tmp_path: Path) -> None:
     probe = export(tmp_path / "model")
     tokenizer = byte_tokenizer()
