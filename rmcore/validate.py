@@ -3,8 +3,8 @@
 Input: a configuration. Output: one line per check, and exit code 0, or 2 if a check fails. The checks are: config,
 tokenizer, model (only its config), template, data (every row is read, rendered and tokenised, and the run will find the
 result in the cache), plan, export (the model with random weights is exported and reloaded, as at the end of a run), run
-directory (writable, with room for checkpoints and export). After a failed check, all checks that do not depend on it
-still run.
+directory (writable, with room for checkpoints and export, and without a run of other settings or data). After a failed
+check, all checks that do not depend on it still run.
 
 Example:
     ok       tokenizer  PreTrainedTokenizerFast, 50277 tokens; padding token <|padding|> (id 1): the tokenizer's own
@@ -95,7 +95,7 @@ def check_all(config: Config) -> Checks:
     checks.run("data", data, needs=("tokenizer", "template"))
     checks.run("plan", lambda: _plan(config, found["data"].train), needs=("data",))
     checks.run("export", lambda: _export(found["config"], found["tokenizer"], found["data"]), needs=("model", "data"))
-    checks.run("run.dir", lambda: _run_directory(config, found.get("export")))
+    checks.run("run.dir", lambda: _run_directory(config, found))
     return checks
 
 
@@ -161,8 +161,12 @@ def _export(config: Config, tokenizer: Any, data: Any) -> tuple[Any, str, list[s
     return sizes, line, []
 
 
-def _run_directory(config: Config, sizes: Any) -> tuple[Any, str, list[str]]:
-    """Check that the directory, or its nearest existing parent, is writable and has room. Nothing is created."""
+def _run_directory(config: Config, found: dict[str, Any]) -> tuple[Any, str, list[str]]:
+    """Check that the directory, or its nearest existing parent, is writable, has room, and does not hold another run.
+
+    Nothing is created.
+    """
+    from rmcore.checkpoint.resume import look_ahead
     from rmcore.training.run_directory import check_disk
 
     directory = Path(config.run.dir).absolute()
@@ -171,9 +175,21 @@ def _run_directory(config: Config, sizes: Any) -> tuple[Any, str, list[str]]:
         raise UserError(f"run.dir={config.run.dir}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={config.run.dir}: cannot write to {existing}")
-    if sizes is not None:
-        check_disk(config, sizes)
-    return directory, str(directory) if existing == directory else f"{directory} (will be created)", []
+    start = look_ahead(config)
+    if not start.completed:
+        data = found.get("data")
+        if data is not None and data.template.date in (None, config.data.date):  # else the run keeps its own date
+            start.check_data(config, data.train.fingerprint)
+        if "plan" in found:
+            start.check_steps(found["plan"].steps)
+        if "export" in found:
+            check_disk(config, found["export"])
+    state = " (will be created)" if existing != directory else ""
+    if start.checkpoint is not None:
+        state = f"; the run continues at step {start.step} from {start.checkpoint}"
+    if start.completed:
+        state = "; the run in it is completed"
+    return directory, f"{directory}{state}", []
 
 
 def table(checks: list[Check]) -> str:

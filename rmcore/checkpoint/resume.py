@@ -59,8 +59,8 @@ class Start:
         """Raises UserError if the run would have ended before the checkpoint. Its last step may be the checkpoint's."""
         if self.step > steps:
             raise UserError(
-                f"{self.checkpoint} was written after step {self.step}, and with these settings and data the run has "
-                f"{steps} steps: set run.epochs or run.max_steps to {self.step} steps or more, continue from an "
+                f"{self.checkpoint} was written after step {self.step}, and with these settings and data the run ends "
+                f"after step {steps}: set run.epochs or run.max_steps to {self.step} steps or more, continue from an "
                 "earlier checkpoint (run.resume=PATH), or start anew with run.resume=never"
             )
 
@@ -102,6 +102,28 @@ def choose_start(config: Config, world: World) -> Start:
     lines = [*start.lines, f"continuing at step {start.step} from {start.checkpoint} (written by {by})"]
     lines += [f"changed since then: {change}" for change in found]
     return replace(start, completed=completed, lines=tuple(lines))
+
+
+def look_ahead(config: Config) -> Start:
+    """Where a run of this config would start, for checks before it: no file is hashed, and nothing is moved.
+
+    Raises UserError if `choose_start` would, because run.dir holds another run, or run.resume no checkpoint.
+    """
+    root, resume = Path(config.run.dir) / "checkpoints", config.run.resume
+    if resume == "never":
+        return Start()
+    candidates = [root / f"step-{step}" for step in directory.steps(root)] if resume == "auto" else [Path(resume)]
+    start = Start()
+    for path in candidates:
+        try:
+            start = Start(path, read_manifest(path))
+            break
+        except Damaged as error:
+            if resume != "auto":
+                raise UserError(f"run.resume: {path} is not a good checkpoint: {error}") from None
+    if start.manifest is not None:
+        check_changes(start.manifest.config, config, str(start.checkpoint))
+    return replace(start, completed=resume == "auto" and _is_completed(config, start))
 
 
 def restore(start: Start, strategy: Strategy, world: World) -> None:

@@ -323,7 +323,7 @@ def test_a_plan_that_ends_before_the_checkpoint_is_refused(tmp_path: Path) -> No
     assert stopped.codes == [3], stopped.text
     refused = run(stopped.directory, [*given, "batch.pairs=24", "run.allow_changes=[batch.pairs]"], 1)
     assert refused.codes == [2] and "Traceback" not in refused.text, refused.text
-    assert "step-5 was written after step 5, and with these settings and data the run has 2 steps" in refused.text
+    assert "with these settings and data the run ends after step 2: " in refused.text
     ends = run(stopped.directory, [*given, "run.max_steps=5"], 1)
     assert ends.codes == [0] and ends.status["status"] == "completed" and ends.status["step"] == 5, ends.text
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from transformers import GPTNeoXConfig, PreTrainedTokenizerFast
 
+import rmcore
 from rmcore import inspect_data as inspect
 from rmcore import prepare, validate
+from rmcore.config import load_config
 from rmcore.data.inspection.statistics import length_bias, of_pairs, statistics, tokens
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.data.tokens.comparisons import EncodedRow
@@ -75,6 +77,28 @@ def test_validate_reports_every_mistake_at_once(arguments, tmp_path, capsys):
     assert "skipped  data       needs the template" in printed.out and "skipped  plan" in printed.out
     assert validate.main([*arguments, "batch.tokens=8"]) == 2
     assert "batch.tokens=8 is less than the longest comparison" in capsys.readouterr().err
+
+
+def test_validate_reports_a_run_that_train_would_not_continue(arguments, tmp_path, capsys):
+    given = [*arguments, "run.max_steps=2", "log.report=none", "log.tensorboard=false"]
+    rmcore.fit(load_config(None, given))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for changed, code, message in [
+        ([], 0, "run; the run in it is completed"),
+        (["optim.lr=1e-5"], 2, "holds a completed run with other settings (optim.lr: 3e-06 -> 1e-05)"),
+        (["loss.name=hinge"], 2, "step-2 belongs to a run with other settings:"),
+        (["run.max_steps=1"], 2, "step 2, and with these settings and data the run ends after step 1: set"),
+        (["run.max_steps=3"], 0, "the run continues at step 2 from"),
+        (["run.max_steps=1", "run.resume=never"], 0, f"run.dir    {tmp_path / 'run'}"),
+        (["run.resume=nowhere/step-1"], 2, "run.resume: nowhere/step-1 is not a good checkpoint"),
+    ]:
+        assert validate.main([*given, *changed]) == code, changed
+        printed = capsys.readouterr()
+        assert message in printed.out, printed
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    assert validate.main([*given, "run.max_steps=3"]) == 2
+    assert "the train data have changed since" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 def test_inspect_draws_and_counts(arguments, tmp_path, capsys):
