@@ -14,15 +14,17 @@ from rmcore.host.command import UserError
 LFS = b"version https://git-lfs"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
 LORA_BASE = "lora_base"  # in `rmcore` of config.json: marks an adapter that rmcore exported
+RUN, CHECKPOINT = "run_status.json", "manifest.json"  # mark directories that rmcore wrote for runs, not for models
 READ = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")  # weights, configs and tokenizers
 
 
 def check_model_directory(name: str) -> None:
-    """Raises UserError for Git LFS pointers, an index that leaves the directory, an adapter of another program, and
-    adapter files next to weights."""
+    """Raises UserError for Git LFS pointers, an index that leaves the directory, an adapter of another program, adapter
+    files next to weights, and the directories of a run and a checkpoint."""
     folder = Path(name)
     if not folder.is_dir():
         return
+    _refuse_run(folder)
     for pattern in READ:
         for file in sorted(folder.glob(pattern)):
             refuse_lfs_pointer(file, f"model.name {name}: ")
@@ -40,6 +42,18 @@ def check_model_directory(name: str) -> None:
         f"model.name {name} is an adapter of {_base(adapter)}, not a model; merge the two (peft: merge_and_unload, "
         "then save_pretrained; of a reward model: `rmcore convert DIR -o DIR`) and give the directory of the result"
     )
+
+
+def _refuse_run(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        return
+    if (folder / RUN).is_file() and (folder / "model" / "config.json").is_file():
+        raise UserError(f"model.name {folder} is the directory of a run; give that of its model: {folder / 'model'}")
+    for mark, kind in ((RUN, "a run, which has not exported a model"), (CHECKPOINT, "a checkpoint")):
+        if (folder / mark).is_file():
+            raise UserError(
+                f"model.name {folder} is the directory of {kind}: `rmcore export {folder} -o DIR` makes a model of it"
+            )
 
 
 def refuse_missing_directory(name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import rmcore
 from rmcore.config import UserError
 from rmcore.config.schema import ModelConfig
 from rmcore.data.synthetic import byte_tokenizer
@@ -47,6 +48,23 @@ def test_adapters_are_refused_with_and_without_weights_next_to_them(folder: Path
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(UserError, match="an adapter of another model"):
         check_model_directory(str(folder))
+
+
+def test_the_directories_of_a_run_and_of_a_checkpoint_are_refused(folder: Path) -> None:
+    """A run has config.yaml, not config.json. The tokenizer is read first, so its loader refuses them, too."""
+    check_model_directory(str(folder))
+    run = folder / "run"
+    checkpoint = run / "checkpoints" / "step-2"
+    checkpoint.mkdir(parents=True)
+    (run / "run_status.json").write_text('{"status": "running"}')
+    (checkpoint / "manifest.json").write_text("{}")
+    for place, words in [(run, "a run, which has not exported a model"), (checkpoint, "a checkpoint")]:
+        with pytest.raises(UserError, match=f"{place} is the directory of {words}: `rmcore export {place} -o DIR`"):
+            load_model_config(ModelConfig(name=str(place)))
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UserError, match=f"{run} is the directory of a run; give that of its model: {run}/model$"):
+        rmcore.load(run)
 
 
 def test_a_training_refuses_it_in_one_line(folder: Path) -> None:
