@@ -36,7 +36,7 @@ from rmcore.data.batches.batch import RaggedBatch
 from rmcore.host.faults import fault
 from rmcore.host.terminal import print_text
 from rmcore.parallel.world import RankError, World, all_gather_json
-from rmcore.tracking.status import record_status
+from rmcore.tracking.status import read_status, record_status
 from rmcore.tracking.tracker import Tracker
 
 BEAT_SECONDS = 0.5  # between two beats
@@ -237,7 +237,8 @@ class Heartbeat:
         self._printed = True
         if self.prints:
             print_text(f"rmcore.train: {message}", sys.stderr)
-        if self.run_dir is not None:
+        # A run that starts writes "running" first. What is refused before leaves a completed run completed.
+        if self.run_dir is not None and read_status(self.run_dir).get("status") != "completed":
             record_status(self.run_dir, "failed", step=self.step, reason=message)
 
     def _explain(self, error: BaseException) -> str:

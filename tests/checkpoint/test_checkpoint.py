@@ -17,6 +17,7 @@ from rmcore.checkpoint.manifest import Manifest, check_file, read_manifest, writ
 from rmcore.checkpoint.shards import Damaged, hash_file, read_slices, write_shard
 from rmcore.checkpoint.state import through_buffers
 from rmcore.config import load_config
+from rmcore.tracking.status import read_status
 from tests.harness.configs import NEEDED
 from tests.harness.crash import Fault, run
 from tests.harness.ranks import run_ranks
@@ -312,6 +313,7 @@ def test_a_completed_run_says_so_and_goes_on_when_it_grew(tmp_path: Path) -> Non
     assert again.codes == [0] and "is completed already" in again.text and not again.weights
     other = run(done.directory, arguments(tmp_path, "optim.lr=2e-3"), 1)
     assert other.codes == [2] and "holds a completed run with other settings (optim.lr: 0.001 -> 0.002)" in other.text
+    assert read_status(done.directory)["status"] == "completed"
     longer = run(done.directory, [*given, "run.epochs=2"], 1)
     assert longer.codes == [0] and "continuing at step 8" in longer.text and longer.status["step"] == 16, longer.text
 
