@@ -113,7 +113,10 @@ def test_trl_followed_in_bf16(tmp_path, ranks, strategy):
 
 @needs_shared
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", pytest.param("bf16", marks=pytest.mark.xfail(reason="torch 2.13 writes C++ that declares a name twice"))],
+)
 def test_trl_followed_with_compiled_layers(tmp_path, precision):
     steps = follow(tmp_path, 1, "parallel.compile=true", f"parallel.precision={precision}")
     if precision == "fp32":
