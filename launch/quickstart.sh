@@ -72,5 +72,5 @@ What to look at next, in $root
                        AutoModelForSequenceClassification.from_pretrained("$run_dir/model")
     more metrics       $python -m rmcore.evaluate $run_dir/model synthetic data.split=test
     your own data      $python -m torch.distributed.run --nproc_per_node $ranks -m rmcore.train \\
-                           model.name=EleutherAI/pythia-14m data.train.path=pairs.jsonl data.eval_fraction=0.1
+                           model.name=Qwen/Qwen3-0.6B data.train.path=pairs.jsonl data.eval_fraction=0.1
 EOF
