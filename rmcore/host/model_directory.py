@@ -49,7 +49,7 @@ def _refuse_run(folder: Path) -> None:
         return
     if (folder / RUN).is_file() and (folder / "model" / "config.json").is_file():
         raise UserError(f"model.name {folder} is the directory of a run; give that of its model: {folder / 'model'}")
-    for mark, kind in ((RUN, "a run, which has not exported a model"), (CHECKPOINT, "a checkpoint")):
+    for mark, kind in ((RUN, "a run without an exported model"), (CHECKPOINT, "a checkpoint")):
         if (folder / mark).is_file():
             raise UserError(
                 f"model.name {folder} is the directory of {kind}: `rmcore export {folder} -o DIR` makes a model of it"

@@ -5,10 +5,10 @@ each token sees the tokens of its own text only, at their positions in that text
 Example: in the row [p0 p1 a b] of a comparison b sees p0 p1 b. With a sliding window of 2 it sees p1 b, because its
 position is 2, like that of a.
 
-This serves architectures that compute attention in their own code (GPT-J, Bloom, Falcon), or that need a mask for more
-than attention (sparse attention that selects keys). Transformers' mask functions make all their masks from a function
-of the numbers of a query and a key; here it is called with their positions in the text. The rectangle costs padding,
-and dense masks, but computes the prompt once.
+This serves architectures that compute attention in their own code (MPT, XGLM, Falcon with ALiBi), or that need a mask
+for more than attention (sparse attention that selects keys). Transformers' mask functions make all their masks from a
+function of the numbers of a query and a key; here it is called with their positions in the text. The rectangle costs
+padding, and dense masks, but computes the prompt once.
 """
 
 import sys

@@ -72,35 +72,36 @@ class PackedFalconAttention(falcon.FalconAttention):
         return grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
 
 
-class PackedGPTJAttention(GPTJAttention):
+class _PackedScores:
+    """For attention whose queries, keys and values [1, H, T, K] meet in a method of its own."""
+
+    scale_attn: float
+
     def _attn(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        packed = _packed(query, key, value, Terms(1 / self.scale_attn))
-        return packed or super()._attn(query, key, value, attention_mask)
+        layout = current_layout()
+        if layout is None:
+            return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
+        return attend(query, key, value, layout, self._terms()).transpose(1, 2), None
+
+    def _terms(self) -> Terms:
+        return Terms(1 / self.scale_attn)
 
 
-class PackedCodeGenAttention(CodeGenAttention):
-    def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        packed = _packed(query, key, value, Terms(1 / self.scale_attn))
-        return packed or super()._attn(query, key, value, attention_mask)
+class PackedGPTJAttention(_PackedScores, GPTJAttention):
+    """Attention of GPT-J."""
 
 
-class PackedGPTNeoAttention(GPTNeoSelfAttention):
-    def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        window = self.config.window_size if self.attention_type == "local" else 0
-        packed = _packed(query, key, value, Terms(1.0, window))
-        return packed or super()._attn(query, key, value, attention_mask)
+class PackedCodeGenAttention(_PackedScores, CodeGenAttention):
+    """Attention of CodeGen."""
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Tensor, None] | None:
-    """The output [1, H, T, K] of queries, keys and values of that shape; None outside a packed forward."""
-    layout = current_layout()
-    return None if layout is None else (attend(query, key, value, layout, terms).transpose(1, 2), None)
+class PackedGPTNeoAttention(_PackedScores, GPTNeoSelfAttention):
+    """Attention of GPT-Neo: scores are not scaled, and some layers have windows."""
+
+    def _terms(self) -> Terms:
+        return Terms(1.0, self.config.window_size if self.attention_type == "local" else 0)
 
 
 PACKED: dict[type[nn.Module], type[nn.Module]] = {

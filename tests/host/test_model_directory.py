@@ -58,7 +58,7 @@ def test_the_directories_of_a_run_and_of_a_checkpoint_are_refused(folder: Path) 
     checkpoint.mkdir(parents=True)
     (run / "run_status.json").write_text('{"status": "running"}')
     (checkpoint / "manifest.json").write_text("{}")
-    for place, words in [(run, "a run, which has not exported a model"), (checkpoint, "a checkpoint")]:
+    for place, words in [(run, "a run without an exported model"), (checkpoint, "a checkpoint")]:
         with pytest.raises(UserError, match=f"{place} is the directory of {words}: `rmcore export {place} -o DIR`"):
             load_model_config(ModelConfig(name=str(place)))
     (run / "model").mkdir()

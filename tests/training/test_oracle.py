@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.harness.paths import ROOT, SHARED, needs_shared
 
@@ -111,11 +112,16 @@ def test_trl_followed_in_bf16(tmp_path, ranks, strategy):
     assert_within_bf16(steps, roundings=2.0 if strategy == "zero2" else 1.0)
 
 
+TWICE = pytest.mark.xfail(
+    torch.__version__.startswith("2.13."), reason="it writes C++ that declares a name twice", strict=True
+)
+
+
 @needs_shared
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "precision",
-    ["fp32", pytest.param("bf16", marks=pytest.mark.xfail(reason="torch 2.13 writes C++ that declares a name twice"))],
+    ["fp32", pytest.param("bf16", marks=TWICE)],
 )
 def test_trl_followed_with_compiled_layers(tmp_path, precision):
     steps = follow(tmp_path, 1, "parallel.compile=true", f"parallel.precision={precision}")
