@@ -48,6 +48,7 @@ from rmcore.host.model_directory import LORA_BASE
 from rmcore.model.adapter import BASE_WEIGHTS
 from rmcore.model.classifier import architecture, brings_code, code_of_decoder, is_custom_code, text_prefix
 from rmcore.model.conversion import stored, stored_shapes
+from rmcore.model.fp32_parts import kept_in_fp32
 from rmcore.model.language_head import WEIGHT as LM_HEAD
 from rmcore.model.language_head import name_in_files
 from rmcore.model.meta_model import model_on_meta, set_padding
@@ -348,8 +349,10 @@ def _write_weights(
     prefix, head = text_prefix(skeleton), name_in_files(config) if LM_HEAD in shapes else ""
     renamed = ((re.sub(r"^backbone\.", prefix, name), tensor) for name, tensor in tensors)
     weights = chain(renamed, package.towers.items())
-    # Stored buffers keep their dtype: in bf16 the biases of a router would choose other experts.
+    # Stored buffers keep their dtype, and so does what transformers loads in fp32 whatever the dtype of the others: in
+    # bf16 the weights and biases of a router would choose other experts.
     buffers = {name for name, _ in skeleton.named_buffers() if name in skeleton.state_dict()}
+    kept = kept_in_fp32(skeleton)
     on_disk = stored_shapes(skeleton)
     special = is_custom_code(type(skeleton)) or hasattr(config, "quantization_config") or buffers
 
@@ -359,14 +362,15 @@ def _write_weights(
 
     if special or on_disk is None:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
-        state = {name: tensor if name in buffers else tensor.to(package.dtype) for name, tensor in weights}
+        state = {n: tensor if n in buffers | kept else tensor.to(package.dtype) for n, tensor in weights}
         state |= {head: state.pop(LM_HEAD)} if head else {}
         skeleton.to(package.dtype).save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return
     config.architectures, config.dtype = [architecture(config, package.model_class)], package.dtype
     config.save_pretrained(directory)
     on_disk |= {head: shapes[LM_HEAD]} if head else {}
-    write_weights(directory, on_disk, package.dtype, in_files(), package.max_shard_size)
+    in_fp32 = {name for name, _ in stored(skeleton, ((name, skeleton.get_parameter(name)) for name in kept))}
+    write_weights(directory, on_disk, package.dtype, in_files(), package.max_shard_size, in_fp32)
 
 
 def _write_adapter(

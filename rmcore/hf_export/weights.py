@@ -11,7 +11,7 @@ The place of every weight follows from the shapes, so each file gets its header 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,13 +29,15 @@ def write_weights(
     dtype: torch.dtype,
     tensors: Iterable[tuple[str, torch.Tensor]],
     max_shard_size: str = SHARD_SIZE,
+    in_fp32: Collection[str] = (),
 ) -> None:
-    """Write all weights, converted to `dtype`.
+    """Write all weights, converted to `dtype`; those in `in_fp32` to fp32.
 
     Raises OSError; UserError for a wrong `max_shard_size`; ValueError for a weight with another name or shape, or one
     that is missing at the end.
     """
-    places = _write_headers(directory, shapes, dtype, max_shard_size)
+    dtypes = {name: torch.float32 if name in in_fp32 else dtype for name in shapes}
+    places = _write_headers(directory, shapes, dtypes, max_shard_size)
     missing = set(shapes)
     for name, tensor in tensors:
         if name not in missing or tuple(tensor.shape) != tuple(shapes[name]):
@@ -44,7 +46,7 @@ def write_weights(
         path, offset = places[name]
         with open(path, "r+b") as file:
             file.seek(offset)
-            for chunk in chunks(tensor, dtype):
+            for chunk in chunks(tensor, dtypes[name]):
                 file.write(chunk)
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} among them")
@@ -57,11 +59,11 @@ def check_shard_size(size: str) -> None:
 
 
 def _write_headers(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: str
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], max_shard_size: str
 ) -> dict[str, tuple[Path, int]]:
     """Make all files, and the index if there are several; returns the file and the first byte of each weight."""
     check_shard_size(max_shard_size)
-    bytes_of = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    bytes_of = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     split = split_state_dict_into_shards_factory(
         bytes_of,
         get_storage_size=lambda size: size,
@@ -71,7 +73,7 @@ def _write_headers(
     places: dict[str, tuple[Path, int]] = {}
     for file_name, names in split.filename_to_tensors.items():
         path = directory / file_name
-        file_layout = layout({name: (dtype, shapes[name]) for name in names}, {"format": "pt"})
+        file_layout = layout({name: (dtypes[name], shapes[name]) for name in names}, {"format": "pt"})
         with open(path, "xb") as file:
             file.write(file_layout.header)
             file.truncate(file_layout.size)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from rmcore.data.batches.batch import RaggedBatch, sent
 from rmcore.model.attention import NAME
 from rmcore.model.cpu_layers import use_cpu_ops
+from rmcore.model.fp32_parts import compute_in_fp32
 from rmcore.model.fused_layers import fuse_layers
 from rmcore.model.grid import Grid
 from rmcore.model.language_head import language_loss
@@ -120,6 +121,7 @@ class RewardModel(nn.Module):
         backbone.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
         pack_own_attention(backbone)
         use_cpu_ops(backbone)
+        compute_in_fp32(backbone)
         self.long_rope = LongRope(backbone)
         self._own_attention = backbone.config._attn_implementation
         self._balance: RouterBalance | None = None

@@ -17,7 +17,8 @@ the weights of a layer are all-gathered (in bf16 if that is the precision), one 
 The optimizer works on the local shards only.
 
 Each decoder layer is sharded by itself. The rest (embedding, final norm, score head) belongs to the root module and is
-gathered with its forward, so the fused op receives the whole score weight.
+gathered with its forward, so the fused op receives the whole score weight. A router that transformers keeps in fp32 is
+gathered by itself too, without a cast.
 
 No rank ever holds the whole model: it is built on the meta device, and each rank reads its own rows of every weight
 (`materialise`). The self-test at the start runs on a sharded copy in fp32, whose rows the strategy then takes over.
@@ -49,6 +50,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from rmcore.config import Config
 from rmcore.model.backbone import decoder_layers
+from rmcore.model.fp32_parts import fp32_modules
 from rmcore.model.frozen import FrozenLinear
 from rmcore.model.lazy_model import LazyModel
 from rmcore.model.reward_model import RewardModel
@@ -78,6 +80,9 @@ def shard(
         "reshard_after_forward": reshard_after_forward,
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     }
+    if half:
+        for module in fp32_modules(model):
+            fully_shard(module, **{**arguments, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
     for layer in decoder_layers(model):
         fully_shard(layer, **arguments)
     return fully_shard(model, **arguments)

@@ -6,7 +6,8 @@ Example: 1.4 billion parameters, 2 micro batches per step. Autocast would cast 5
 them, and hand fp32 activations from layer to layer. The copies are made once per step, and activations are bf16.
 
 The ddp strategies compute so on GPUs, as FSDP2's policy does under zero2 and zero3: the same numbers. On CPUs, autocast
-keeps activations in fp32 between the layers, at a cost that is small there.
+keeps activations in fp32 between the layers, at a cost that is small there. The weights that transformers keeps in fp32
+(rmcore/model/fp32_parts.py) have no copy.
 
 A gradient leaves its bf16 copy as soon as autograd has computed it, and is added to the fp32 sum as it is. To cast it
 first (`Tensor.grad_dtype`) would move 18 bytes per parameter in place of 10, in each micro batch after the first.
@@ -20,13 +21,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from rmcore.model.fp32_parts import kept_in_fp32
+
 
 class HalfCopies:
     """Makes `model` compute in bf16. `weights`: its fp32 weights, under its names."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._copies = dict(model.named_parameters())
-        self.weights: dict[str, nn.Parameter] = {}
+        self.weights = dict(model.named_parameters())
+        kept = kept_in_fp32(model)
+        self._copies = {name: parameter for name, parameter in self.weights.items() if name not in kept}
         self._stale = False
         for name, copy in self._copies.items():
             self.weights[name] = nn.Parameter(copy.data, requires_grad=copy.requires_grad)
@@ -43,7 +47,7 @@ class HalfCopies:
     def refresh(self) -> None:
         """Call it before each forward."""
         if self._stale:
-            torch._foreach_copy_(list(self._copies.values()), list(self.weights.values()))
+            torch._foreach_copy_(list(self._copies.values()), [self.weights[name] for name in self._copies])
             self._stale = False
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:

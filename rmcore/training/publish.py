@@ -9,6 +9,7 @@ in a group of their own, with a timeout of PATIENCE.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -210,20 +211,32 @@ def _all_cores() -> Iterator[None]:
 
 
 def make_probe(run: Run) -> Probe:
-    """A few held-out texts, the longest among them, and the engine's rewards for them; a collective under FSDP."""
+    """A few held-out texts, the longest among them, and the engine's rewards for them; a collective under FSDP.
+
+    Raises UserError if the model's code cannot compute in bf16.
+    """
     precision = torch.bfloat16 if run.config.parallel.bf16 else torch.float32
-    precision = torch.float8_e4m3fn if run.config.parallel.fp8 else precision
-    with run.strategy.autocast():
-        data, world = run.data.eval or run.data.train, run.world
-        return probe_of(
-            run.strategy.model,
-            data,
-            world.device,
-            run.share,
-            precision,
-            world.context,
-            logits=run.config.export.lm_head,
-        )
+    data, world = run.data.eval or run.data.train, run.world
+    try:
+        with run.strategy.autocast():
+            return probe_of(
+                run.strategy.model,
+                data,
+                world.device,
+                run.share,
+                torch.float8_e4m3fn if run.config.parallel.fp8 else precision,
+                world.context,
+                logits=run.config.export.lm_head,
+            )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if precision != torch.bfloat16 or not re.search("dtype|scalar type", reason):
+            raise
+        name = run.config.model.name
+        raise UserError(
+            f"model.name {name}: its code in transformers cannot compute with bf16 weights ({reason}); "
+            "set parallel.precision=fp32"
+        ) from error
 
 
 def exported_shards(directory: Path, config: Config, world: World) -> PreTrainedModel:

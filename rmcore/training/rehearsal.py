@@ -68,6 +68,9 @@ def rehearse(run: Run, sizes: Sizes) -> str:
         shapes = merged_shapes(exported_shapes(run), run.adapted)
         texts = probe_texts(run.data.eval or run.data.train)
         together(lambda: check_without_weights(shapes, package, directory, texts) if world.is_main else None)
+        if run.config.parallel.bf16:
+            make_probe(run)  # the first forward in bf16, which some models refuse
+            run.strategy.named_parameters()
         return passed(None, began)
     fresh = run.start.checkpoint is None
     with visible_changes(run.strategy.named_parameters, run.adapted) if fresh else nullcontext():

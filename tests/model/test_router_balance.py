@@ -48,6 +48,7 @@ def scored(kind: str, dtype: torch.dtype = torch.float64) -> Scored:
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**arguments)
     model = Scored(AutoModel.from_config(config, dtype=dtype, experts_implementation="eager"))
+    model.to(dtype)  # transformers makes some routers in fp32
     for parameter in model.parameters():
         parameter.data.mul_(3.0 if parameter.ndim > 1 else 1.0)
     turn_dropout_off(model)
