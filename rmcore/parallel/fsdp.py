@@ -16,9 +16,9 @@ the weights of a layer are all-gathered (in bf16 if that is the precision), one 
   the replicas are all-reduced once per step, with the last micro batch.
 The optimizer works on the local shards only.
 
-Each decoder layer is sharded by itself. The rest (embedding, final norm, score head) belongs to the root module and is
-gathered with its forward, so the fused op receives the whole score weight. A router that transformers keeps in fp32 is
-gathered by itself too, without a cast.
+Each decoder layer is sharded by itself; layers that share weights, together. The rest (embedding, final norm, score
+head) belongs to the root module and is gathered with its forward, so the fused op receives the whole score weight. A
+router that transformers keeps in fp32 is gathered by itself too, without a cast.
 
 No rank ever holds the whole model: it is built on the meta device, and each rank reads its own rows of every weight
 (`materialise`). The self-test at the start runs on a sharded copy in fp32, whose rows the strategy then takes over.
@@ -30,7 +30,7 @@ weight in its forward and again in its backward (rmcore/model/frozen.py), under 
 With `parallel.offload`, weights, gradients and AdamW's state stay in host memory; the layers visit the GPU one by one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -83,9 +83,21 @@ def shard(
     if half:
         for module in fp32_modules(model):
             fully_shard(module, **{**arguments, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
-    for layer in decoder_layers(model):
-        fully_shard(layer, **arguments)
+    for layers in _groups(decoder_layers(model)):
+        fully_shard(layers, **arguments)
     return fully_shard(model, **arguments)
+
+
+def _groups(layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    """The layers one by one, but those that share weights, as Zamba's do, together: FSDP gathers a weight once."""
+    groups: list[tuple[set[nn.Parameter], list[nn.Module]]] = []
+    for layer in layers:
+        weights, members = set(layer.parameters()), [layer]
+        for group in [group for group in groups if group[0] & weights]:
+            groups.remove(group)
+            weights, members = weights | group[0], group[1] + members
+        groups.append((weights, members))
+    return [members for _, members in groups]
 
 
 def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers
 
+from rmcore.bench.models import tiny_config
 from rmcore.config import UserError, load_config
 from rmcore.data.synthetic import byte_tokenizer
 from rmcore.model.backbone import decoder_layers
-from rmcore.model.meta_model import model_on_meta
+from rmcore.model.classifier import decoder_class
+from rmcore.model.meta_model import model_on_meta, set_padding
 from tests.harness.oracle import FAMILIES, GROUPED, MASKED, SMALL
 from tests.harness.ranks import run_ranks
 from tests.harness.walks import STEPS_OF_SEVEN, assert_close, walk
@@ -183,6 +185,25 @@ def test_the_self_test_leaves_the_fast_path_on_shards_too(tmp_path: Path) -> Non
     for result in run_ranks(chosen_path, 2, tmp_path / "ranks", given):
         path, *lines = result.value
         assert path == "shared" and any("by masks" in line and "not shared" in line for line in lines), lines
+
+
+@pytest.mark.distributed
+def test_layers_that_share_weights_train_on_shards(tmp_path: Path) -> None:
+    """Zamba 2's attention is one for several layers. Two ranks differ from one only by the order of fp32 sums."""
+    tokenizer, config = byte_tokenizer(), tiny_config("zamba2")
+    set_padding(config, tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    decoder_class(type(config))._from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = [*BASE, f"model.name={tmp_path / 'model'}", "data.max_tokens=96"]
+    variants = [[f"parallel.strategy={strategy}"] for strategy in ("zero2", "zero3")]
+    variants += [["parallel.strategy=zero3", "parallel.recompute=full"]]
+    results = run_ranks(walk, 2, tmp_path / "two", [[*given, *variant] for variant in variants])
+    (alone,) = run_ranks(walk, 1, tmp_path / "one", [given])
+    ((_, expected),) = alone.value
+    for variant, (_, metrics) in zip(variants, results[0].value, strict=True):
+        print(variant)
+        assert_close(metrics, expected, 1e-5)  # see tests/training/test_world_sizes.py
 
 
 MORE_FAMILIES = {
