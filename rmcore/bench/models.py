@@ -209,6 +209,12 @@ ODD: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text"), MROPE),
     "qwen2_5_omni_text": MROPE,
     "glm4v_moe_text": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "apertus1p5": {
+        "vision_config": {"codebook_size": 64},
+        "audio_config": {"codebook_dim": 32, "codebook_size": 64},
+        "image_token_offset": 100,
+        "audio_token_offset": 164,
+    },
     **dict.fromkeys(("chameleon", "emu3"), IMAGES),
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2},

@@ -13,7 +13,8 @@ Held for every run:
 - at most LAUNCHES kernels per layer and micro batch, GATHERS more where each layer gathers its weights (zero3), and
   MORE in some models;
 - the allocator's peak is within PEAK of what rmcore.cost.memory predicts;
-- ddp: no copy to the device waits behind the model's kernels (FSDP2 copies lists of pointers so);
+- ddp: no batch is copied to the device behind the model's kernels. Lists of pointers may be: FSDP2 copies them, and
+  since torch 2.15 the norm of the gradients does, once per step;
 - compiled: no graph break, and no compilation after the first two steps.
 """
 
@@ -32,6 +33,7 @@ from rmcore.bench.measure import own_child, parser, run_child, write_results
 MODELS = ("1.4b", "2.8b", "7b")
 STRATEGIES = ("ddp", "zero2", "zero3")
 LAUNCHES = {"eager": 140, "compiled": 70}  # most kernels per layer and micro batch, forward and backward
+POINTERS = 1  # copies per step that hold no part of a batch
 GATHERS = 15  # more of them under zero3
 # More of them in a layer of Gemma 2, which has four norms, and of gpt-oss, which sorts tokens by experts.
 MORE = {"gemma2": {"eager": 60, "compiled": 5}, "gpt_oss": {"eager": 160, "compiled": 95}}
@@ -83,7 +85,7 @@ def complaints(found: dict[str, Any]) -> list[str]:
     off = found["peak_gb"] / found["predicted_gb"] - 1
     if abs(off) > PEAK:
         broken.append(f"a peak of {found['peak_gb']:.1f} GB, predicted {found['predicted_gb']:.1f} GB ({off:+.0%})")
-    if found["strategy"] == "ddp" and found.get("copies_in_line"):
+    if found["strategy"] == "ddp" and found.get("copies_in_line", 0) > POINTERS:
         broken.append(f"{found['copies_in_line']:.0f} copies to the device behind the kernels of a step")
     if found["graph_breaks"] or found["late_compilations"]:
         broken.append(f"{found['graph_breaks']} graph breaks, {found['late_compilations']} late compilations")

@@ -951,6 +951,10 @@ CUresult cuPointerGetAttribute(void* d, CUpointer_attribute a, CUdeviceptr p) {
 DRIVER(cuTensorMapEncodeTiled, CUtensorMap* m, CUtensorMapDataType a, cuuint32_t b, void* c, const cuuint64_t* d,
        const cuuint64_t* e, const cuuint32_t* f, const cuuint32_t* g, CUtensorMapInterleave h, CUtensorMapSwizzle i,
        CUtensorMapL2promotion j, CUtensorMapFloatOOBfill k)
+CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus* c) {
+  *c = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
 CUresult cuStreamSynchronize(CUstream s) {
   countf("SYNC stream");
   return 0;
