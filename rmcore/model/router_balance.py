@@ -126,7 +126,8 @@ def _scores_of(router: nn.Module, width: int) -> Callable[[Tensor], Tensor]:
         try:
             # Some routers are given a bias for each expert, which is 0 here.
             bias = torch.zeros(next(probe.parameters()).shape[0])
-            logits, weights, chosen = probe(hidden, *[bias] * (len(inspect.signature(probe.forward).parameters) - 1))
+            biases = len(inspect.signature(type(probe).forward).parameters) - 2  # without the module and hidden states
+            logits, weights, chosen = probe(hidden, *[bias] * biases)
             given = (weights / weights.sum(-1, keepdim=True)).float()
             for scores in (_softmax, _sigmoid):
                 picked = scores(logits.float()).gather(1, chosen)

@@ -249,9 +249,9 @@ def by_hand(outcome: Outcome, base: Path) -> torch.nn.Module:
 def test_a_wrong_head_is_refused(folder: Path, alone: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are moved by one while it is written."""
 
-    def moved(directory: Path, shapes: Any, dtype: Any, tensors: Any, size: str) -> None:
+    def moved(directory: Path, shapes: Any, dtype: Any, tensors: Any, *more: Any) -> None:
         both = ((n, t.roll(1, 0) if n == "lm_head.weight" else t) for n, t in tensors)
-        write_weights(directory, shapes, dtype, both, size)
+        write_weights(directory, shapes, dtype, both, *more)
 
     monkeypatch.setattr("rmcore.hf_export.directory.write_weights", moved)
     with pytest.raises(ExportError, match=r"the exported model's logits are wrong: text \d has"):
