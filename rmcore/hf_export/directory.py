@@ -362,7 +362,8 @@ def _write_weights(
 
     if special or on_disk is None:  # transformers must write these itself
         check_shard_size(package.max_shard_size)
-        state = {n: tensor if n in buffers | kept else tensor.to(package.dtype) for n, tensor in weights}
+        exact = buffers | kept
+        state = {name: tensor if name in exact else tensor.to(package.dtype) for name, tensor in weights}
         state |= {head: state.pop(LM_HEAD)} if head else {}
         skeleton.to(package.dtype).save_pretrained(directory, state_dict=state, max_shard_size=package.max_shard_size)
         return

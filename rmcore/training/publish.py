@@ -232,10 +232,10 @@ def make_probe(run: Run) -> Probe:
         reason = str(error).partition("\n")[0]
         if precision != torch.bfloat16 or not re.search("dtype|scalar type", reason):
             raise
-        name = run.config.model.name
+        name, strategy = run.config.model.name, run.config.parallel.strategy
         raise UserError(
-            f"model.name {name}: its code in transformers cannot compute with bf16 weights ({reason}); "
-            "set parallel.precision=fp32"
+            f"model.name {name}: its code in transformers cannot compute in bf16 under parallel.strategy={strategy} "
+            f"({reason}); set parallel.precision=fp32"
         ) from error
 
 

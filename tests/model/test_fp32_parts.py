@@ -137,5 +137,5 @@ def test_a_model_that_cannot_compute_with_bf16_weights_is_refused_before_the_tra
     TOKENIZER.save_pretrained(base)
     given = [f"model.name={base}", "model.init=pretrained", "data.max_tokens=256", "parallel.precision=bf16"]
     command = arguments(tmp_path, *given, f"run.dir={tmp_path / 'run'}", "parallel.strategy=zero2")
-    with pytest.raises(UserError, match=r"cannot compute with bf16 weights .*set parallel\.precision=fp32"):
+    with pytest.raises(UserError, match=r"cannot compute in bf16 under .*=zero2 .*set parallel\.precision=fp32"):
         rmcore.fit(load_config(None, command))
