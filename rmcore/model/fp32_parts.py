@@ -2,8 +2,8 @@
 
 Input: a model that contains a decoder of transformers.
 Output: the names of these weights, and the modules that hold no others.
-Example: DeepSeek V3's `mlp.gate`, since transformers 5.24. With weights or products in bf16 it would send some tokens
-to other experts than the exported model does. Inkling 2's router cannot compute with bf16 weights at all.
+Example: DeepSeek V3's `mlp.gate`, since transformers 5.24. With weights or products in bf16 it can send tokens to
+other experts than the exported model does. Inkling 2's router cannot compute with bf16 weights at all.
 
 The classes of transformers list them in `_keep_in_fp32_modules_strict`. In training with bf16 these modules compute
 without autocast, FSDP gathers them in fp32, and these weights have no bf16 copies. A weight that shares its module with

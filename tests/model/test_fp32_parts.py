@@ -110,7 +110,7 @@ def test_copies_and_fsdp_compute_the_same(tmp_path: Path) -> None:
 
 
 def test_they_are_exported_in_fp32(tmp_path: Path) -> None:
-    """In bf16 a router would send some tokens to other experts than the trained one."""
+    """In bf16 a router can send tokens to other experts than the trained one does."""
     model = loaded(stored(ROUTED, tmp_path / "base"))
     prefix = f"{model.base_model_prefix}."
     state = {name.replace(prefix, "backbone.", 1): tensor for name, tensor in model.state_dict().items()}
