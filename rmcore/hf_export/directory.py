@@ -350,7 +350,7 @@ def _write_weights(
     renamed = ((re.sub(r"^backbone\.", prefix, name), tensor) for name, tensor in tensors)
     weights = chain(renamed, package.towers.items())
     # Stored buffers keep their dtype, and so does what transformers loads in fp32 whatever the dtype of the others: in
-    # bf16 the weights and biases of a router would choose other experts.
+    # bf16 the weights and biases of a router can choose other experts.
     buffers = {name for name, _ in skeleton.named_buffers() if name in skeleton.state_dict()}
     kept = kept_in_fp32(skeleton)
     on_disk = stored_shapes(skeleton)

@@ -73,22 +73,23 @@ def shard(
 ) -> FSDPModule:
     """Split every weight over the mesh by its first dimension: each decoder layer by itself, the rest with the root."""
     # Half-precision weights give half-precision activations. Margins and pair weights in the batch must stay fp32.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else None
+    uncast = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else uncast
     arguments: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": policy or MixedPrecisionPolicy(cast_forward_inputs=False),
+        "mp_policy": policy,
         "reshard_after_forward": reshard_after_forward,
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     }
     if half:
         for module in fp32_modules(model):
-            fully_shard(module, **{**arguments, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
-    for layers in _groups(decoder_layers(model)):
+            fully_shard(module, **{**arguments, "mp_policy": uncast})
+    for layers in _layer_groups(decoder_layers(model)):
         fully_shard(layers, **arguments)
     return fully_shard(model, **arguments)
 
 
-def _groups(layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
+def _layer_groups(layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
     """The layers one by one, but those that share weights, as Zamba's do, together: FSDP gathers a weight once."""
     groups: list[tuple[set[nn.Parameter], list[nn.Module]]] = []
     for layer in layers:

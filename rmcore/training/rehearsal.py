@@ -70,7 +70,7 @@ def rehearse(run: Run, sizes: Sizes) -> str:
         together(lambda: check_without_weights(shapes, package, directory, texts) if world.is_main else None)
         if run.config.parallel.bf16:
             make_probe(run)  # the first forward in bf16, which some models refuse
-            run.strategy.named_parameters()
+            run.strategy.named_parameters()  # under zero2, drop the gathered copies of the weights
         return passed(None, began)
     fresh = run.start.checkpoint is None
     with visible_changes(run.strategy.named_parameters, run.adapted) if fresh else nullcontext():

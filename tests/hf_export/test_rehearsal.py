@@ -14,9 +14,16 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers.processors import ByteLevel, RobertaProcessing, Sequence, TemplateProcessing
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import rmcore.hf_export.rehearsal as rehearsal
+from rmcore.bench.models import tiny_config
 from rmcore.config import Config, UserError, load_config
 from rmcore.config.schema import ModelConfig
 from rmcore.cost.dry_run import DryRun
@@ -29,7 +36,10 @@ from rmcore.evaluation.trained import evaluation_config
 from rmcore.hf_export.directory import Package, exported_tokenizer, write_model
 from rmcore.hf_export.parity import ExportError, check_tokenizer, depth
 from rmcore.model.backbone import load_model, load_model_config, position_limit
+from rmcore.model.classifier import decoder_class
+from rmcore.model.fp32_parts import kept_in_fp32
 from rmcore.model.lazy_model import open_lazy_model
+from rmcore.model.meta_model import set_padding
 from rmcore.parallel.world import running_world
 from rmcore.scoring.scorer import Scorer
 from rmcore.training import publish
@@ -370,6 +380,24 @@ def test_stored_buffers_keep_their_precision(tmp_path: Path) -> None:
     place = written(model, tmp_path / "out", load_config(None, command(tmp_path, Path("synthetic"))))
     stored = load_file(place / "model.safetensors")
     assert torch.equal(stored[name], bias) and stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_weights_that_transformers_loads_in_fp32_are_written_so(tmp_path: Path) -> None:
+    """In bf16 a router can send tokens to other experts than the trained one does."""
+    config = tiny_config("ernie4_5_moe")
+    set_padding(config, 0)
+    torch.manual_seed(0)
+    decoder_class(type(config))._from_config(config).save_pretrained(tmp_path / "base")
+
+    def loaded(place: Path) -> PreTrainedModel:
+        return load_model(ModelConfig(name=str(place)), seed=1, vocabulary=264, pad_token_id=0)
+
+    model = loaded(tmp_path / "base")
+    place = written(model, tmp_path / "out", load_config(None, command(tmp_path, Path("synthetic"))))
+    again, kept = loaded(place), kept_in_fp32(model)
+    assert kept and all(torch.equal(again.get_parameter(name), model.get_parameter(name)) for name in kept)
+    dtypes = [tensor.dtype for tensor in load_file(place / "model.safetensors").values()]
+    assert dtypes.count(torch.float32) == len(kept) < dtypes.count(torch.bfloat16)
 
 
 # ---- token ids

@@ -1,4 +1,4 @@
-"""Weights that transformers keeps in fp32: their names, the arithmetic of their modules, their dtype on the disk."""
+"""Weights that transformers keeps in fp32: their names, the arithmetic of their modules."""
 
 import copy
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import rmcore
@@ -15,8 +14,6 @@ from rmcore.config import UserError, load_config
 from rmcore.config.schema import ModelConfig
 from rmcore.data.batches.batch import RaggedBatch, build_batch
 from rmcore.data.synthetic import byte_tokenizer
-from rmcore.data.tokens.templates import load_template
-from rmcore.hf_export.directory import Package, write_model
 from rmcore.model.backbone import load_model
 from rmcore.model.classifier import decoder_class, text_model
 from rmcore.model.fp32_parts import fp32_modules, kept_in_fp32
@@ -107,28 +104,6 @@ def test_copies_and_fsdp_compute_the_same(tmp_path: Path) -> None:
     ours = {name: p.grad for name, p in weights.items() if p.grad is not None}
     assert ours.keys() == theirs.keys() and kept_in_fp32(copies) & ours.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_they_are_exported_in_fp32(tmp_path: Path) -> None:
-    """In bf16 a router can send tokens to other experts than the trained one does."""
-    model = loaded(stored(ROUTED, tmp_path / "base"))
-    prefix = f"{model.base_model_prefix}."
-    state = {name.replace(prefix, "backbone.", 1): tensor for name, tensor in model.state_dict().items()}
-    package = Package(
-        model_class=type(model),
-        hf_config=model.config,
-        tokenizer=TOKENIZER,
-        template=load_template("simple_chat", TOKENIZER),
-        dtype=torch.bfloat16,
-        card="",
-        config_yaml="",
-    )
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    written = write_model(shapes, state.items(), package, tmp_path / "out")
-    again, kept = loaded(written), kept_in_fp32(model)
-    assert kept and all(torch.equal(again.get_parameter(name), model.get_parameter(name)) for name in kept)
-    dtypes = [tensor.dtype for tensor in load_file(written / "model.safetensors").values()]
-    assert dtypes.count(torch.float32) == len(kept) < dtypes.count(torch.bfloat16)
 
 
 def test_a_model_that_cannot_compute_with_bf16_weights_is_refused_before_the_training(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rmcore.bench.measure import own_child, parser, run_child, write_results
 MODELS = ("1.4b", "2.8b", "7b")
 STRATEGIES = ("ddp", "zero2", "zero3")
 LAUNCHES = {"eager": 140, "compiled": 70}  # most kernels per layer and micro batch, forward and backward
-POINTERS = 1  # copies per step that hold no part of a batch
+POINTERS = int(tuple(map(int, version("torch").split(".")[:2])) >= (2, 15))  # copies per step that hold no batch
 GATHERS = 15  # more of them under zero3
 # More of them in a layer of Gemma 2, which has four norms, and of gpt-oss, which sorts tokens by experts.
 MORE = {"gemma2": {"eager": 60, "compiled": 5}, "gpt_oss": {"eager": 160, "compiled": 95}}

@@ -185,8 +185,7 @@ def test_no_process_outlives_the_preparation(tmp_path: Path, number: signal.Sign
         process.send_signal(number)
         error = process.stderr.read()
     if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert error.endswith("rmcore prepare: interrupted\n") and "Traceback" not in error  # libraries may warn before
+        assert process.returncode == 130 and error == "rmcore prepare: interrupted\n"
         assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()], "no half cache"
     wait_for_the_end_of(sessions[0])
 
